@@ -1,0 +1,98 @@
+"""The calibration table: one scale a tensor, and where each came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from trtune.configs.errors import TrtuneError, did_you_mean
+
+
+class MissingScaleError(TrtuneError):
+    """A tensor that should be quantized has no scale."""
+
+    def __init__(self, tensor: str, tensors: Iterable[str]) -> None:
+        super().__init__(
+            f"tensor {tensor!r} has no scale in the calibration table"
+            f"{did_you_mean(tensor, tensors)}; recalibrate, or pin its producer in `precision.pin`"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationTable:
+    """Tensor name -> scale, with provenance.
+
+    `scales` holds float32 values (as Python floats that float32 represents exactly), because
+    that is what TensorRT's cache file holds: a table survives the round trip through it bit for
+    bit. scale = amax / 127; amax is the largest magnitude that int8 can still tell from the next.
+    `methods` says for each tensor how its amax was chosen; `provenance` is what the table was
+    made from (model, data and method hashes, versions): its key.
+    """
+
+    scales: Mapping[str, float]
+    methods: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        scales = {name: float(np.float32(scale)) for name, scale in self.scales.items()}
+        for name, scale in scales.items():
+            if not np.isfinite(scale) or scale < 0:
+                raise ValueError(f"scale of {name!r} is {scale}; it must be finite and not negative")
+        object.__setattr__(self, "scales", MappingProxyType(scales))
+        object.__setattr__(self, "methods", MappingProxyType(dict(self.methods)))
+        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    @classmethod
+    def from_amax(
+        cls,
+        amax: Mapping[str, float],
+        *,
+        methods: Mapping[str, str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> CalibrationTable:
+        """A table whose scales are `amax / 127`, divided in float32 as TensorRT does.
+
+        >>> CalibrationTable.from_amax({"x": 127.0}).scale("x")
+        1.0
+        """
+        scales = {t: float(np.float32(a) / np.float32(127)) for t, a in amax.items()}
+        return cls(scales, methods or {}, provenance or {})
+
+    def scale(self, tensor: str) -> float:
+        """The scale of `tensor`; raises MissingScaleError with the nearest name."""
+        try:
+            return self.scales[tensor]
+        except KeyError:
+            raise MissingScaleError(tensor, self.scales) from None
+
+    def amax(self, tensor: str) -> float:
+        """127 times the scale of `tensor`."""
+        return float(np.float32(self.scale(tensor)) * np.float32(127))
+
+    def to_json(self) -> str:
+        """The table as JSON text; `from_json` reads it back to an equal table."""
+        return json.dumps(
+            {
+                "scales": dict(self.scales),
+                "methods": dict(self.methods),
+                "provenance": dict(self.provenance),
+            },
+            indent=2,
+            ensure_ascii=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> CalibrationTable:
+        """Read what `to_json` wrote.
+
+        >>> table = CalibrationTable.from_amax({"x": 0.1})
+        >>> CalibrationTable.from_json(table.to_json()) == table
+        True
+        """
+        value = json.loads(text)
+        return cls(value["scales"], value["methods"], value["provenance"])

@@ -1,0 +1,1 @@
+"""Runtimes that a lowered model can run on."""

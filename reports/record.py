@@ -1,0 +1,177 @@
+"""The run record: what a run measured and decided, as `run.json` holds it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Latency(_Value):
+    """Milliseconds of one inference of `batch` samples, after warm-up, on the unmarked model."""
+
+    median: float
+    p95: float
+    runs: int
+    batch: int
+
+
+class Baseline(_Value):
+    """The FP32 model's value of the target metric. For sqnr_db and cosine there is none: null."""
+
+    metric: str
+    value: float | None
+    samples: int
+
+
+class Variant(_Value):
+    """One model on one backend: `fp32`, `int8` (untuned) or `tuned`."""
+
+    name: str
+    backend: str
+    value: float | None
+    drop: float | None = None
+    sqnr_db: float | None = None
+    agreement: float | None = None
+    latency_ms: Latency | None = None
+    latency_note: str | None = None
+    size_bytes: int | None = None
+    nodes: dict[str, int] = Field(default_factory=dict)
+    pinned: list[str] = Field(default_factory=list)
+    not_honoured: list[str] = Field(default_factory=list)
+    path: str | None = None
+    reason: str | None = None
+
+
+class TuningStep(_Value):
+    """One evaluated set of pins: `action` is start, pin, unpin (kept) or unpin-rejected."""
+
+    step: int
+    action: str
+    pinned: list[str]
+    value: float
+    builds: int
+    seconds: float
+    sqnr_db: float | None = None
+    met: bool = False
+    cached: bool = False
+    reason: str = ""
+
+
+class Outlier(_Value):
+    """The picture that sets a tensor's maximum, and how far above the median it is.
+
+    `median_max` is the median over pictures of the largest |x| in the tensor; `ratio` is
+    `max / median_max`; `runner_up` the largest |x| without that picture.
+    """
+
+    tensor: str
+    item: str
+    max: float
+    median_max: float
+    ratio: float
+    runner_up: float
+
+
+class DominantPicture(_Value):
+    """A picture that sets the range of many tensors far above the median."""
+
+    item: str
+    tensors: int
+    worst_ratio: float
+    worst_tensor: str
+
+
+class CalibrationRecord(_Value):
+    """What calibration did. `seconds` is all of it, `inference_seconds` what the runtime took."""
+
+    method: str
+    pictures: int
+    seconds: float
+    inference_seconds: float
+    peak_rss_bytes: int
+    tensors: int
+    passes: int = 1
+    reused: bool = False
+    search_seconds: float = 0.0
+    skipped: list[str] = Field(default_factory=list)
+    dominant: list[DominantPicture] = Field(default_factory=list)
+    outliers: list[Outlier] = Field(default_factory=list)
+    methods: dict[str, int] = Field(default_factory=dict)
+
+
+class HistogramPlot(_Value):
+    """A tensor's histogram of |x| for the report: `edges` has one entry more than `counts`."""
+
+    tensor: str
+    edges: list[float]
+    counts: list[float]
+    amax: float
+    max: float
+    method: str
+
+
+class RunRecord(_Value):
+    """Everything `run.json` holds; the report is drawn from it and from `layers.csv` alone."""
+
+    schema_version: int = Field(1, alias="schema")
+    name: str
+    key: str
+    status: Literal["met", "missed", "failed"]
+    model: dict[str, Any] = Field(default_factory=dict)
+    target: dict[str, Any] | None = None
+    baseline: Baseline
+    variants: list[Variant] = Field(default_factory=list)
+    tuning: list[TuningStep] = Field(default_factory=list)
+    calibration: CalibrationRecord | None = None
+    histograms: list[HistogramPlot] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    command: str = ""
+    started: str = ""
+    seconds: float = 0.0
+    versions: dict[str, str] = Field(default_factory=dict)
+    hashes: dict[str, str] = Field(default_factory=dict)
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    def to_json(self) -> str:
+        """The record as the text of `run.json`."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RunRecord:
+        """Read what `to_json` wrote; raises pydantic.ValidationError if it is something else."""
+        return cls.model_validate_json(text)
+
+
+class LayerRow(_Value):
+    """One node of the model in `layers.csv`.
+
+    `accumulated_*` compare the node's output in the whole quantized network with FP32; `alone_*`
+    compare the network's output when only this node is quantized. Errors are null where they were
+    not measured; `sqnr_db` values are decibels, `amax` is of the node's quantized input.
+    """
+
+    node: str
+    op: str
+    shape: str
+    macs: int
+    parameters: int
+    precision: str
+    reason: str
+    tensor: str = ""
+    amax: float | None = None
+    method: str = ""
+    accumulated_sqnr_db: float | None = None
+    accumulated_cosine: float | None = None
+    accumulated_relative_l2: float | None = None
+    accumulated_mean_relative: float | None = None
+    accumulated_max_abs: float | None = None
+    alone_sqnr_db: float | None = None
+    alone_cosine: float | None = None
+    alone_relative_l2: float | None = None
+    time_ms: float | None = None
