@@ -42,7 +42,9 @@ class CalibrationTable:
         scales = {name: float(np.float32(scale)) for name, scale in self.scales.items()}
         for name, scale in scales.items():
             if not np.isfinite(scale) or scale < 0:
-                raise ValueError(f"scale of {name!r} is {scale}; it must be finite and not negative")
+                raise ValueError(
+                    f"scale of {name!r} is {scale}; it must be finite and not negative"
+                )
         object.__setattr__(self, "scales", MappingProxyType(scales))
         object.__setattr__(self, "methods", MappingProxyType(dict(self.methods)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))

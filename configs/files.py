@@ -23,7 +23,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     writers which put a second file beside the first (ONNX external data) stay atomic too: every
     file in that folder is moved, `path` last.
 
-    Raises TrtuneError, naming the file, if the file system refuses (read-only, full).
+    Raises TrtuneError, naming the file, if the file system refuses (read-only, full). An OSError of
+    the block that names a file elsewhere is the block's own and passes unchanged.
     """
     path = Path(path)
     folder: Path | None = None
@@ -37,6 +38,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
             written.replace(path.parent / written.name)
     except OSError as error:
+        if folder is not None and _names_a_file_outside(error, path.parent):
+            raise
         raise TrtuneError(
             f"cannot write {path}: {error.strerror or error}; nothing was left behind. "
             "Choose another place with --out, or free some space"
@@ -44,6 +47,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _names_a_file_outside(error: OSError, folder: Path) -> bool:
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return False
+    return Path(os.path.abspath(folder)) not in Path(os.path.abspath(error.filename)).parents
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -58,7 +67,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys left in their own order."""
+    """Write `value` as indented JSON, keys in their own order."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 

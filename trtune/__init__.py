@@ -1,3 +1,141 @@
-"""trtune: quantization and precision-tuning workbench for NVIDIA TensorRT."""
+"""trtune: quantization and precision-tuning workbench for NVIDIA TensorRT.
+
+Everything the command line does is one call here:
+
+    import trtune
+
+    config = trtune.load_config("mobilenetv2.yaml", overrides=["calibration.method=auto"])
+    record = trtune.run(config)                    # all stages; a RunRecord, as in run.json
+    print(record.status, [(v.name, v.backend, v.value) for v in record.variants])
+
+    table = trtune.calibrate(config)               # stage by stage, each reusing what is there
+    infos = trtune.build(config, backend="onnxruntime/emulate")
+    rows = trtune.compare(config)                  # one row a layer, as in layers.csv
+    record = trtune.tune(config)
+    records = trtune.report([trtune.run_folder(config)])
+
+    print(trtune.inspect("model.onnx").problems)
+    trtune.init_config("model.onnx", "model.yaml")
+    trtune.convert_cache("old.cache", "10.14.1", "new.cache")
+    print(trtune.diagnose()["onnxruntime/emulate"].usable)
+
+What a user can do something about is raised as a `TrtuneError`. Nothing is imported before it is
+asked for, so that `import trtune` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trtune.calibrate.table import CalibrationTable
+    from trtune.configs.errors import (
+        CacheError,
+        ConfigError,
+        DataError,
+        InputError,
+        ModelError,
+        TrtuneError,
+    )
+    from trtune.configs.load import json_schema, load_config
+    from trtune.configs.progress import Progress
+    from trtune.configs.schema import Config
+    from trtune.doctor import diagnose
+    from trtune.pipeline import build, calibrate, compare, report, run, run_folder, tune
+    from trtune.precision.backends.base import BuildInfo
+    from trtune.precision.inspect import Inspection
+    from trtune.reports.record import LayerRow, RunRecord
+    from trtune.tools import convert_cache, init_config, inspect
 
 __version__ = "0.1.0"
+
+_WHERE = MappingProxyType(
+    {
+        "trtune.calibrate.table": ("CalibrationTable",),
+        "trtune.configs.errors": (
+            *("CacheError", "ConfigError", "DataError"),
+            *("InputError", "ModelError", "TrtuneError"),
+        ),
+        "trtune.configs.load": ("json_schema", "load_config"),
+        "trtune.configs.progress": ("Progress",),
+        "trtune.configs.schema": ("Config",),
+        "trtune.doctor": ("diagnose",),
+        "trtune.pipeline": ("build", "compare", "report", "run", "run_folder", "tune"),
+        "trtune.precision.backends.base": ("BuildInfo",),
+        "trtune.precision.inspect": ("Inspection",),
+        "trtune.reports.record": ("LayerRow", "RunRecord"),
+        "trtune.tools": ("convert_cache", "init_config", "inspect"),
+    }
+)
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "BuildInfo",
+    "CacheError",
+    "CalibrationTable",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "InputError",
+    "Inspection",
+    "LayerRow",
+    "ModelError",
+    "Progress",
+    "RunRecord",
+    "TrtuneError",
+    "__version__",
+    "build",
+    "calibrate",
+    "compare",
+    "convert_cache",
+    "diagnose",
+    "init_config",
+    "inspect",
+    "json_schema",
+    "load_config",
+    "report",
+    "run",
+    "run_folder",
+    "tune",
+]
+
+
+class _Stage(ModuleType):
+    """The package `trtune.calibrate`, which is also the stage: `trtune.calibrate(config)`."""
+
+    def __call__(
+        self, config: Config, *, out: Path | str = "runs", progress: Progress | None = None
+    ) -> CalibrationTable:
+        from trtune.configs.progress import silent
+        from trtune.pipeline import calibrate
+
+        return calibrate(config, out=out, progress=progress or silent)
+
+
+class _Root(ModuleType):
+    """This package. Importing a submodule sets it as an attribute here: that is the moment at which
+    `calibrate`, a folder and a stage, becomes both."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "calibrate" and isinstance(value, ModuleType):
+            value.__class__ = _Stage
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Root
+
+
+def __getattr__(name: str) -> Any:
+    if name == "calibrate":
+        return importlib.import_module("trtune.calibrate")
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

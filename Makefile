@@ -1,0 +1,73 @@
+# `make demo` and `make test` need only Python 3.10+, pip and a package index: each makes or reuses
+# .venv. Paths are relative throughout, so a checkout may stand in a folder with spaces in its name.
+
+SHELL := /bin/sh
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+DIGITS := examples/digits
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format wheel bench clean
+
+help:
+	@echo 'make demo    quantize, tune and report the handwritten-digits example; report in runs/'
+	@echo 'make test    all tests, with coverage        (ARGS="-k cache" and the like go to pytest)'
+	@echo 'make lint    ruff and mypy                   make format   let ruff rewrite'
+	@echo 'make wheel   dist/*.whl                      make bench    benchmarks (ARGS="--help")'
+	@echo 'make clean   remove .venv, runs and all that was built'
+	@echo 'PYTHON=...   the interpreter that .venv is made with (now: $(PYTHON)); 3.10 or newer'
+
+# $(call install,EXTRA): .venv with this package (editable) and EXTRA's dependencies. The stamp
+# holds what decides the result, so that a moved checkout or another pyproject.toml installs again.
+define install
+	@key="$$(cksum < pyproject.toml) $(CURDIR)"; stamp=.venv/installed-$(1); \
+	if test "$$(cat "$$stamp" 2>/dev/null)" = "$$key" && $(BIN)/python -c '' 2>/dev/null; then exit 0; fi; \
+	if ! $(BIN)/python -c '' 2>/dev/null || ! grep -sqxF "$(CURDIR)" .venv/made-in; then \
+	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    echo 'trtune needs Python 3.10 or newer, but PYTHON=$(PYTHON) is' \
+	      "$$("$(PYTHON)" --version 2>&1 || true); give another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }; \
+	  echo 'making .venv'; rm -rf .venv; \
+	  "$(PYTHON)" -m venv .venv || { rm -rf .venv; \
+	    echo 'could not make .venv; on Debian and Ubuntu: apt install python3-venv' >&2; exit 2; }; \
+	  printf '%s\n' "$(CURDIR)" > .venv/made-in; \
+	fi; \
+	echo 'installing trtune[$(1)] into .venv (the first time this downloads some 300 MB)'; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(1)]' && printf '%s\n' "$$key" > "$$stamp"
+endef
+
+demo:
+	$(call install,examples)
+	@test -f $(DIGITS)/data/calibration.npz && test -f $(DIGITS)/data/test.npz || $(BIN)/python $(DIGITS)/prepare.py
+	$(BIN)/trtune run $(DIGITS)/digits.yaml --out runs
+
+# Bare pytest: `python -m pytest` would put the root, and with it a top-level `datasets`, on the path.
+test:
+	$(call install,dev)
+	$(BIN)/pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+
+lint:
+	$(call install,dev)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p trtune
+
+format:
+	$(call install,dev)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel:
+	$(call install,dev)
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+bench:
+	$(call install,dev)
+	$(BIN)/python benchmarks/calibration.py $(ARGS)
+
+clean:
+	rm -rf .venv build dist runs *.egg-info .coverage .coverage.* $(DIGITS)/data $(DIGITS)/runs
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,93 @@
+"""The `backends` section: one model a runtime, told apart by `name`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trtune.configs.values import Bytes, ComputeCapability, Count, Natural, Section, key_error
+
+
+class OnnxRuntime(Section):
+    """onnxruntime on the CPU."""
+
+    name: Literal["onnxruntime"] = Field(description="which runtime")
+    lowering: Literal["emulate", "deploy"] = Field(
+        default="emulate",
+        description="emulate: the Q/DQ graph as TensorRT wants it; deploy: as a CPU runs it fast",
+    )
+    threads: Count | None = Field(default=None, description="threads an operator; null: all cores")
+
+    @property
+    def label(self) -> str:
+        """The name in reports and of the folder, such as 'onnxruntime/emulate'."""
+        return f"{self.name}/{self.lowering}"
+
+
+class TensorRTRTX(Section):
+    """TensorRT-RTX; builds without a GPU."""
+
+    name: Literal["tensorrt_rtx"] = Field(description="which runtime")
+    compute_capabilities: tuple[ComputeCapability, ...] = Field(
+        default=(), description='GPUs to build for, such as ["8.9"]; empty: the one in this machine'
+    )
+    workspace: Bytes | None = Field(
+        default=None, description="scratch memory of a build; null: no limit"
+    )
+    optimization_level: Annotated[Natural, Field(le=5)] | None = Field(
+        default=None,
+        description="0 builds fastest, 5 searches longest; null: TensorRT's own default",
+    )
+
+    @property
+    def label(self) -> str:
+        """The name in reports and of the folder."""
+        return self.name
+
+
+class TensorRT(Section):
+    """TensorRT 10.x or 11.x, whichever is installed; needs a GPU."""
+
+    name: Literal["tensorrt"] = Field(description="which runtime")
+    typing: Literal["auto", "weak", "strong"] = Field(
+        default="auto",
+        description="weak: precision flags and calibrators (10.x only); strong: Q/DQ in the graph; "
+        "auto: weak where it exists",
+    )
+    calibrator: Literal["table", "entropy2", "minmax"] = Field(
+        default="table",
+        description="weak typing: table feeds our scales through the cache; entropy2 and minmax "
+        "let TensorRT calibrate by itself on the same pictures",
+    )
+    constraints: Literal["obey", "prefer"] = Field(
+        default="obey",
+        description="weak typing: a pin that cannot be honoured fails the build, or yields",
+    )
+    workspace: Bytes | None = Field(
+        default=None, description="scratch memory of a build; null: no limit"
+    )
+    timing_cache: str | None = Field(
+        default=None, description="file with kernel timings, read if it is there and written again"
+    )
+    optimization_level: Annotated[Natural, Field(le=5)] | None = Field(
+        default=None,
+        description="0 builds fastest, 5 searches longest; null: TensorRT's own default",
+    )
+    device: Natural = Field(default=0, description="index of the GPU")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TensorRT:
+        if self.typing == "strong" and self.calibrator != "table":
+            raise key_error(
+                "calibrator", f"{self.calibrator!r} needs weak typing; strong typing has only table"
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """The name in reports and of the folder, such as 'tensorrt' or 'tensorrt/strong'."""
+        return self.name if self.typing == "auto" else f"{self.name}/{self.typing}"
+
+
+Backend = Annotated[OnnxRuntime | TensorRTRTX | TensorRT, Field(discriminator="name")]

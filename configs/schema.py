@@ -1,0 +1,284 @@
+"""The config language: what each key means, what it may hold, and its default.
+
+Values only: reading files, variables, and relative paths are the job of `load`. Every value here
+is frozen; paths are absolute once a config came through `load_config`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from trtune.configs.runtimes import Backend, OnnxRuntime, TensorRT, TensorRTRTX
+from trtune.configs.sources import Data, DataSet, Preprocess
+from trtune.configs.values import FUNCTION, Bytes, Count, Natural, Real, Section, key_error
+
+__all__ = [
+    "Backend",
+    "Calibration",
+    "Compare",
+    "Config",
+    "Data",
+    "DataSet",
+    "Latency",
+    "Model",
+    "OnnxRuntime",
+    "Precision",
+    "Preprocess",
+    "Report",
+    "Shape",
+    "Target",
+    "TensorRT",
+    "TensorRTRTX",
+]
+
+LABELLED_METRICS = ("top1", "top5")
+UNLABELLED_METRICS = ("sqnr_db", "cosine")
+
+Method = Literal["entropy", "entropy-s7310", "percentile", "mse", "max", "auto"]
+PrecisionName = Literal["int8", "fp16", "bf16", "fp32"]
+ReportFormat = Literal["md", "html", "csv", "json"]
+
+
+class Shape(Section):
+    """The range of shapes of one dynamic input."""
+
+    min: tuple[Count, ...] = Field(description="smallest shape that will be used")
+    opt: tuple[Count, ...] = Field(description="shape that the engine is optimized for")
+    max: tuple[Count, ...] = Field(description="largest shape that will be used")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Shape:
+        if not len(self.min) == len(self.opt) == len(self.max):
+            raise key_error(
+                "",
+                f"min, opt and max need the same number of dimensions, "
+                f"found {len(self.min)}, {len(self.opt)} and {len(self.max)}",
+            )
+        for axis, (low, mid, high) in enumerate(zip(self.min, self.opt, self.max, strict=True)):
+            if not low <= mid <= high:
+                raise key_error(
+                    "", f"axis {axis} must have min <= opt <= max, found {low}, {mid}, {high}"
+                )
+        return self
+
+
+class Model(Section):
+    """The network to quantize."""
+
+    path: str = Field(description="the ONNX file, relative to the config file", min_length=1)
+    shapes: Mapping[str, Shape] = Field(
+        default={}, description="input name -> min, opt, max shape; only for dynamic inputs"
+    )
+
+
+class Calibration(Section):
+    """How activations are turned into scales."""
+
+    method: Method = Field(
+        default="entropy",
+        description="how amax is chosen from a histogram of |x|; auto: a tensor at a time, the "
+        "method that hurts held-out pictures least",
+    )
+    percentile: Annotated[Real, Field(gt=50, le=100)] = Field(
+        default=99.99, description="for method percentile: the share of |x| below amax, in percent"
+    )
+    memory: Bytes = Field(
+        default=2 << 30,
+        description="what calibration may use above the model's own; less means more passes",
+    )
+    holdout: Count = Field(
+        default=24,
+        description="calibration pictures that method auto and the tuner's ranking measure on",
+    )
+    cache: str | None = Field(
+        default=None,
+        description="read this TensorRT calibration cache instead of calibrating; naming it here "
+        "is enough for one without its key file (CACHE.json)",
+    )
+    trust_cache: bool = Field(
+        default=False,
+        description="use `cache` even if its key file says that it was made from something else",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Calibration:
+        if self.trust_cache and self.cache is None:
+            raise key_error("trust_cache", "needs calibration.cache, the file to be trusted")
+        return self
+
+
+class Target(Section):
+    """What the quantized model must reach; exactly one of max_drop and min."""
+
+    metric: str = Field(
+        description="top1, top5 (fractions), sqnr_db, cosine (against FP32, no labels needed), or "
+        "a function of yours as module:function",
+        json_schema_extra={
+            "anyOf": [
+                {"enum": [*LABELLED_METRICS, *UNLABELLED_METRICS]},
+                {"pattern": FUNCTION},
+            ]
+        },
+    )
+    max_drop: Annotated[Real, Field(ge=0)] | None = Field(
+        default=None,
+        description="how far below the FP32 model's value: 0.005 is half a point of top1",
+    )
+    min: Real | None = Field(
+        default=None, description="the value itself: 0.84 of top1, 20 of sqnr_db"
+    )
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        known = [*LABELLED_METRICS, *UNLABELLED_METRICS]
+        if metric in known or re.fullmatch(FUNCTION, metric):
+            return metric
+        raise PydanticCustomError(
+            "choice", "{options}", {"options": known, "or_else": " or module:function"}
+        )
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Target:
+        if self.max_drop is not None and self.min is not None:
+            raise key_error("", "give max_drop or min, not both")
+        if self.metric in UNLABELLED_METRICS and self.min is None:
+            raise key_error("", f"{self.metric} compares with FP32 itself; give min, not max_drop")
+        if self.max_drop is None and self.min is None:
+            raise key_error("", f"{self.metric} needs max_drop or min")
+        if self.metric in LABELLED_METRICS:
+            for key, bound in (("max_drop", self.max_drop), ("min", self.min)):
+                if bound is not None and not 0 <= bound <= 1:
+                    raise key_error(
+                        key, f"a fraction from 0 to 1 (0.005 is half a point), found {bound:g}"
+                    )
+        if self.metric == "cosine" and self.min is not None and not -1 <= self.min <= 1:
+            raise key_error("min", f"a cosine lies between -1 and 1, found {self.min:g}")
+        return self
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the metric is a count of right answers."""
+        return self.metric in LABELLED_METRICS
+
+
+class Precision(Section):
+    """Which node runs in which precision, and how far the tuner may go."""
+
+    default: PrecisionName = Field(
+        default="int8", description="precision of every node that allows it"
+    )
+    fallback: Literal["fp32", "fp16"] = Field(
+        default="fp32", description="precision of the nodes that are not quantized"
+    )
+    pin: Mapping[str, PrecisionName] = Field(
+        default={},
+        description="node name, op:TYPE or re:PATTERN (of the whole name) -> precision",
+    )
+    target: Target | None = Field(
+        default=None, description="what must be reached; null: quantize and report, without tuning"
+    )
+    max_pins: Natural = Field(default=16, description="most nodes that the tuner may pin")
+
+    @field_validator("pin")
+    @classmethod
+    def _patterns(cls, pin: Mapping[str, PrecisionName]) -> Mapping[str, PrecisionName]:
+        for key in pin:
+            kind, colon, pattern = key.partition(":")
+            if not key or (kind in ("op", "re") and colon and not pattern):
+                raise key_error(
+                    "", f"{key!r} names nothing; write a node name, op:TYPE or re:REGEX"
+                )
+            if kind == "re" and colon:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise key_error("", f"{key!r} is not a regular expression: {error}") from None
+        return pin
+
+
+class Compare(Section):
+    """How layers are compared with FP32."""
+
+    pictures: Count = Field(
+        default=32, description="evaluation pictures that layers are compared on"
+    )
+    memory: Bytes = Field(
+        default=1 << 30, description="what the compared tensors may use at a time"
+    )
+    alone: bool = Field(
+        default=True,
+        description="also quantize each node alone and measure its effect on the output",
+    )
+
+
+class Latency(Section):
+    """How long one inference takes is measured so."""
+
+    warmup: Natural = Field(default=10, description="inferences before the clock starts")
+    runs: Count = Field(default=50, description="inferences that are timed")
+    batch: Count = Field(default=1, description="samples an inference")
+
+
+class Report(Section):
+    """What is written at the end."""
+
+    formats: tuple[ReportFormat, ...] = Field(
+        default=("md", "html", "csv", "json"),
+        description="which of report.md, report.html, layers.csv, run.json; run.json is always "
+        "written",
+    )
+    latency: Latency | None = Field(
+        default=Latency(), description="how latency is measured; null: not at all"
+    )
+
+
+class Config(Section):
+    """Everything a run needs: model, data, target and runtimes."""
+
+    version: Literal[1] = Field(description="version of this config language: 1")
+    name: str = Field(
+        description="name of the run and of its folder: letters, digits, '.', '_', '-'",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+    )
+    model: Model = Field(description="the network to quantize")
+    data: Data = Field(description="pictures or arrays to calibrate with and to measure on")
+    calibration: Calibration = Field(
+        default=Calibration(), description="how activations are turned into scales"
+    )
+    precision: Precision = Field(
+        default=Precision(), description="which node runs in which precision, and the target"
+    )
+    compare: Compare = Field(default=Compare(), description="how layers are compared with FP32")
+    backends: tuple[Backend, ...] = Field(
+        default=(OnnxRuntime(name="onnxruntime"),),
+        description="runtimes; each gives one engine",
+        json_schema_extra={"minItems": 1},
+    )
+    report: Report = Field(default=Report(), description="what is written at the end")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        target = self.precision.target
+        if target is not None and target.needs_labels and self.data.evaluation.labels is None:
+            raise key_error(
+                "precision.target.metric",
+                f"{target.metric} needs labels, but data.evaluation.labels is null; "
+                "give labels, or use sqnr_db or cosine with min",
+            )
+        if not self.backends:
+            raise key_error("backends", "the list is empty; give at least one")
+        seen: set[str] = set()
+        for index, backend in enumerate(self.backends):
+            if backend.label in seen:
+                raise key_error(
+                    f"backends.{index}", f"{backend.label} is listed twice; each gives one engine"
+                )
+            seen.add(backend.label)
+        return self

@@ -1,0 +1,210 @@
+"""The `data` section: where pictures and arrays come from, and what is done to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from trtune.configs.values import (
+    FUNCTION,
+    ChannelValues,
+    Count,
+    Natural,
+    Real,
+    Section,
+    Size,
+    key_error,
+)
+
+Source = Literal["images", "arrays", "idx", "python"]
+
+
+class Preprocess(Section):
+    """From a decoded picture to a model input, in this order: resize, crop, scale, mean, std."""
+
+    resize: Size | None = Field(
+        default=None,
+        description="short side in pixels, or [height, width]; Pillow's bilinear with antialias",
+    )
+    crop: Size | None = Field(
+        default=None, description="centre crop: a side in pixels, or [height, width]"
+    )
+    scale: Real = Field(
+        default=1 / 255, description="pixels (0 to 255) are multiplied by this before mean and std"
+    )
+    mean: ChannelValues = Field(
+        default=(0.0,),
+        description="subtracted after scale: one number a channel in `channels` order, or one",
+    )
+    std: ChannelValues = Field(
+        default=(1.0,),
+        description="divided by after mean: one number a channel in `channels` order, or one",
+    )
+    layout: Literal["NCHW", "NHWC"] = Field(
+        default="NCHW", description="order of the axes of the input"
+    )
+    channels: Literal["RGB", "BGR", "GRAY"] = Field(
+        default="RGB", description="order of the channels"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Preprocess:
+        count = 1 if self.channels == "GRAY" else 3
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, count):
+                raise key_error(
+                    key,
+                    f"{self.channels} needs {'one value' if count == 1 else '3 values, or one'}, "
+                    f"found {len(values)}",
+                )
+        if any(value <= 0 for value in self.std):
+            raise key_error("std", f"must be above 0, found {list(self.std)}")
+        if "scale" not in self.model_fields_set and max(map(abs, self.mean)) > 1:
+            raise key_error(
+                "mean",
+                f"{max(self.mean, key=abs):g} belongs to pixels from 0 to 255, but the default "
+                "scale of 1/255 makes them 0 to 1; add `scale: 1`, or divide mean and std by 255",
+            )
+        self._check_crop()
+        return self
+
+    def _check_crop(self) -> None:
+        if self.resize is None or self.crop is None:
+            return
+        crop = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+        if isinstance(self.resize, int):
+            fits = min(crop) <= self.resize
+        else:
+            fits = crop[0] <= self.resize[0] and crop[1] <= self.resize[1]
+        if not fits:
+            raise key_error(
+                "crop", f"{_pixels(self.crop)} is larger than resize {_pixels(self.resize)}"
+            )
+
+
+def _pixels(size: int | tuple[int, int]) -> int | list[int]:
+    return size if isinstance(size, int) else list(size)
+
+
+class DataSet(Section):
+    """Where pictures or arrays come from, which of them are used, and what is done to them."""
+
+    source: Source = Field(
+        description="images: a folder; arrays: .npz or .npy; idx: idx or idx.gz; "
+        "python: a function of yours that yields dicts of arrays"
+    )
+    path: str = Field(
+        description="folder or file, relative to the config file; for python `module:function`, "
+        "or `file.py:function` with the file relative to the config file",
+        min_length=1,
+    )
+    labels: str | None = Field(
+        default="auto",
+        description="images: a CSV with the columns file,label; arrays and python: the name of an "
+        "array; idx: a file. auto: folder names, or the array labels, label or y. null: no labels",
+    )
+    inputs: Mapping[str, str] = Field(
+        default={}, description="model input -> name of the array (arrays and python)"
+    )
+    args: Mapping[str, Any] = Field(
+        default={}, description="keyword arguments for the function (python)"
+    )
+    skip: Natural = Field(default=0, description="leave out the first N in sorted order")
+    take: Count | None = Field(
+        default=None, description="use the first N of what is left; null: all"
+    )
+    sample: Count | None = Field(
+        default=None, description="use N of what is left, drawn with `seed`"
+    )
+    seed: Natural = Field(default=0, description="seed of `sample`")
+    batch: Count = Field(
+        default=8, description="samples a batch; a model with a fixed batch overrides it"
+    )
+    preprocess: Preprocess | None = Field(
+        default=None,
+        description="from picture to input; null: arrays go in as they are (images always get one)",
+    )
+    on_error: Literal["error", "skip"] = Field(
+        default="error",
+        description="a picture that cannot be read: stop with its name, or leave it out and count",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pictures_are_preprocessed(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("source") == "images":
+            return value if value.get("preprocess") is not None else {**value, "preprocess": {}}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSet:
+        if self.take is not None and self.sample is not None:
+            raise key_error("sample", "give take or sample, not both")
+        if self.source == "python" and not re.fullmatch(FUNCTION, self.path):
+            raise key_error(
+                "path",
+                f"source python needs module:function or file.py:function, not {self.path!r}",
+            )
+        if self.source == "arrays" and not self.path.casefold().endswith((".npz", ".npy")):
+            raise key_error("path", f"source arrays reads .npz and .npy files, not {self.path!r}")
+        if self.args and self.source != "python":
+            raise key_error("args", f"only source python takes args, not source {self.source}")
+        if self.inputs and self.source in ("images", "idx"):
+            raise key_error(
+                "inputs", f"source {self.source} has no named arrays; it feeds the only input"
+            )
+        return self
+
+
+_ALWAYS_INHERITED = ("batch", "preprocess", "on_error")
+_INHERITED_WITH_SOURCE = ("path", "inputs")
+
+
+def inherit(evaluation: Mapping[str, Any], calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """`evaluation` with the keys it leaves out taken from `calibration`.
+
+    Never take, skip, sample and seed: they say which pictures. What belongs to one source or one
+    path is not carried to another: labels of pictures and idx (a file) and args of a function
+    stay behind when `path` differs, all but batch, preprocess and on_error when `source` does.
+    """
+    keys = list(_ALWAYS_INHERITED)
+    source = calibration.get("source")
+    if evaluation.get("source", source) == source:
+        keys += ["source", *_INHERITED_WITH_SOURCE]
+        same_path = evaluation.get("path", calibration.get("path")) == calibration.get("path")
+        if same_path or source in ("arrays", "python"):
+            keys.append("labels")
+        if same_path:
+            keys.append("args")
+    merged = {**{key: calibration[key] for key in keys if key in calibration}, **evaluation}
+    theirs, ours = calibration.get("preprocess"), evaluation.get("preprocess")
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        merged["preprocess"] = {**theirs, **ours}
+    return merged
+
+
+class Data(Section):
+    """The pictures: those that set the scales, and those that measure the result."""
+
+    calibration: DataSet = Field(description="what the scales come from")
+    evaluation: DataSet = Field(
+        description="what accuracy is measured on; keys left out (but take, skip, sample, seed) "
+        "come from calibration; without this section, the calibration pictures themselves"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "calibration" not in value:
+            return value
+        calibration, evaluation = value["calibration"], value.get("evaluation")
+        if evaluation is None:
+            return {**value, "evaluation": calibration}
+        if isinstance(calibration, DataSet):
+            calibration = calibration.model_dump(exclude_unset=True)
+        if isinstance(calibration, dict) and isinstance(evaluation, dict):
+            return {**value, "evaluation": inherit(evaluation, calibration)}
+        return value

@@ -1,0 +1,207 @@
+"""A first config for a model, with everything that its inputs tell filled in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from trtune.configs.yamltree import inline_yaml
+
+DATA_PATH = "PATH/TO/YOUR/DATA"
+ModelInput = tuple[str, Sequence[int | str | None], str]
+
+_BATCH = (1, 8, 32)
+_SIDE = (224, 224, 224)
+_LENGTH = (1, 128, 512)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    layout: str
+    channels: int
+    height: int | None
+    width: int | None
+
+
+def init_text(
+    model_path: str | PurePath,
+    inputs: Sequence[ModelInput],
+    *,
+    data_path: str = DATA_PATH,
+    name: str | None = None,
+) -> str:
+    """A commented config for the model at `model_path`, as text.
+
+    `model_path` and `data_path` are written as given, so they are relative to where the text will
+    be saved. `inputs` are `(name, shape, numpy dtype name)`; a str or None in a shape is a free
+    dimension. One float or uint8 input of 1 or 3 channels reads pictures, anything else arrays.
+    `load_config` accepts the text once `data_path` is there.
+    """
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(model_path).stem).strip("-._") or "model"
+    picture = _as_picture(inputs)
+    lines = [
+        "# What each key means: trtune schema (JSON Schema, for editors).",
+        "version: 1",
+        f"name: {inline_yaml(name or f'{stem[:90]}-int8')}",
+        "# extends: presets/imagenet.yaml     # other configs, or presets; what stands here wins",
+        "",
+        "model:",
+        f"  path: {inline_yaml(str(model_path))}     # seen from this file; ${{VAR}} is filled in",
+        *_input_comments(inputs),
+        *_shape_lines(inputs),
+        "",
+        "data:",
+        "  calibration:                     # what the scales come from: 100 to 500 samples",
+        *(_picture_lines(picture, data_path) if picture else _array_lines(inputs, data_path)),
+        "    # take: 256                    # the first N in sorted order; or sample: N, seed: 0",
+        f"    batch: {_batch(inputs)}",
+        *(_preprocess_lines(picture, inputs[0][2]) if picture else ()),
+        "  # evaluation: {skip: 256}        # what accuracy is measured on; without it, the same",
+        *_SETTINGS,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_SETTINGS = (
+    "",
+    "calibration:",
+    "  method: entropy                  # entropy, entropy-s7310, percentile, mse, max, auto",
+    "  # cache: calibration.cache       # read this TensorRT cache instead of calibrating",
+    "",
+    "precision:",
+    "  default: int8                    # int8, fp16, bf16, fp32",
+    "  fallback: fp32                   # what is not int8: fp32, fp16",
+    '  # pin: {"conv_2": fp32, "op:Softmax": fp32, "re:.*/se/.*": fp16}',
+    "  target: {metric: sqnr_db, min: 20}     # output against FP32; needs no labels",
+    "  # target: {metric: top1, max_drop: 0.005}",
+    "  max_pins: 16                     # most nodes that tuning may take out of int8",
+    "",
+    "backends:                          # each gives one engine",
+    "  - {name: onnxruntime, lowering: emulate}     # TensorRT's arithmetic on this CPU",
+    "  # - {name: onnxruntime, lowering: deploy}    # fast on this CPU",
+    '  # - {name: tensorrt_rtx, compute_capabilities: ["8.9"]}',
+    "  # - {name: tensorrt, workspace: 4GiB, timing_cache: timing.cache}",
+    "",
+    "report: {formats: [md, html, csv, json], latency: {warmup: 10, runs: 50}}",
+)
+
+
+def _as_picture(inputs: Sequence[ModelInput]) -> _Picture | None:
+    if len(inputs) != 1:
+        return None
+    _, shape, dtype = inputs[0]
+    if len(shape) != 4 or dtype not in ("float32", "float16", "uint8"):
+        return None
+    for layout, channel, sides in (("NCHW", 1, (2, 3)), ("NHWC", 3, (1, 2))):
+        channels = shape[channel]
+        if isinstance(channels, int) and channels in (1, 3):
+            height, width = (
+                side if isinstance(side, int) else None for side in map(shape.__getitem__, sides)
+            )
+            return _Picture(layout, channels, height, width)
+    return None
+
+
+def _input_comments(inputs: Sequence[ModelInput]) -> list[str]:
+    if not inputs:
+        return []
+    described = [
+        f"  #   {inline_yaml(name)}: {dtype} "
+        + inline_yaml(["?" if dim is None else dim for dim in shape])
+        for name, shape, dtype in inputs
+    ]
+    return ["  # inputs:", *described]
+
+
+def _shape_lines(inputs: Sequence[ModelInput]) -> list[str]:
+    ranges: dict[str, tuple[int, int, int]] = {}
+    lines = []
+    for name, shape, _ in inputs:
+        if all(isinstance(dim, int) and dim > 0 for dim in shape):
+            continue
+        picture = _as_picture(inputs) is not None
+        dims = [_range(axis, dim, picture, ranges) for axis, dim in enumerate(shape)]
+        low, mid, high = (list(column) for column in zip(*dims, strict=True))
+        lines.append(f"    {inline_yaml(name)}: {{min: {low}, opt: {mid}, max: {high}}}")
+    return (
+        ["  shapes:                          # free dimensions: smallest, usual, largest", *lines]
+        if lines
+        else []
+    )
+
+
+def _range(
+    axis: int, dim: int | str | None, picture: bool, ranges: dict[str, tuple[int, int, int]]
+) -> tuple[int, int, int]:
+    """min, opt, max of one dimension; the same name means the same everywhere."""
+    if isinstance(dim, int) and dim > 0:
+        return dim, dim, dim
+    guess = _BATCH if axis == 0 else _SIDE if picture else _LENGTH
+    return ranges.setdefault(dim, guess) if isinstance(dim, str) and dim else guess
+
+
+def _batch(inputs: Sequence[ModelInput]) -> int:
+    first = [shape[0] for _, shape, _ in inputs if shape]
+    fixed = [dim for dim in first if isinstance(dim, int) and dim > 0]
+    return fixed[0] if fixed else _BATCH[1]
+
+
+def _picture_lines(picture: _Picture, data_path: str) -> list[str]:
+    return [
+        "    source: images                 # images, arrays (.npz/.npy), idx, python",
+        f"    path: {inline_yaml(data_path)}     # a folder of pictures",
+        "    # labels: labels.csv           # columns file,label; without it, the folders' names",
+    ]
+
+
+def _array_lines(inputs: Sequence[ModelInput], data_path: str) -> list[str]:
+    named: Mapping[str, str] = {name: name for name, _, _ in inputs}
+    path = data_path if data_path.casefold().endswith((".npz", ".npy")) else f"{data_path}.npz"
+    lines = [
+        "    source: arrays                 # images, arrays (.npz/.npy), idx, python",
+        f"    path: {inline_yaml(path)}     # one array an input, one row a sample",
+    ]
+    if len(inputs) > 1:
+        lines.append(f"    inputs: {inline_yaml(named)}     # model input: array in the file")
+    lines.append("    # labels: labels               # the array of class indices; or null")
+    return lines
+
+
+def _preprocess_lines(picture: _Picture, dtype: str) -> list[str]:
+    lines = ["    preprocess:                    # a guess: check how the model was trained"]
+    if picture.height and picture.width:
+        short = min(picture.height, picture.width)
+        if short < 64:
+            lines.append(f"      resize: {[picture.height, picture.width]}")
+        else:
+            resize = round(short * 256 / 224)
+            square = picture.height == picture.width
+            crop = short if square else [picture.height, picture.width]
+            lines += [
+                f"      resize: {resize}                  # short side",
+                f"      crop: {crop}",
+            ]
+    else:
+        lines += [
+            f"      resize: {_SIDE[1] * 256 // 224}                  # short side",
+            f"      crop: {_SIDE[1]}",
+        ]
+    if dtype == "uint8":
+        lines.append("      scale: 1                     # pixels stay 0 to 255")
+    else:
+        lines.append(f"      scale: {1 / 255}   # pixels 0 to 255 become 0 to 1")
+        large = not picture.height or picture.height >= 64
+        if picture.channels == 3 and large:
+            lines.append(f"      mean: {list(_IMAGENET_MEAN)}   # ImageNet")
+            lines.append(f"      std: {list(_IMAGENET_STD)}")
+        else:
+            lines += [
+                f"      mean: {[0.0] * picture.channels}",
+                f"      std: {[1.0] * picture.channels}",
+            ]
+    channels = "GRAY" if picture.channels == 1 else "RGB"
+    return [*lines, f"      layout: {picture.layout}", f"      channels: {channels}"]

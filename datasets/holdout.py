@@ -1,0 +1,140 @@
+"""A few pictures set apart: the same ones whatever the order of the data and the batch size."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from trtune.configs.errors import DataError
+from trtune.datasets.batches import Batch, BatchSource, rebatch, take_rows
+
+log = logging.getLogger(__name__)
+
+SHARE = 4
+"""At most one picture in this many is set apart."""
+
+
+def hold_out(source: BatchSource, count: int) -> tuple[Batch, ...]:
+    """At most `count` pictures of `source`, each a batch of its own, chosen by their content.
+
+    They are those whose content has the smallest hashes, in that order, and at most a quarter of
+    all (one at least), so neither order nor batch size of the data matters. Equal pictures count
+    once. Reads the data once and keeps `count` pictures. Raises DataError for an empty source.
+    """
+    kept: list[tuple[int, Batch]] = []
+    seen: set[int] = set()
+    total = 0
+    for batch in source:
+        for row in range(len(batch)):
+            picture = take_rows(batch, slice(row, row + 1))
+            total += 1
+            code = -int.from_bytes(_digest(picture), "big")
+            if code in seen or (len(kept) == count and code <= kept[0][0]):
+                continue
+            picture = Batch(
+                {name: np.array(a) for name, a in picture.feeds.items()},
+                picture.items,
+                picture.labels,
+            )
+            seen.add(code)
+            heapq.heappush(kept, (code, picture))
+            if len(kept) > count:
+                seen.discard(heapq.heappop(kept)[0])
+    if not total:
+        raise DataError("the calibration data is empty; check path, take and skip")
+    ordered = [picture for _, picture in sorted(kept, key=lambda entry: -entry[0])]
+    return tuple(ordered[: max(1, total // SHARE)])
+
+
+def _digest(picture: Batch) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(picture.feeds):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(picture.feeds[name]).data)
+    return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Without:
+    """`source` less some items, by name. A `BatchSource`."""
+
+    source: BatchSource
+    items: frozenset[str]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.source:
+            rows = [i for i, item in enumerate(batch.items) if item not in self.items]
+            if len(rows) == len(batch):
+                yield batch
+            elif rows:
+                yield take_rows(batch, rows)
+
+    @property
+    def count(self) -> int | None:
+        """Samples a pass yields, as far as the source knows."""
+        return None if self.source.count is None else self.source.count - len(self.items)
+
+    @property
+    def identity(self) -> str:
+        """The source's identity with the names that are missing."""
+        names = "\n".join(sorted(self.items))
+        return hashlib.sha256(f"{self.source.identity}\n{names}".encode()).hexdigest()
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What the source skipped."""
+        return self.source.skipped
+
+
+@dataclass(frozen=True, slots=True)
+class WholeBatches:
+    """`source` in batches of exactly `size`, for models that fix theirs. A `BatchSource`.
+
+    A padded batch would count its filling twice, so what is left at the end is left out, and
+    the log says how much.
+    """
+
+    source: BatchSource
+    size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in rebatch(self.source, self.size):
+            if len(batch) == self.size:
+                yield batch
+            else:
+                log.warning(
+                    "the last %d pictures are left out: the model takes %d at a time",
+                    len(batch),
+                    self.size,
+                )
+
+    @property
+    def count(self) -> int | None:
+        """Samples a pass yields, as far as the source knows."""
+        count = self.source.count
+        return None if count is None else count // self.size * self.size
+
+    @property
+    def identity(self) -> str:
+        """The source's."""
+        return self.source.identity
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What the source skipped."""
+        return self.source.skipped
+
+
+def join(pictures: tuple[Batch, ...], size: int) -> list[Batch]:
+    """Single pictures put together into batches of `size`; the last may be short."""
+    joined = []
+    for start in range(0, len(pictures), size):
+        part = pictures[start : start + size]
+        feeds = {n: np.concatenate([p.feeds[n] for p in part]) for n in part[0].feeds}
+        joined.append(Batch(feeds, tuple(p.items[0] for p in part)))
+    return joined

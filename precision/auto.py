@@ -1,0 +1,158 @@
+"""Method `auto`: for each tensor the amax whose quantization hurts the output least.
+
+The output is that of the whole network, on pictures that the histograms have not seen, with
+nothing else quantized.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtune.calibrate.histogram import Histogram
+from trtune.calibrate.methods import CANDIDATES
+from trtune.configs.progress import Progress, silent
+from trtune.precision.placement import Edge
+from trtune.precision.sensitivity import Alone, Change, fake_quantize, in_parallel
+
+log = logging.getLogger(__name__)
+
+APART = 0.95
+"""Candidates closer than this to a larger one are not tried."""
+
+STRIDES = (1.25, 1.1)
+"""From the best candidate, steps by these factors up and down as long as they help."""
+
+WITHIN = 1.25
+"""What is this many times worse than the best on the first pictures is not tried on the others."""
+
+FINALISTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The amax chosen for a range, which method it is (or near to), and its output error.
+
+    `error` is the mean over the held-out pictures of noise energy by signal energy of the output.
+    """
+
+    amax: float
+    method: str
+    error: float
+
+
+def choose_by_output(
+    alone: Alone,
+    histograms: Mapping[str, Histogram],
+    readers: Mapping[str, Mapping[str, tuple[Edge, ...]]],
+    *,
+    progress: Progress = silent,
+) -> dict[str, Choice]:
+    """For each range the best amax, measured at the output on the pictures that `alone` holds.
+
+    `readers` maps a range (a key of `histograms`) to its tensors and the edges that read each of
+    them quantized; all tensors of a range are quantized together with one amax. Tried are the
+    methods of `CANDIDATES`, those that differ by 5 % at least, then steps of 25 % and 10 % from the
+    best one as long as they help.
+    The first half of the batches sorts out the hopeless, the others decide.
+    """
+    ranges = list(readers)
+
+    def task(name: str) -> Choice:
+        return _choose(alone, histograms[name], readers[name])
+
+    found = in_parallel(task, ranges, what="choose ranges", progress=progress)
+    return dict(zip(ranges, found, strict=True))
+
+
+def _choose(alone: Alone, histogram: Histogram, tensors: Mapping[str, tuple[Edge, ...]]) -> Choice:
+    if histogram.maximum == 0:
+        return Choice(0.0, "max", 0.0)
+    run = alone.session(Change(tuple(edge for edges in tensors.values() for edge in edges)))
+
+    def error(amax: float, batches: Sequence[int]) -> NDArray[np.float64]:
+        """Relative noise energy of each picture of some batches."""
+        found = []
+        for batch in batches:
+            scale = float(np.float32(amax) / np.float32(127))
+            changed = {t: fake_quantize(alone.stored(batch, t), scale) for t in tensors}
+            found.append(relative_noise(alone.reference(batch), run(batch, changed)))
+        return np.concatenate(found)
+
+    half = -(-alone.batches // 2)
+    first, rest = range(half), range(half, alone.batches)
+    names = distinct_candidates(histogram)
+    early = {amax: error(amax, first) for amax in names}
+
+    def better(amax: float, than: float) -> bool:
+        names.setdefault(amax, _near(amax, names))
+        if amax not in early:
+            early[amax] = error(amax, first)
+        return bool(early[amax].mean() < early[than].mean())
+
+    best = min(early, key=lambda amax: (early[amax].mean(), amax))
+    for stride in STRIDES:
+        best = _climb(best, stride, histogram.maximum, better)
+    kept = _finalists(early)
+    final = {a: np.concatenate([early[a], error(a, rest)]) if rest else early[a] for a in kept}
+    chosen = min(final, key=lambda amax: (final[amax].mean(), amax))
+    return Choice(chosen, names[chosen], float(final[chosen].mean()))
+
+
+def _climb(
+    start: float, stride: float, limit: float, better: Callable[[float, float], bool]
+) -> float:
+    """Walk up, or else down, by a factor as long as it gets better; at most up to `limit`."""
+    for factor in (stride, 1 / stride):
+        best = start
+        while (onward := min(best * factor, limit)) != best and better(onward, best):
+            best = onward
+        if best != start:
+            return best
+    return start
+
+
+def _near(amax: float, names: Mapping[float, str]) -> str:
+    """How to call an amax that no method gave: the nearest method and the factor."""
+    named = {known: name for known, name in names.items() if " x " not in name}
+    known = min(named, key=lambda other: abs(np.log(amax / other)))
+    return f"{named[known]} x {amax / known:.2f}"
+
+
+def _finalists(early: Mapping[float, NDArray[np.float64]]) -> list[float]:
+    ranked = sorted(early, key=lambda amax: (early[amax].mean(), amax))
+    limit = WITHIN * early[ranked[0]].mean()
+    return [amax for amax in ranked[:FINALISTS] if early[amax].mean() <= limit]
+
+
+def distinct_candidates(histogram: Histogram) -> dict[float, str]:
+    """amax -> method for the candidates that differ, largest first."""
+    found: dict[float, str] = {}
+    candidates = {name: method(histogram) for name, method in CANDIDATES.items()}
+    for name, amax in sorted(candidates.items(), key=lambda entry: (-entry[1], entry[0])):
+        if amax > 0 and all(amax < APART * other for other in found):
+            found[amax] = name
+    return found
+
+
+def relative_noise(
+    reference: Sequence[NDArray[np.floating]], outputs: Sequence[NDArray[np.floating]]
+) -> NDArray[np.float64]:
+    """Noise by signal energy of each picture, over all outputs; shape (pictures,).
+
+    A picture whose outputs are all zero counts with its noise energy itself.
+    """
+    noise: NDArray[np.float64] = np.zeros(1)
+    signal: NDArray[np.float64] = np.zeros(1)
+    pictures = len(reference[0]) if reference[0].ndim else 1
+    for exact, test in zip(reference, outputs, strict=True):
+        rows = pictures if exact.ndim and len(exact) == pictures else 1
+        r = exact.astype(np.float64).reshape(rows, -1)
+        t = test.astype(np.float64).reshape(rows, -1)
+        noise = noise + ((r - t) ** 2).sum(axis=1)
+        signal = signal + (r**2).sum(axis=1)
+    return noise / np.where(signal == 0, 1.0, signal)

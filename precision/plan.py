@@ -1,0 +1,285 @@
+"""The precision plan: what every node should run in, and why."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import onnx
+
+from trtune.configs.errors import ConfigError, did_you_mean
+from trtune.precision.graph import GraphView, attribute
+
+COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators with integer kernels of their own; the others follow what surrounds them."""
+
+ACTIVATIONS = {
+    *("Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh"),
+    *("Elu", "Selu", "Softplus", "Mish", "Gelu", "BatchNormalization"),
+}
+
+COMPUTE, FOLLOWS, SHAPE = "compute", "follows", "shape"
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One node's precision (int8, fp16, bf16, fp32), the reason, and its part in the network.
+
+    `role` is compute (a Conv, Gemm or MatMul, which runs in the precision named), follows (runs in
+    whatever its neighbours give it) or shape (index computation, never quantized).
+    """
+
+    precision: str
+    reason: str
+    role: str = COMPUTE
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionPlan:
+    """Node name -> precision, with a reason each.
+
+    `groups` maps a compute node to the nodes that are fused with it and share its fate: its
+    activation, the Add behind it. `default` and `fallback` are what the user asked for: what
+    nodes run in, and what those run in that cannot.
+    """
+
+    default: str
+    fallback: str
+    nodes: Mapping[str, Assignment]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nodes", MappingProxyType(dict(self.nodes)))
+        object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
+
+    def precision(self, node: str) -> str:
+        """What `node` should run in."""
+        return self.nodes[node].precision
+
+    def is_int8(self, node: str) -> bool:
+        """Whether `node` is to be computed in int8."""
+        assignment = self.nodes[node]
+        return assignment.role == COMPUTE and assignment.precision == "int8"
+
+    @property
+    def compute_nodes(self) -> tuple[str, ...]:
+        """The nodes that a precision can be chosen for, in graph order."""
+        return tuple(name for name, a in self.nodes.items() if a.role == COMPUTE)
+
+    @property
+    def int8_nodes(self) -> tuple[str, ...]:
+        """The nodes to be computed in int8, in graph order."""
+        return tuple(name for name in self.nodes if self.is_int8(name))
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """Compute nodes that the user or the tuner pinned, in graph order."""
+        return tuple(
+            name for name in self.compute_nodes if self.nodes[name].reason.startswith("pinned")
+        )
+
+    def counts(self) -> dict[str, int]:
+        """How many compute nodes run in each precision."""
+        found = {"int8": 0, "fp16": 0, "fp32": 0}
+        for name in self.compute_nodes:
+            precision = self.precision(name)
+            found[precision] = found.get(precision, 0) + 1
+        return found
+
+    def pin(self, nodes: Iterable[str], precision: str, reason: str) -> PrecisionPlan:
+        """The plan with the whole groups of `nodes` (compute nodes) in `precision`.
+
+        `reason` should begin with "pinned". Raises KeyError for a node that is not there.
+        """
+        changed = dict(self.nodes)
+        for node in nodes:
+            for member in (node, *self.groups.get(node, ())):
+                changed[member] = replace(changed[member], precision=precision, reason=reason)
+        return replace(self, nodes=changed)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` reads it back to an equal plan."""
+        nodes = {
+            name: {"precision": a.precision, "reason": a.reason, "role": a.role}
+            for name, a in self.nodes.items()
+        }
+        value = {
+            "default": self.default,
+            "fallback": self.fallback,
+            "nodes": nodes,
+            "groups": {name: list(members) for name, members in self.groups.items()},
+        }
+        return json.dumps(value, indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> PrecisionPlan:
+        """Read what `to_json` wrote."""
+        value: dict[str, Any] = json.loads(text)
+        return cls(
+            value["default"],
+            value["fallback"],
+            {name: Assignment(**a) for name, a in value["nodes"].items()},
+            {name: tuple(members) for name, members in value["groups"].items()},
+        )
+
+
+def make_plan(
+    view: GraphView,
+    *,
+    default: str = "int8",
+    fallback: str = "fp32",
+    pins: Mapping[str, str] | None = None,
+) -> PrecisionPlan:
+    """The plan before tuning: every node that can be quantized is, but for the user's pins.
+
+    `pins` maps a node name, `op:TYPE` or `re:EXPRESSION` (matched against the whole node name) to
+    a precision; of several that match a node the last one counts. A pin holds for the whole group
+    of the node. Raises ConfigError for a pin that matches nothing.
+    """
+    groups = fusion_groups(view)
+    nodes = {}
+    for node in view.nodes:
+        nodes[node.name] = _assignment(view, node, default, fallback)
+    plan = PrecisionPlan(default, fallback, nodes, groups)
+    owner = {member: leader for leader, members in groups.items() for member in members}
+    for pattern, precision in (pins or {}).items():
+        matched = match_pin(view, pattern)
+        leaders = {owner.get(name, name) for name in matched}
+        chosen = [n for n in plan.compute_nodes if n in leaders and _can_take(plan, n, precision)]
+        plan = plan.pin(chosen, precision, f"pinned by the user: {pattern!r}")
+    return plan
+
+
+def _can_take(plan: PrecisionPlan, node: str, precision: str) -> bool:
+    """An `int8` pin does not make a node quantizable that is not."""
+    return precision != "int8" or plan.is_int8(node) or plan.nodes[node].reason.startswith("pinned")
+
+
+def match_pin(view: GraphView, pattern: str) -> list[str]:
+    """The nodes that a pin names, in graph order; ConfigError with the nearest words if none."""
+    names = [node.name for node in view.nodes]
+    if pattern.startswith("op:"):
+        ops = [node.op_type for node in view.nodes]
+        found = [name for name, op in zip(names, ops, strict=True) if op == pattern[3:]]
+        near = did_you_mean(pattern[3:], ops)
+    elif pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(
+                f"precision.pin: {pattern!r} is not a regular expression: {error}"
+            ) from error
+        found, near = [name for name in names if expression.fullmatch(name)], ""
+    else:
+        found, near = (
+            [name for name in names if name == pattern],
+            did_you_mean(pattern, names, count=3),
+        )
+    if not found:
+        raise ConfigError(
+            f"precision.pin: {pattern!r} matches none of the {len(names)} nodes{near} "
+            "(`trtune inspect MODEL` lists them)"
+        )
+    return found
+
+
+def _assignment(view: GraphView, node: onnx.NodeProto, default: str, fallback: str) -> Assignment:
+    if node.name in view.shape_nodes:
+        return Assignment("fp32", "shape computation", SHAPE)
+    if node.op_type not in COMPUTE_OPS:
+        return Assignment(fallback, "follows its neighbours", FOLLOWS)
+    if default != "int8":
+        return Assignment(default, "default")
+    refusal = refusal_of(view, node)
+    return Assignment(fallback, refusal) if refusal else Assignment("int8", "default")
+
+
+def refusal_of(view: GraphView, node: onnx.NodeProto) -> str:
+    """Why a Conv, ConvTranspose, Gemm or MatMul cannot be quantized; empty if it can."""
+    data, weight = node.input[0], node.input[1]
+    if view.is_constant(data):
+        return "its data input is a constant"
+    if view.dtypes.get(data, "float32") not in ("float32", "float16"):
+        return f"its data input is {view.dtypes[data]}"
+    if not view.is_constant(weight):
+        return "its weights are computed at run time (attention pattern)"
+    if weight not in view.initializers:
+        return "its weights are the result of other nodes"
+    rank = len(view.initializers[weight].dims)
+    if node.op_type == "MatMul" and rank != 2:
+        return f"its weights have {rank} dimensions"
+    if node.op_type == "Gemm" and attribute(node, "transA", 0):
+        return "its data input is transposed (transA)"
+    return ""
+
+
+def weight_axis(node: onnx.NodeProto) -> int:
+    """The output-channel axis of a compute node's weights."""
+    if node.op_type == "ConvTranspose":
+        return 1
+    if node.op_type == "Gemm":
+        return 0 if attribute(node, "transB", 0) else 1
+    return 1 if node.op_type == "MatMul" else 0
+
+
+def fusion_groups(view: GraphView) -> dict[str, tuple[str, ...]]:
+    """Compute node -> the nodes fused behind it: bias Add, activation (SiLU too), residual Add.
+
+    The walk goes on as long as a tensor has one reader (two for x * sigmoid(x)); an Add of two
+    convolutions belongs to the later one.
+    """
+    groups: dict[str, tuple[str, ...]] = {}
+    taken: set[str] = set()
+    for node in reversed(view.nodes):
+        if node.op_type not in COMPUTE_OPS or node.name in view.shape_nodes:
+            continue
+        members = _followers(view, node, taken)
+        taken.update(members)
+        groups[node.name] = members
+    return {name: groups[name] for name in (n.name for n in view.nodes) if groups.get(name)}
+
+
+def _followers(view: GraphView, node: onnx.NodeProto, taken: set[str]) -> tuple[str, ...]:
+    members: list[str] = []
+    tensor, added = node.output[0], False
+    while tensor not in view.graph_outputs:
+        readers = list(dict.fromkeys(name for name, _ in view.consumers.get(tensor, ())))
+        following = _gated(view, tensor, readers) or (readers if len(readers) == 1 else [])
+        last = view.by_name[following[-1]] if following else None
+        if last is None or taken & set(following) or not _joins(view, last, len(following), added):
+            break
+        added = added or _is_residual(view, last)
+        members.extend(following)
+        tensor = last.output[0]
+    return tuple(members)
+
+
+def _gated(view: GraphView, tensor: str, readers: list[str]) -> list[str]:
+    """[Sigmoid, Mul] if the readers of `tensor` are x * sigmoid(x)."""
+    if len(readers) != 2:
+        return []
+    gates = [r for r in readers if view.by_name[r].op_type in ("Sigmoid", "HardSigmoid")]
+    products = [r for r in readers if view.by_name[r].op_type == "Mul"]
+    if len(gates) != 1 or len(products) != 1:
+        return []
+    gate, product = view.by_name[gates[0]], view.by_name[products[0]]
+    only = [name for name, _ in view.consumers.get(gate.output[0], ())] == [product.name]
+    return [gate.name, product.name] if only and gate.output[0] in product.input else []
+
+
+def _joins(view: GraphView, node: onnx.NodeProto, length: int, added: bool) -> bool:
+    if length == 2 or node.op_type in ACTIVATIONS:
+        return True
+    if node.op_type == "Add":
+        return not (added and _is_residual(view, node))
+    constant = any(view.is_constant(name) for name in node.input)
+    return node.op_type in ("Mul", "Sub", "Div") and constant and len(node.input) == 2
+
+
+def _is_residual(view: GraphView, node: onnx.NodeProto) -> bool:
+    """An Add of two computed tensors."""
+    return node.op_type == "Add" and not any(view.is_constant(name) for name in node.input)

@@ -1,0 +1,245 @@
+"""What quantizing one thing alone does to the output.
+
+Everything before the change computes what it computes in FP32, so only the rest of the network is
+run: a session over the nodes behind the change, fed with FP32 activations that were stored once
+and the changed tensor. Several amax candidates for a tensor share that session, and tensors are
+shared out over the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from trtune.calibrate.collect import usable_cores
+from trtune.calibrate.table import CalibrationTable
+from trtune.configs.progress import Progress, silent
+from trtune.datasets.batches import Batch
+from trtune.precision.backends.onnxruntime import make_session
+from trtune.precision.graph import GraphView, Model
+from trtune.precision.metrics import ErrorSums
+from trtune.precision.placement import Edge, Placement, place, skip_edge
+from trtune.precision.plan import PrecisionPlan
+from trtune.precision.rewrite import quantize_weights, weight_scales
+
+Array = NDArray[Any]
+Result = TypeVar("Result")
+Task = TypeVar("Task")
+
+
+def fake_quantize(values: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+    """`values` through int8 and back: clip(round half to even(x / scale), -128, 127) * scale.
+
+    The arithmetic of QuantizeLinear and DequantizeLinear in float32; same shape.
+    """
+    step = np.float32(scale)
+    codes = np.rint(values / step)
+    np.clip(codes, -128, 127, out=codes)
+    codes *= step
+    return codes
+
+
+def fake_quantize_weights(weights: Array, axis: int) -> NDArray[np.float32]:
+    """`weights` as their int8 codes say, per channel along `axis`; same shape, float32."""
+    scales = weight_scales(weights, axis)
+    shape = [1] * weights.ndim
+    shape[axis] = -1
+    codes = quantize_weights(weights, scales, axis).astype(np.float32)
+    return codes * scales.reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is quantized: `edges` read their tensor quantized, `weights` are replaced."""
+
+    edges: tuple[Edge, ...]
+    weights: tuple[tuple[Edge, str, int], ...] = ()
+
+
+class Alone:
+    """Runs the rest of the network behind a change, on a few pictures held in memory.
+
+    `pictures` are batches with the model's feeds; the FP32 activations at every place where a
+    change of `placement` can begin are computed once and held. Thread-safe.
+    """
+
+    def __init__(
+        self, model: Model, view: GraphView, placement: Placement, pictures: Sequence[Batch]
+    ) -> None:
+        self._model, self._view = model, view
+        needed: dict[str, None] = {}
+        for tensor, edges in placement.activations.items():
+            needed[tensor] = None
+            needed.update(dict.fromkeys(self._boundary(self._behind(edges))))
+        inputs = set(view.graph_inputs)
+        inner = [t for t in needed if t not in inputs]
+        self._outputs = tuple(o.name for o in model.outputs)
+        session = make_session(model.proto, outputs=inner, external_dir=model.external_dir)
+        names = [*dict.fromkeys([*self._outputs, *inner])]
+        self._stored: list[dict[str, Array]] = []
+        for batch in pictures:
+            found = dict(zip(names, session.run(names, dict(batch.feeds)), strict=True))
+            self._stored.append({**batch.feeds, **found})
+
+    def _behind(self, edges: Iterable[Edge]) -> list[onnx.NodeProto]:
+        first = {node for node, _ in edges}
+        outputs = [o for node in first for o in self._view.by_name[node].output if o]
+        behind = self._view.descendants(outputs) | first
+        return [node for node in self._view.nodes if node.name in behind]
+
+    def _boundary(self, nodes: Sequence[onnx.NodeProto]) -> list[str]:
+        made = {output for node in nodes for output in node.output}
+        read = dict.fromkeys(name for node in nodes for name in node.input if name)
+        return [t for t in read if t not in made and not self._view.is_constant(t)]
+
+    def session(self, change: Change) -> Callable[[int, Mapping[str, Array]], list[Array]]:
+        """A function from a batch number and the changed tensors to the model's outputs."""
+        nodes = self._behind(change.edges)
+        boundary = self._boundary(nodes)
+        copies = {node.name: _copy(node) for node in nodes}
+        renamed: dict[str, str] = {}
+        for name, index in change.edges:
+            tensor = copies[name].input[index]
+            renamed[tensor] = f"{tensor}/changed"
+            copies[name].input[index] = renamed[tensor]
+        weights = {}
+        for (name, index), weight, axis in change.weights:
+            value = fake_quantize_weights(self._view.constant(weight), axis)
+            weights[f"{weight}/changed"] = value
+            copies[name].input[index] = f"{weight}/changed"
+        proto = self._submodel(list(copies.values()), weights)
+        session = make_session(proto, threads=1, external_dir=self._model.external_dir)
+        wanted = {entry.name for entry in session.get_inputs()}
+        plain = [tensor for tensor in boundary if tensor in wanted]
+        fixed = [o for o in self._outputs if o not in {x for n in nodes for x in n.output}]
+
+        def run(batch: int, changed: Mapping[str, Array]) -> list[Array]:
+            stored = self._stored[batch]
+            feeds = {tensor: stored[tensor] for tensor in plain}
+            feeds |= {renamed[t]: a for t, a in changed.items() if renamed[t] in wanted}
+            names = [o for o in self._outputs if o not in fixed]
+            found = dict(zip(names, session.run(names, feeds), strict=True))
+            return [found[o] if o in found else stored[o] for o in self._outputs]
+
+        return run
+
+    def _submodel(
+        self, nodes: Sequence[onnx.NodeProto], weights: Mapping[str, Array]
+    ) -> onnx.ModelProto:
+        made = {output for node in nodes for output in node.output}
+        read = dict.fromkeys(name for node in nodes for name in node.input if name)
+        constants = self._constants(tensor for tensor in read if tensor not in made)
+        made |= {o for node in constants for o in node.output}
+        names = {*read, *(name for node in constants for name in node.input)}
+        initializers = [t for name, t in self._view.initializers.items() if name in names]
+        initializers += [numpy_helper.from_array(value, name) for name, value in weights.items()]
+        held = {t.name for t in initializers}
+        inputs = [self._value_info(name) for name in read if name not in made and name not in held]
+        outputs = [o for o in self._model.proto.graph.output if o.name in made]
+        graph = onnx.GraphProto(name="alone")
+        graph.node.extend([*constants, *nodes])
+        graph.initializer.extend(initializers)
+        graph.input.extend(inputs)
+        graph.output.extend(outputs)
+        return onnx.ModelProto(
+            ir_version=self._model.proto.ir_version,
+            opset_import=self._model.proto.opset_import,
+            functions=self._model.proto.functions,
+            graph=graph,
+        )
+
+    def _constants(self, tensors: Iterable[str]) -> list[onnx.NodeProto]:
+        """Nodes that compute constants from initializers."""
+        wanted = [t for t in tensors if t in self._view.producer and self._view.is_constant(t)]
+        names = {self._view.producer[t] for t in wanted} | self._view.ancestors(wanted)
+        return [node for node in self._view.nodes if node.name in names]
+
+    def _value_info(self, name: str) -> onnx.ValueInfoProto:
+        stored = self._stored[0].get(name.removesuffix("/changed"))
+        kind = onnx.TensorProto.FLOAT
+        shape: list[Any] | None = None
+        if stored is not None:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(stored.dtype)
+            shape = [None] * stored.ndim
+        return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+    def stored(self, batch: int, tensor: str) -> Array:
+        """The FP32 values of a tensor at which a change can begin."""
+        return self._stored[batch][tensor]
+
+    @property
+    def batches(self) -> int:
+        """How many batches are held."""
+        return len(self._stored)
+
+    def reference(self, batch: int) -> list[Array]:
+        """The model's FP32 outputs."""
+        return [self._stored[batch][name] for name in self._outputs]
+
+
+def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    return copy
+
+
+def in_parallel(
+    task: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    what: str,
+    progress: Progress = silent,
+) -> list[Result]:
+    """The results of `task` for each of `tasks`, in their order, on all usable cores."""
+    results: list[Result] = []
+    pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="alone")
+    try:
+        for result in pool.map(task, tasks):
+            results.append(result)
+            progress(what, len(results), len(tasks))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return results
+
+
+def alone_errors(
+    alone: Alone,
+    view: GraphView,
+    plan: PrecisionPlan,
+    table: CalibrationTable,
+    *,
+    progress: Progress = silent,
+) -> dict[str, ErrorSums]:
+    """What quantizing each int8 node of `plan` alone, weights, input and skip input, does.
+
+    Node -> errors of the model's outputs against FP32 over the pictures that `alone` holds.
+    """
+    placement = place(view, plan)
+    weights = {edge[0]: (edge, name, axis) for edge, (name, axis) in placement.weights.items()}
+
+    def measure(name: str) -> ErrorSums:
+        node = view.by_name[name]
+        edges: list[Edge] = [(name, 0)]
+        skip = skip_edge(view, plan, node)
+        if skip is not None:
+            edges.append(skip)
+        run = alone.session(Change(tuple(edges), (weights[name],)))
+        tensors = {view.by_name[n].input[i] for n, i in edges}
+        sums = ErrorSums()
+        for batch in range(alone.batches):
+            changed = {t: fake_quantize(alone.stored(batch, t), table.scale(t)) for t in tensors}
+            outputs = run(batch, changed)
+            for reference, test in zip(alone.reference(batch), outputs, strict=True):
+                sums = sums.add(reference, test)
+        return sums
+
+    nodes = list(plan.int8_nodes)
+    found = in_parallel(measure, nodes, what="rank layers", progress=progress)
+    return dict(zip(nodes, found, strict=True))

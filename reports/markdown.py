@@ -1,0 +1,181 @@
+"""The report as Markdown: the tables of the HTML report, readable as plain text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from trtune.reports.record import CalibrationRecord, LayerRow, RunRecord
+from trtune.reports.summary import (
+    DASH,
+    count,
+    decibels,
+    headline,
+    metric_label,
+    metric_text,
+    number,
+    outlier_sentences,
+    plural,
+    ratio_text,
+    seconds_text,
+    verdict,
+)
+from trtune.reports.tables import Table, compare_table, pinned_nodes, result_table, worst_layers
+
+WORST = 15
+
+
+def report_markdown(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
+    """The whole report of one run. Parts for which nothing was measured are left out."""
+    parts = [
+        f"# {escape(record.name)}",
+        f"**{escape(headline(record))}**",
+        escape(verdict(record)),
+        table_markdown(result_table(record)),
+        *_section("Pins that were not honoured", _not_honoured(record)),
+        *_section("Notes", [f"- {escape(note)}" for note in record.notes]),
+        *_section("Tuning", _tuning(record)),
+        *_section("Error per layer", _errors(record, layers)),
+        *_section("Calibration", _calibration(record.calibration, record)),
+        *_section("Every layer", _layers(layers)),
+        *_section("Reproduce", _reproduce(record)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def several_markdown(records: Sequence[RunRecord]) -> str:
+    """Several runs side by side."""
+    return f"# {plural(len(records), 'run')}\n\n{table_markdown(compare_table(records))}\n"
+
+
+def escape(text: str) -> str:
+    r"""`text` so that Markdown shows it as it is, on one line, inside and outside tables.
+
+    >>> print(escape("a|b *c* <d>"))
+    a\|b \*c\* &lt;d>
+    """
+    flat = re.sub(r"\s+", " ", text).strip()
+    flat = flat.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", flat)
+
+
+def code(text: str) -> str:
+    """`text` as a code span that survives backticks and, in a table, pipes.
+
+    >>> print(code("/model.0/Conv"))
+    `/model.0/Conv`
+    """
+    flat = re.sub(r"\s+", " ", text).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", flat)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if longest else ""
+    return f"{fence}{space}{flat}{space}{fence}" if flat else ""
+
+
+def table_markdown(table: Table) -> str:
+    """A table in pipes, numbers to the right, footnotes below."""
+    body = _pipes(
+        table.columns,
+        [[escape(cell) for cell in row] for row in table.rows],
+        text_columns=table.text_columns,
+    )
+    notes = zip(table.marks, table.footnotes, strict=True)
+    return "\n\n".join([body, *(f"{mark} {escape(note)}" for mark, note in notes)])
+
+
+def _pipes(columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
+    rules = ["---" if i < text_columns else "---:" for i in range(len(columns))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rules, *rows))
+
+
+def _section(title: str, blocks: Sequence[str]) -> list[str]:
+    return [f"## {title}", "\n".join(blocks)] if blocks else []
+
+
+def _not_honoured(record: RunRecord) -> list[str]:
+    return [
+        f"- {escape(v.name)} on {escape(v.backend)}: {', '.join(map(code, v.not_honoured))}"
+        for v in record.variants
+        if v.not_honoured
+    ]
+
+
+def _tuning(record: RunRecord) -> list[str]:
+    if not record.tuning:
+        return []
+    metric = record.baseline.metric
+    rows = [
+        [
+            str(step.step),
+            step.action,
+            ", ".join(map(code, step.pinned)) or DASH,
+            "yes" if step.met else "no",
+            str(len(step.pinned)),
+            metric_text(metric, step.value),
+            "cached" if step.cached else seconds_text(step.seconds),
+        ]
+        for step in record.tuning
+    ]
+    columns = ("step", "action", "pinned", "target met", "pins", metric_label(metric), "time")
+    return [_pipes(columns, rows, text_columns=4)]
+
+
+def _errors(record: RunRecord, layers: Sequence[LayerRow]) -> list[str]:
+    pinned = pinned_nodes(record, layers)
+    blocks = []
+    for by, title in (
+        ("alone_sqnr_db", "**Alone**: only this node quantized; error of the network's output."),
+        ("accumulated_sqnr_db", "**Accumulated**: whole network quantized; error of this output."),
+    ):
+        worst = worst_layers(layers, by=by, count=WORST)
+        rows = [
+            [code(r.node), r.op, "pinned" if r.node in pinned else "", decibels(getattr(r, by))]
+            for r in worst
+        ]
+        if rows:
+            blocks += [title, "", _pipes(("node", "op", "", "SQNR"), rows, text_columns=3), ""]
+    return blocks[:-1]
+
+
+def _calibration(calibration: CalibrationRecord | None, record: RunRecord) -> list[str]:
+    if calibration is None:
+        return []
+    lines = [
+        f"{plural(calibration.pictures, 'picture')}, {plural(calibration.tensors, 'tensor')}, "
+        f"method {escape(calibration.method)}, {seconds_text(calibration.seconds)} "
+        f"({seconds_text(calibration.inference_seconds)} of it inference)."
+    ]
+    if calibration.skipped:
+        names = ", ".join(map(code, calibration.skipped[:10]))
+        lines += ["", f"{plural(len(calibration.skipped), 'picture')} skipped: {names}"]
+    sentences = [f"- {escape(sentence)}" for sentence in outlier_sentences(record)]
+    lines += ["", *sentences] if sentences else []
+    rows = [
+        [code(o.tensor), code(o.item), *map(number, (o.max, o.runner_up, o.median_max)),
+         ratio_text(o.ratio)]
+        for o in calibration.outliers[:WORST]
+    ]  # fmt: skip
+    if rows:
+        columns = ("tensor", "picture", "max", "next", "median", "max / median")
+        lines += ["", _pipes(columns, rows, text_columns=2)]
+    return lines
+
+
+def _layers(layers: Sequence[LayerRow]) -> list[str]:
+    if not layers:
+        return []
+    rows = [
+        [code(r.node), r.op, r.precision, escape(r.reason), count(r.macs), count(r.parameters),
+         number(r.amax), decibels(r.alone_sqnr_db), decibels(r.accumulated_sqnr_db)]
+        for r in layers
+    ]  # fmt: skip
+    columns = ("node", "op", "precision", "reason", "MACs", "parameters", "amax", "alone",
+               "accumulated")  # fmt: skip
+    summary = f"<details><summary>{plural(len(layers), 'layer')}</summary>"
+    return [summary, "", _pipes(columns, rows, text_columns=4), "", "</details>"]
+
+
+def _reproduce(record: RunRecord) -> list[str]:
+    lines = ["```sh", record.command, "```", ""] if record.command else []
+    facts = {**record.versions, **record.hashes}
+    return lines + [f"- {escape(name)}: {code(value)}" for name, value in facts.items()]

@@ -1,0 +1,301 @@
+"""What a run amounts to, in words: numbers with their units, the target, the headline."""
+
+from __future__ import annotations
+
+import math
+
+from trtune.reports.record import RunRecord, Variant
+
+DASH = "—"
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+FRACTIONS = ("top1", "top5", "agreement")
+LABELS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "agreement": "agreement",
+    "sqnr_db": "SQNR",
+    "cosine": "cosine",
+}
+PRECISIONS = ("int8", "fp16", "bf16", "fp32")
+STATUS = {"met": "target met", "missed": "target missed", "failed": "failed"}
+
+
+def metric_label(metric: str) -> str:
+    """How a metric is called in a report; a user's own by its function's name.
+
+    >>> metric_label("top1"), metric_label("mine.metrics:mean_iou")
+    ('top-1', 'mean_iou')
+    """
+    return LABELS.get(metric, metric.rpartition(":")[2])
+
+
+def metric_text(metric: str, value: float | None) -> str:
+    """A metric's value with its unit.
+
+    >>> metric_text("top1", 0.8427), metric_text("sqnr_db", 17.24), metric_text("top1", None)
+    ('84.27 %', '17.2 dB', '—')
+    """
+    if value is None:
+        return DASH
+    if metric in FRACTIONS:
+        return f"{100 * value:.2f} %"
+    if metric == "sqnr_db":
+        return decibels(value)
+    return f"{value:.5f}" if metric == "cosine" else number(value)
+
+
+def change_text(metric: str, drop: float | None) -> str:
+    """A drop as a signed change against FP32: points of a hundred for fractions.
+
+    >>> change_text("top1", -0.001), change_text("top1", 0.0), change_text("top1", None)
+    ('+0.10', '0.00', '—')
+    """
+    if drop is None:
+        return DASH
+    text = f"{-100 * drop:+.2f}" if metric in FRACTIONS else f"{-drop:+.4g}"
+    return text[1:] if not text.strip("+-0.") else text.replace("-", MINUS)
+
+
+def decibels(value: float | None) -> str:
+    """Decibels with one decimal.
+
+    >>> decibels(13.34), decibels(math.inf), decibels(None)
+    ('13.3 dB', '∞ dB', '—')
+    """
+    if value is None:
+        return DASH
+    if math.isinf(value):
+        return "∞ dB" if value > 0 else MINUS + "∞ dB"
+    return f"{value:.1f} dB".replace("-", MINUS)
+
+
+def number(value: float | None) -> str:
+    """A bare number with four significant digits, all its digits from ten thousand on.
+
+    >>> number(0.000123456), number(31.0), number(123456.7), number(None)
+    ('0.0001235', '31', '123457', '—')
+    """
+    if value is None:
+        return DASH
+    plain = 1e4 <= abs(value) < 1e9
+    return (f"{value:.0f}" if plain else f"{value:.4g}").replace("-", MINUS)
+
+
+def three(value: float) -> str:
+    """A positive number with three significant digits and its trailing zeros, never an exponent.
+
+    >>> three(31.0), three(4.5), three(999.6), three(0.0123)
+    ('31.0', '4.50', '1000', '0.0123')
+    """
+    if value < 1:
+        return f"{value:.3g}"
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
+def ratio_text(value: float) -> str:
+    """How many times: whole from ten on.
+
+    >>> ratio_text(4457.2), ratio_text(1.234)
+    ('4457', '1.2')
+    """
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def count(value: float) -> str:
+    """A count with a decimal prefix.
+
+    >>> count(0), count(999), count(53_120), count(3.1e9)
+    ('0', '999', '53.1 k', '3.10 G')
+    """
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{three(value / factor)} {prefix}"
+    return f"{value:.0f}"
+
+
+def size_text(size: int | None) -> str:
+    """Bytes with a decimal prefix.
+
+    >>> size_text(3_612_345), size_text(812), size_text(None)
+    ('3.61 MB', '812 B', '—')
+    """
+    if size is None:
+        return DASH
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= factor:
+            return f"{three(size / factor)} {unit}"
+    return f"{size} B"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration.
+
+    >>> seconds_text(0.412), seconds_text(75), seconds_text(3720)
+    ('0.41 s', '1 min 15 s', '1 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def plural(amount: int, word: str) -> str:
+    """`amount` and `word`, in the plural unless there is one.
+
+    >>> plural(1, "pin"), plural(0, "pin"), plural(2, "pass")
+    ('1 pin', '0 pins', '2 passes')
+    """
+    ending = "" if amount == 1 else "es" if word.endswith("s") else "s"
+    return f"{amount} {word}{ending}"
+
+
+def tail(name: str, *, length: int = 40) -> str:
+    """The end of a long name, which tells nodes apart better than its start.
+
+    >>> tail("/features/features.1/block/Conv", length=12), tail("conv_2")
+    ('…/block/Conv', 'conv_2')
+    """
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def target_value(record: RunRecord) -> float | None:
+    """The value the metric must reach, or None without a target (or without a baseline)."""
+    target = record.target or {}
+    if target.get("min") is not None:
+        return float(target["min"])
+    if target.get("max_drop") is not None and record.baseline.value is not None:
+        return record.baseline.value - float(target["max_drop"])
+    return None
+
+
+def target_text(record: RunRecord) -> str:
+    """The target in words, or an empty string if there is none."""
+    metric, needed = record.baseline.metric, target_value(record)
+    if needed is None:
+        return ""
+    text = f"{metric_label(metric)} of at least {metric_text(metric, needed)}"
+    drop = (record.target or {}).get("max_drop")
+    if drop is None:
+        return text
+    amount = f"{100 * float(drop):.4g} points" if metric in FRACTIONS else number(float(drop))
+    return f"{text} (no more than {amount} below FP32)"
+
+
+def is_emulated(variant: Variant) -> bool:
+    """Whether the variant emulates another runtime's arithmetic, so that its time means nothing."""
+    return variant.backend.rpartition("/")[2] == "emulate"
+
+
+def backends(record: RunRecord) -> list[str]:
+    """The backends of the record in the order they first appear."""
+    return list(dict.fromkeys(variant.backend for variant in record.variants))
+
+
+def find_variant(record: RunRecord, name: str, backend: str | None = None) -> Variant | None:
+    """The first variant called `name` (on `backend`, if given)."""
+    for variant in record.variants:
+        if variant.name == name and backend in (None, variant.backend):
+            return variant
+    return None
+
+
+def untuned(record: RunRecord, backend: str | None = None) -> Variant | None:
+    """The variant before tuning: the first with a value that is neither fp32 nor tuned."""
+    for variant in record.variants:
+        if variant.name in ("fp32", "tuned") or backend not in (None, variant.backend):
+            continue
+        if variant.value is not None:
+            return variant
+    return None
+
+
+def main_variant(record: RunRecord) -> Variant | None:
+    """What the run gives its user: the first `tuned` with a value, else the untuned variant."""
+    for variant in record.variants:
+        if variant.name == "tuned" and variant.value is not None:
+            return variant
+    return untuned(record)
+
+
+def speedup(record: RunRecord, variant: Variant) -> float | None:
+    """How many times faster than the `fp32` variant of the same backend and batch.
+
+    None for FP32 itself, without two latencies to compare, and for an emulating backend.
+    """
+    fp32 = find_variant(record, "fp32", variant.backend)
+    if fp32 is None or variant is fp32 or is_emulated(variant):
+        return None
+    ours, theirs = variant.latency_ms, fp32.latency_ms
+    if ours is None or theirs is None or ours.batch != theirs.batch or not ours.median:
+        return None
+    return theirs.median / ours.median
+
+
+def nodes_text(variant: Variant) -> str:
+    """'52 of 53 layers INT8', or an empty string if the variant does not say."""
+    total = sum(variant.nodes.values())
+    if not total:
+        return ""
+    low = next((p for p in PRECISIONS[:3] if variant.nodes.get(p)), None)
+    if low is None:
+        return f"all {plural(total, 'layer')} FP32"
+    return f"{variant.nodes[low]} of {plural(total, 'layer')} {low.upper()}"
+
+
+def headline(record: RunRecord) -> str:
+    """One sentence: what came out, what it costs against FP32, and in how many layers."""
+    variant, metric = main_variant(record), record.baseline.metric
+    if variant is None:
+        reasons = [v.reason for v in record.variants if v.reason]
+        return f"No quantized model was measured: {reasons[0]}" if reasons else "Nothing measured."
+    pins = plural(len(variant.pinned), "pin") if variant.pinned else "no pins"
+    text = f"{_title(variant)} with {pins}: {metric_label(metric)} "
+    text += metric_text(metric, variant.value)
+    if record.baseline.value is not None:
+        text += f" (FP32 {metric_text(metric, record.baseline.value)})"
+    layers, faster = nodes_text(variant), speedup(record, variant)
+    text += f", {layers}" if layers else ""
+    text += f", {faster:.2f} times as fast as FP32" if faster else ""
+    return text + "."
+
+
+def verdict(record: RunRecord) -> str:
+    """What the target says about it, and what the model without pins reaches."""
+    needed, parts = target_text(record), []
+    if needed:
+        state = {"met": "is met", "missed": "is missed", "failed": "was not reached"}
+        parts.append(f"The target, {needed}, {state[record.status]}.")
+    elif record.status == "failed":
+        parts.append("The run failed.")
+    plain, main, metric = untuned(record), main_variant(record), record.baseline.metric
+    if plain is not None and main is not None and main is not plain and main.pinned:
+        change = "" if plain.drop is None else f" ({change_text(metric, plain.drop)} points)"
+        change = change if metric in FRACTIONS else change.replace(" points", "")
+        value = metric_text(metric, plain.value)
+        parts.append(f"Without pins {_title(plain)} reaches {value}{change}.")
+    return " ".join(parts)
+
+
+def outlier_sentences(record: RunRecord) -> list[str]:
+    """One sentence for each picture that dominates many tensors.
+
+    'picture 321 sets the range of 45 tensors, up to 4457 times the median (conv_2_out)'
+    """
+    if record.calibration is None:
+        return []
+    return [
+        f"picture {d.item} sets the range of {plural(d.tensors, 'tensor')}, up to "
+        f"{ratio_text(d.worst_ratio)} times the median ({d.worst_tensor})"
+        for d in record.calibration.dominant
+    ]
+
+
+def _title(variant: Variant) -> str:
+    """The precision in capitals: of the variant's name, or of most of its nodes if tuned."""
+    if variant.name in PRECISIONS:
+        return variant.name.upper()
+    low = next((p for p in PRECISIONS[:3] if variant.nodes.get(p)), "int8")
+    return low.upper() if variant.name == "tuned" else variant.name.upper()

@@ -1,0 +1,69 @@
+"""Writes a run's report files, each in one step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trtune.configs.errors import DataError, did_you_mean
+from trtune.configs.files import write_text
+from trtune.reports.html import report_html
+from trtune.reports.markdown import report_markdown
+from trtune.reports.record import LayerRow, RunRecord
+from trtune.reports.tables import dump_layers, result_frame
+
+log = logging.getLogger(__name__)
+
+FORMATS: dict[str, dict[str, Callable[[RunRecord, Sequence[LayerRow]], str]]] = {
+    "md": {"report.md": report_markdown},
+    "html": {"report.html": report_html},
+    "csv": {
+        "layers.csv": lambda record, layers: dump_layers(layers),
+        "variants.csv": lambda record, layers: result_frame(record).to_csv(
+            index=False, lineterminator="\n"
+        ),
+    },
+    "json": {"run.json": lambda record, layers: record.to_json()},
+}
+
+
+def write_report(
+    folder: Path,
+    record: RunRecord,
+    layers: Sequence[LayerRow] = (),
+    *,
+    formats: Sequence[str] = ("md", "html", "csv", "json"),
+) -> list[Path]:
+    """Write the files of `formats` into `folder` and return their paths.
+
+    `layers.csv` is left as it is when `layers` is empty: a run that compared nothing does not
+    erase an earlier comparison. Raises ValueError for an unknown format, TrtuneError if the file
+    system refuses.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(f"unknown report format {name!r}{did_you_mean(name, FORMATS)}")
+    written = []
+    for name in formats:
+        for file, render in FORMATS[name].items():
+            if file == "layers.csv" and not layers:
+                continue
+            write_text(Path(folder) / file, render(record, layers))
+            written.append(Path(folder) / file)
+    log.info("report: %s", ", ".join(map(str, written)))
+    return written
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read `run.json`, or the one in the folder `path`.
+
+    Raises DataError if it is not there, cannot be read, or is not a run record.
+    """
+    file = Path(path) / "run.json" if Path(path).is_dir() else Path(path)
+    try:
+        return RunRecord.from_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file; give a run's folder or its run.json") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not a run record: {error}") from error

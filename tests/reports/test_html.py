@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from trtune.reports.html import report_html, several_html
+from trtune.reports.record import Baseline, LayerRow, RunRecord, Variant
+
+VOID = {"meta", "link", "input", "wbr", "br", "img", "path", "use", "rect"}
+EVIL = '<script>alert("x")</script>&"\'/<b>'
+
+
+class Page(HTMLParser):
+    """Collects ids, attributes and text, and checks that elements close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "action", "data", "srcset", "poster"):
+                self.links.append(value or "")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def parse(html: str) -> Page:
+    """The page; fails if it is not well nested, repeats an id, or asks for anything outside."""
+    page = Page(html)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "@import" not in html
+    for link in page.links:
+        assert link == "data:," or (link.startswith("#") and link[1:] in page.ids)
+    return page
+
+
+def test_one_file_with_every_part(record: RunRecord, layers: list[LayerRow]) -> None:
+    page = parse(report_html(record, layers))
+    assert {"results", "tuning", "errors", "calibration", "layers", "reproduce"} <= set(page.ids)
+    assert page.tags.count("svg") == 2 + len(record.histograms)
+    assert "84.85\N{NO-BREAK SPACE}% (FP32 85.15" in "".join(page.words)
+    for sentence in (
+        "Picture 321 sets the range of 45 tensors, up to 4457 times the median",
+        "1 picture could not be read and was skipped: broken_17.png",
+        "emulation of TensorRT arithmetic: its CPU time says nothing about speed",
+        "Pins not honoured by tensorrt (int8)",
+        record.command,
+        record.notes[0],
+        record.hashes["model"],
+    ):
+        assert sentence in page.text
+
+
+def test_the_error_lists_are_worst_first(record: RunRecord, layers: list[LayerRow]) -> None:
+    html = report_html(record, layers)
+    alone, accumulated = html.index("Alone: which"), html.index("Accumulated: how")
+    values = [
+        float(part.split("<b>")[1].split(" dB")[0])
+        for part in html[alone:accumulated].split('<span class="num">')[1:]
+    ]
+    assert values == sorted(values)
+    assert values[0] == pytest.approx(11.9)
+    assert html[alone:accumulated].count("badge pin") == 2
+
+
+def test_every_name_is_escaped(record: RunRecord, layers: list[LayerRow]) -> None:
+    update = {"name": EVIL, "notes": [EVIL], "command": EVIL, "versions": {EVIL: EVIL}}
+    evil = record.model_copy(
+        update={
+            **update,
+            "variants": [v.model_copy(update={"backend": EVIL}) for v in record.variants],
+            "histograms": [record.histograms[0].model_copy(update={"tensor": EVIL})],
+        }
+    )
+    row = layers[0].model_copy(update={"node": EVIL, "op": EVIL, "reason": EVIL, "precision": EVIL})
+    page = parse(report_html(evil, [row]))
+    assert page.tags.count("script") == 1
+    assert "b" not in page.tags[page.tags.index("table") :][:50]
+    assert page.text.count('alert("x")') >= 10
+
+
+@pytest.mark.parametrize("status", ["met", "missed", "failed"])
+def test_a_record_with_hardly_anything(status: str) -> None:
+    record = RunRecord.model_validate(
+        {
+            "schema": 1,
+            "name": "n",
+            "key": "k",
+            "status": status,
+            "baseline": Baseline(metric="sqnr_db", value=None, samples=1),
+            "variants": [Variant(name="int8", backend="tensorrt", value=None, reason="no GPU")],
+        }
+    )
+    page = parse(report_html(record))
+    assert page.tags.count("section") == 1
+    assert "script" not in page.tags
+    assert "No quantized model was measured: no GPU" in page.text
+
+
+def test_layers_without_errors_have_no_empty_columns(record: RunRecord) -> None:
+    row = LayerRow(
+        node="n", op="Conv", shape="1", macs=1, parameters=1, precision="int8", reason="default"
+    )
+    html = report_html(record, [row])
+    assert '<button type="button">accumulated</button>' not in html
+    assert '<button type="button">MACs</button>' in html
+    assert 'id="errors"' not in html
+
+
+def test_broken_layers_are_shown_as_such(record: RunRecord, layers: list[LayerRow]) -> None:
+    row = layers[0].model_copy(update={"alone_sqnr_db": float("-inf")})
+    zero = record.histograms[0].model_copy(update={"max": 0.0, "amax": 0.0})
+    page = parse(report_html(record.model_copy(update={"histograms": [zero]}), [row]))
+    assert "NaN" in page.text
+    assert "never above zero" in page.text
+
+
+def test_several_runs_on_one_page(record: RunRecord) -> None:
+    other = record.model_copy(update={"name": "another", "status": "missed"})
+    page = parse(several_html([record, other]))
+    assert "2 runs side by side" in page.text
+    assert page.text.count("another") == 4
+
+
+SCRIPT = """<script>
+window.onerror = function (message) { document.title = "error " + message; };
+window.addEventListener("load", function () {
+  var table = document.getElementById("layertable");
+  document.querySelectorAll("details").forEach(function (d) { d.open = true; });
+  var head = Array.from(table.tHead.rows[0].cells).find(function (cell) {
+    return cell.textContent === "alone"; });
+  head.querySelector("button").click();
+  var first = table.tBodies[0].rows[0].cells[1].textContent;
+  document.querySelector("button[data-precision=fp32]").click();
+  var find = document.getElementById("find");
+  find.value = "gemm";
+  find.dispatchEvent(new Event("input"));
+  var wide = document.documentElement.scrollWidth > window.innerWidth;
+  var shown = document.getElementById("shown").textContent;
+  document.title = ["done", first.trim(), shown, wide].join("|");
+});
+</script></body>"""
+
+
+@pytest.mark.slow
+def test_a_browser_sorts_and_filters_without_an_error(
+    tmp_path: Path, record: RunRecord, layers: list[LayerRow]
+) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("chromium: not installed")
+    page = tmp_path / "report.html"
+    page.write_text(report_html(record, layers).replace("</body>", SCRIPT), encoding="utf-8")
+    command = [
+        browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=420,900",
+        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = result.stdout.split("<title>")[1].split("</title>")[0]
+    done, first, shown, too_wide = title.split("|")
+    assert done == "done"
+    assert "block.0/Conv pinned" in first.replace("\N{NO-BREAK SPACE}", " ")
+    assert shown == "1 of 82"
+    assert too_wide == "false"

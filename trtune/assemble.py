@@ -1,0 +1,333 @@
+"""The run record and the layer table, put together from what a job measured."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtune.calibrate.histogram import Histogram, bin_edges
+from trtune.calibrate.outliers import dominant, outliers
+from trtune.inputs import first_batch, repeat_to
+from trtune.job import Job, run_key
+from trtune.precision.backends.base import BuildInfo
+from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
+from trtune.precision.metrics import ErrorSums
+from trtune.precision.placement import place, shared_ranges
+from trtune.precision.plan import PrecisionPlan
+from trtune.reports.accuracy import Evaluation
+from trtune.reports.latency import measure_together
+from trtune.reports.record import (
+    Baseline,
+    CalibrationRecord,
+    DominantPicture,
+    HistogramPlot,
+    Latency,
+    LayerRow,
+    Outlier,
+    RunRecord,
+    TuningStep,
+    Variant,
+)
+
+PLOTTED = 9
+SHOWN_OUTLIERS = 60
+EMULATED = "emulation of TensorRT's arithmetic: its CPU time says nothing about speed"
+
+
+def layer_rows(job: Job, plan: PrecisionPlan) -> list[LayerRow]:
+    """One row a node, in graph order: what it is, what `plan` gives it, and its errors."""
+    view, table, errors = job.view, job.table if job.untuned.int8_nodes else None, job.layers
+    reads = {
+        edge: tensor
+        for tensor, edges in place(view, job.untuned).activations.items()
+        for edge in edges
+    }
+    rows = []
+    for node in view.nodes:
+        assignment = plan.nodes[node.name]
+        shape = view.shapes.get(node.output[0], ())
+        tensor = reads.get((node.name, 0), "")
+        known = table is not None and tensor in table.scales
+        rows.append(
+            LayerRow(
+                node=node.name,
+                op=node.op_type,
+                shape="x".join("?" if d is None else str(d) for d in shape),
+                macs=view.macs(node.name),
+                parameters=view.parameters(node.name),
+                precision=assignment.precision,
+                reason=assignment.reason,
+                tensor=tensor,
+                amax=table.amax(tensor) if table is not None and known else None,
+                method=table.methods.get(tensor, "") if table is not None and known else "",
+                **_accumulated(errors.accumulated.get(node.name)),
+                **_alone(errors.alone.get(node.name)),
+            )
+        )
+    return rows
+
+
+def _accumulated(sums: ErrorSums | None) -> dict[str, float | None]:
+    if sums is None:
+        return {}
+    return {
+        "accumulated_sqnr_db": sums.sqnr_db,
+        "accumulated_cosine": sums.cosine,
+        "accumulated_relative_l2": sums.relative_l2,
+        "accumulated_mean_relative": sums.mean_relative,
+        "accumulated_max_abs": sums.max_abs,
+    }
+
+
+def _alone(sums: ErrorSums | None) -> dict[str, float | None]:
+    if sums is None:
+        return {}
+    return {
+        "alone_sqnr_db": sums.sqnr_db,
+        "alone_cosine": sums.cosine,
+        "alone_relative_l2": sums.relative_l2,
+    }
+
+
+def calibration_record(job: Job) -> CalibrationRecord:
+    """What calibration did, and which pictures set its ranges."""
+    found, section = job.calibrated, job.config.calibration
+    ranked = outliers(found.histograms)
+    methods: dict[str, int] = {}
+    for method in found.table.methods.values():
+        name = method.split(" x ")[0]
+        methods[name] = methods.get(name, 0) + 1
+    return CalibrationRecord(
+        method=section.method if section.cache is None else f"cache {Path(section.cache).name}",
+        pictures=found.pictures,
+        seconds=found.seconds,
+        inference_seconds=found.inference_seconds,
+        peak_rss_bytes=peak_rss(),
+        tensors=len(found.table.scales),
+        passes=found.passes,
+        reused=job.reused_calibration,
+        search_seconds=found.search_seconds,
+        skipped=list(job.sources[0].skipped),
+        dominant=[DominantPicture(**asdict(d)) for d in dominant(ranked)],
+        outliers=[Outlier(**asdict(o)) for o in ranked[:SHOWN_OUTLIERS]],
+        methods=methods,
+    )
+
+
+def peak_rss() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def histogram_plots(job: Job) -> list[HistogramPlot]:
+    """Histograms of the inputs of the nodes that hurt most alone, worst first."""
+    histograms, table = job.calibrated.histograms, job.table
+    roots = shared_ranges(job.view, set(table.scales))
+    plots: dict[str, HistogramPlot] = {}
+    for node in sorted(job.layers.alone, key=lambda n: (job.layers.alone[n].sqnr_db, n)):
+        tensor = job.view.by_name[node].input[0]
+        histogram = histograms.get(roots.get(tensor, tensor))
+        if histogram is not None and histogram.maximum > 0 and tensor not in plots:
+            plots[tensor] = histogram_plot(
+                tensor, histogram, table.amax(tensor), table.methods.get(tensor, "")
+            )
+        if len(plots) == PLOTTED:
+            break
+    return list(plots.values())
+
+
+def histogram_plot(tensor: str, histogram: Histogram, amax: float, method: str) -> HistogramPlot:
+    """A histogram in 80 logarithmic bins over the four decades below its maximum."""
+    edges = np.geomspace(histogram.maximum / 1e4, histogram.maximum * (1 + 1e-6), 81)
+    filled = np.flatnonzero(histogram.counts[1:]) + 1
+    middles = (bin_edges()[filled] + bin_edges()[filled + 1]) / 2
+    middles = np.minimum(middles, histogram.maximum)
+    counts, _ = np.histogram(middles, edges, weights=histogram.counts[filled])
+    return HistogramPlot(
+        tensor=tensor,
+        edges=edges.tolist(),
+        counts=counts.tolist(),
+        amax=amax,
+        max=histogram.maximum,
+        method=method,
+    )
+
+
+def make_variants(job: Job) -> list[Variant]:
+    """fp32, int8 and tuned for every backend, each with what it is worth and what it takes."""
+    plans = {"int8": job.untuned, "tuned": job.tuned.plan}
+    found: list[Variant] = []
+    for backend in job.backends:
+        infos: dict[str, BuildInfo] = {}
+        changed = job.tuned.plan.to_json() != job.untuned.to_json()
+        for name, plan in plans.items():
+            folder = job.engine_folder(backend, untuned=name == "int8" and changed)
+            infos[name] = job.build(backend, plan, folder)
+        latencies = _latencies(job, backend, infos)
+        found.append(_fp32_variant(job, backend, latencies))
+        for name, plan in plans.items():
+            value, _ = job.measured(backend, plan, f"evaluate {backend.name}")
+            found.append(_variant(job, backend, name, plan, value, infos[name], latencies))
+    return found
+
+
+def _fp32_variant(
+    job: Job, backend: OnnxruntimeBackend, latencies: Mapping[str, Latency]
+) -> Variant:
+    baseline = job.baseline
+    return Variant(
+        name="fp32",
+        backend=backend.name,
+        value=baseline.value,
+        drop=None if baseline.value is None else 0.0,
+        latency_ms=latencies.get("fp32"),
+        latency_note=EMULATED if backend.lowering == "emulate" else None,
+        size_bytes=Path(job.config.model.path).stat().st_size,
+        nodes={"int8": 0, "fp16": 0, "fp32": len(job.untuned.compute_nodes)},
+        path=job.config.model.path,
+    )
+
+
+def _variant(
+    job: Job,
+    backend: OnnxruntimeBackend,
+    name: str,
+    plan: PrecisionPlan,
+    value: Evaluation,
+    info: BuildInfo,
+    latencies: Mapping[str, Latency],
+) -> Variant:
+    base = job.baseline.value
+    label = job.config.precision.default if name == "int8" else name
+    return Variant(
+        name=label,
+        backend=backend.name,
+        value=value.value,
+        drop=None if value.value is None or base is None else base - value.value,
+        sqnr_db=value.sqnr_db,
+        agreement=value.agreement,
+        latency_ms=latencies.get(name),
+        latency_note=EMULATED if backend.lowering == "emulate" else None,
+        size_bytes=info.size_bytes,
+        nodes=plan.counts(),
+        pinned=list(plan.pinned),
+        not_honoured=list(info.not_honoured),
+        path=str(info.path.relative_to(job.folder)) if info.path else None,
+    )
+
+
+def _latencies(
+    job: Job, backend: OnnxruntimeBackend, infos: Mapping[str, BuildInfo]
+) -> dict[str, Latency]:
+    """Latency of the unmarked models in turn; none for emulation, whose speed means nothing."""
+    section = job.config.report.latency
+    if section is None or backend.lowering == "emulate":
+        return {}
+    size = job.fixed_batch or section.batch
+    feeds = repeat_to(first_batch(job.sources[1], "data.evaluation"), size)
+    proto, external = job.model.proto, job.model.external_dir
+    with ExitStack() as stack:
+        engines = {
+            "fp32": stack.enter_context(
+                OrtEngine(
+                    lambda: make_session(proto, threads=backend.threads, external_dir=external)
+                )
+            )
+        }
+        for name, info in infos.items():
+            if info.path is not None:
+                engines[name] = stack.enter_context(backend.load(info.path.parent))
+        runs = {name: _call(engine, feeds) for name, engine in engines.items()}
+        return measure_together(
+            runs,
+            warmup=section.warmup,
+            runs=section.runs,
+            batch=size,
+            progress=job.progress,
+        )
+
+
+def _call(engine: OrtEngine, feeds: Mapping[str, Any]) -> Any:
+    return lambda: engine.infer(feeds)
+
+
+def tuning_steps(job: Job) -> list[TuningStep]:
+    """Every evaluated set of pins, in order."""
+    return [
+        TuningStep(
+            step=number,
+            action=step.action,
+            pinned=list(step.pinned),
+            value=step.score.value,
+            builds=0 if step.score.cached else 1,
+            seconds=round(step.seconds, 3),
+            sqnr_db=step.score.sqnr_db,
+            met=step.score.met,
+            cached=step.score.cached,
+            reason=step.reason,
+        )
+        for number, step in enumerate(job.tuned.steps)
+    ]
+
+
+def run_record(job: Job, *, command: str, started: str, seconds: float) -> RunRecord:
+    """The record of a finished run."""
+    variants = make_variants(job)
+    target = job.config.precision.target
+    quantized = bool(job.untuned.int8_nodes)
+    return RunRecord(
+        schema=1,
+        name=job.config.name,
+        key=run_key(job.config),
+        status="met" if job.tuned.met else "missed",
+        model={
+            "path": job.config.model.path,
+            "opset": job.model.opset,
+            "inputs": [[s.name, list(s.shape), s.dtype] for s in job.model.inputs],
+            "nodes": len(job.view.nodes),
+            "macs": sum(job.view.macs(node.name) for node in job.view.nodes),
+        },
+        target=None if target is None else target.model_dump(exclude_none=True),
+        baseline=Baseline(
+            metric=target.metric if target else "sqnr_db",
+            value=job.baseline.value,
+            samples=job.baseline.samples,
+        ),
+        variants=variants,
+        tuning=tuning_steps(job) if target else [],
+        calibration=calibration_record(job) if quantized else None,
+        histograms=histogram_plots(job) if quantized else [],
+        notes=_notes(job),
+        command=command,
+        started=started,
+        seconds=round(seconds, 3),
+        versions={
+            **job.versions,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        hashes=job.hashes,
+    )
+
+
+def _notes(job: Job) -> list[str]:
+    notes = list(job.model.notes)
+    if job.config.data.evaluation == job.config.data.calibration:
+        notes.append("accuracy was measured on the calibration pictures: name data.evaluation")
+    for name in job.untuned.compute_nodes:
+        assignment = job.untuned.nodes[name]
+        unplanned = assignment.precision != "int8" and not assignment.reason.startswith("pinned")
+        if job.untuned.default == "int8" and unplanned:
+            notes.append(f"{name} stays {assignment.precision}: {assignment.reason}")
+    if job.config.precision.target and not job.tuned.met and not job.untuned.int8_nodes:
+        notes.append("the target cannot be met by tuning: no node is quantized")
+    return notes

@@ -1,0 +1,501 @@
+"""One run: what it works on, and its stages, each of which reuses what its folder already holds."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtune.calibrate.histogram import BINS, Histogram, PictureMaxima
+from trtune.calibrate.table import CalibrationTable
+from trtune.configs.errors import CacheError, TrtuneError
+from trtune.configs.files import atomic_path, hash_json, write_text
+from trtune.configs.load import dump_config
+from trtune.configs.progress import Progress
+from trtune.configs.schema import Config
+from trtune.datasets.batches import Batch, BatchSource
+from trtune.datasets.holdout import hold_out
+from trtune.calibrate.cache import check_table, load_table, save_table
+from trtune.precision.backends.base import BuildInfo, Candidate, reusable
+from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
+from trtune.precision.calibration import (
+    Calibrated,
+    alone_on,
+    calibrate_model,
+    carried_tensors,
+    without_zero_ranges,
+)
+from trtune.precision.compare import compare_layers, fp32_gate
+from trtune.precision.graph import GraphView
+from trtune.precision.lowering import lower_emulate
+from trtune.precision.metrics import ErrorSums
+from trtune.precision.model import Model, load_model
+from trtune.precision.placement import place
+from trtune.precision.plan import PrecisionPlan, make_plan
+from trtune.precision.sensitivity import alone_errors
+from trtune.precision.tune import Score, Tuned, tune
+from trtune.reports.accuracy import Evaluation, StoredOutputs, collect_outputs, evaluate
+from trtune.reports.metrics import FIDELITY_METRICS, find_metric
+from trtune.inputs import backends_of, check_data, check_precisions, open_data
+from trtune.store import Evaluations, read_stage, write_stage
+
+log = logging.getLogger(__name__)
+
+CACHE_FILE = "calibration.cache"
+PACKAGES = ("trtune", "onnx", "onnxruntime", "numpy", "polygraphy")
+
+
+def run_folder(config: Config, out: Path | str = "runs") -> Path:
+    """`OUT/NAME-KEY`; KEY is the start of the hash of everything in the config but `report`."""
+    return Path(out) / f"{config.name}-{run_key(config)}"
+
+
+def run_key(config: Config) -> str:
+    """Ten hex digits: the hash of everything in the config that decides the result."""
+    value = config.model_dump(mode="json")
+    value.pop("report")
+    return hash_json(value)[:10]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerErrors:
+    """Errors by node: of its output in the quantized network, and of quantizing it alone."""
+
+    accumulated: Mapping[str, ErrorSums]
+    alone: Mapping[str, ErrorSums]
+
+
+class Job:
+    """A config being worked on in its folder. Every property is computed once, when asked for."""
+
+    def __init__(self, config: Config, out: Path | str, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+        self.folder = run_folder(config, out)
+        check_precisions(config)
+        self.backends = backends_of(config)
+        self.evaluations = Evaluations(self.folder)
+        self.builds = 0
+        self.reused_calibration = False
+        write_text(self.folder / "config.yaml", dump_config(config))
+
+    @cached_property
+    def model(self) -> Model:
+        """The normalised FP32 model, compared with the user's file on a few pictures."""
+        model = load_model(Path(self.config.model.path))
+        for note in model.notes:
+            log.info("model: %s", note)
+        return model
+
+    @cached_property
+    def view(self) -> GraphView:
+        """The index over the model's graph."""
+        return GraphView.of(self.model)
+
+    @cached_property
+    def sources(self) -> tuple[BatchSource, BatchSource]:
+        """Calibration and evaluation data, their first batches checked."""
+        calibration = open_data(self.config.data.calibration, self.model)
+        evaluation = open_data(self.config.data.evaluation, self.model)
+        check_data(self.config, calibration, evaluation)
+        return calibration, evaluation
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Versions of what results depend on."""
+        return {name: version(name) for name in PACKAGES}
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of model, data and config."""
+        calibration, evaluation = self.sources
+        return {
+            "model": self.model.sha256,
+            "calibration_data": calibration.identity,
+            "evaluation_data": evaluation.identity,
+            "config": hash_json(self.config.model_dump(mode="json")),
+        }
+
+    def gate(self) -> None:
+        """Check that the normalised FP32 model gives what the user's file gives."""
+        key = {"model": self.model.sha256, "data": self.hashes["calibration_data"], **self.versions}
+        if read_stage(self.folder, "gate", key) is None:
+            path = Path(self.config.model.path)
+            fp32_gate(path, self.model.proto, self.sources[0], external_dir=self.model.external_dir)
+            write_stage(self.folder, "gate", key, True)
+
+    @cached_property
+    def untuned(self) -> PrecisionPlan:
+        """The plan before tuning."""
+        section = self.config.precision
+        plan = make_plan(
+            self.view, default=section.default, fallback=section.fallback, pins=section.pin
+        )
+        if plan.int8_nodes:
+            plan = without_zero_ranges(self.view, plan, self.table)
+        elif section.default == "int8":
+            log.warning("nothing is quantizable in this model with these pins: it stays fp32")
+        return plan
+
+    @cached_property
+    def lowerings(self) -> tuple[str, ...]:
+        """The lowerings that the config's backends use."""
+        return tuple(sorted({backend.lowering for backend in self.backends}))
+
+    @cached_property
+    def table(self) -> CalibrationTable:
+        """The calibration table: named in the config, kept from before, or made now."""
+        return self.calibrated.table
+
+    @cached_property
+    def calibrated(self) -> Calibrated:
+        """The table and what it cost."""
+        section = self.config.calibration
+        # Every quantizable node counts, so that pins never make a kept table useless.
+        plan = make_plan(self.view)
+        tensors = carried_tensors(self.view, plan, self.lowerings)
+        key = {
+            "model": self.model.sha256,
+            "data": self.hashes["calibration_data"],
+            "method": section.method,
+            "percentile": section.percentile if section.method == "percentile" else None,
+            "holdout": section.holdout if section.method == "auto" else None,
+            "tensors": hash_json(tensors),
+            **self.versions,
+        }
+        path = self.folder / CACHE_FILE
+        if section.cache is not None:
+            table = named_table(Path(section.cache), self.model, trust=section.trust_cache)
+            check_table(table, tensors)
+            save_table(path, table)
+            return Calibrated(table, {}, 0, 0, 0.0, 0.0, 0.0)
+        kept = self._kept_calibration(key)
+        if kept is not None:
+            self.reused_calibration = True
+            return kept
+        for stale in (path, path.with_name(path.name + ".json")):
+            stale.unlink(missing_ok=True)
+        found = calibrate_model(
+            self.model,
+            self.view,
+            plan,
+            self.sources[0],
+            lowerings=self.lowerings,
+            method=section.method,
+            percentile=section.percentile,
+            holdout=section.holdout,
+            memory=section.memory,
+            provenance=key,
+            progress=self.progress,
+        )
+        save_histograms(self.folder / "histograms.npz", found.histograms)
+        save_table(path, found.table)
+        write_stage(self.folder, "calibrate", key, _cost(found))
+        return found
+
+    def _kept_calibration(self, key: Mapping[str, Any]) -> Calibrated | None:
+        cost = read_stage(self.folder, "calibrate", key)
+        if cost is None:
+            return None
+        try:
+            table = load_table(self.folder / CACHE_FILE)
+            histograms = load_histograms(self.folder / "histograms.npz")
+        except (CacheError, OSError, ValueError, KeyError) as error:
+            log.warning("the kept calibration cannot be used (%s): calibrating again", error)
+            return None
+        if dict(table.provenance) != dict(key):
+            log.info("calibrate: not reused, %s is of another calibration", CACHE_FILE)
+            return None
+        return Calibrated(table, histograms, **cost)
+
+    @cached_property
+    def _pictures(self) -> tuple[Batch, ...]:
+        return hold_out(self.sources[0], self.config.calibration.holdout)
+
+    @cached_property
+    def layers(self) -> LayerErrors:
+        """Errors of every node of the untuned model."""
+        section = self.config.compare
+        key = {
+            **{k: self.hashes[k] for k in ("model", "calibration_data", "evaluation_data")},
+            "candidate": Candidate(self.model, self.untuned, self.table).key,
+            "compare": section.model_dump(mode="json"),
+            "holdout": self.config.calibration.holdout,
+            **self.versions,
+        }
+        kept = read_stage(self.folder, "compare", key)
+        if kept is not None:
+            read = {part: {n: ErrorSums(**s) for n, s in kept[part].items()} for part in kept}
+            return LayerErrors(read["accumulated"], read["alone"])
+        found = LayerErrors(self._accumulated(), self._alone() if section.alone else {})
+        value = {
+            "accumulated": {n: sums_dict(s) for n, s in found.accumulated.items()},
+            "alone": {n: sums_dict(s) for n, s in found.alone.items()},
+        }
+        write_stage(self.folder, "compare", key, value)
+        return found
+
+    def _accumulated(self) -> dict[str, ErrorSums]:
+        section = self.config.compare
+        nodes = [n for n in self.view.nodes if n.name not in self.view.shape_nodes]
+        tensors = {n.output[0]: n.name for n in nodes if n.output and n.output[0]}
+        errors = compare_layers(
+            self.model.proto,
+            lower_emulate(self.model, self.untuned, self.table),
+            list(tensors),
+            self.sources[1],
+            pictures=section.pictures,
+            memory=section.memory,
+            external_dir=self.model.external_dir,
+            progress=self.progress,
+        )
+        return {tensors[t]: sums for t, sums in errors.errors.items()}
+
+    def _alone(self) -> dict[str, ErrorSums]:
+        placement = place(self.view, self.untuned)
+        if not placement.activations:
+            return {}
+        memory = self.config.calibration.memory
+        alone = alone_on(self.model, self.view, placement, self._pictures, memory=memory)
+        return alone_errors(alone, self.view, self.untuned, self.table, progress=self.progress)
+
+    @cached_property
+    def ranking(self) -> list[tuple[str, str]]:
+        """int8 nodes, the one that hurts the output most first, with the reason in words."""
+        errors = self.layers.alone or self._alone()
+        ranked = sorted(errors, key=lambda node: (errors[node].sqnr_db, node))
+        return [(n, f"alone it leaves {errors[n].sqnr_db:.1f} dB at the output") for n in ranked]
+
+    @cached_property
+    def metric(self) -> Any:
+        """The target's metric, or closeness to FP32 where there is no target."""
+        target = self.config.precision.target
+        return find_metric(target.metric) if target else "sqnr_db"
+
+    @cached_property
+    def fixed_batch(self) -> int | None:
+        """The batch size that the model fixes, if it does."""
+        return next((s.fixed_batch for s in self.model.inputs if s.fixed_batch), None)
+
+    @cached_property
+    def reference(self) -> StoredOutputs:
+        """The FP32 model's outputs over the evaluation data."""
+        engine = OrtEngine(
+            lambda: make_session(self.model.proto, external_dir=self.model.external_dir)
+        )
+        with engine:
+            return collect_outputs(
+                engine.infer,
+                self.sources[1],
+                fixed_batch=self.fixed_batch,
+                progress=self.progress,
+                what="fp32",
+            )
+
+    @cached_property
+    def baseline(self) -> Evaluation:
+        """The FP32 model's own value."""
+        key = {**self._measured_on, "candidate": "fp32"}
+
+        def measure() -> Evaluation:
+            metric = None if self._is_fidelity else self.metric
+            return evaluate(
+                replay(self.reference), self.sources[1], metric=metric, reference=self.reference
+            )
+
+        return self._evaluation(key, measure)
+
+    @property
+    def _is_fidelity(self) -> bool:
+        return isinstance(self.metric, str) and self.metric in FIDELITY_METRICS
+
+    @property
+    def _measured_on(self) -> dict[str, Any]:
+        target = self.config.precision.target
+        return {
+            "model": self.hashes["model"],
+            "data": self.hashes["evaluation_data"],
+            "metric": target.metric if target else "sqnr_db",
+            **self.versions,
+        }
+
+    def _evaluation(self, key: Mapping[str, Any], measure: Callable[[], Evaluation]) -> Evaluation:
+        kept = self.evaluations.get(key)
+        if kept is not None:
+            return Evaluation(**kept)
+        found = measure()
+        fields = ("metric", "value", "samples", "sqnr_db", "agreement", "cosine")
+        self.evaluations.put(key, {name: getattr(found, name) for name in fields})
+        return found
+
+    def engine_folder(self, backend: OnnxruntimeBackend, *, untuned: bool = False) -> Path:
+        """Where a backend's engine stands; the untuned one below it where tuning changed it."""
+        folder = self.folder / backend.name.replace("/", "-")
+        return folder / "untuned" if untuned else folder
+
+    def build(self, backend: OnnxruntimeBackend, plan: PrecisionPlan, folder: Path) -> BuildInfo:
+        """The engine for `plan` in `folder`, built unless it is there already."""
+        candidate = self.candidate(plan)
+        kept = reusable(folder, candidate, backend=backend.name, versions=backend.versions)
+        if kept is not None:
+            return kept
+        self.builds += 1
+        self.progress(f"build {backend.name}", 0, 1)
+        info = backend.build(candidate, folder)
+        self.progress(f"build {backend.name}", 1, 1)
+        return info
+
+    def candidate(self, plan: PrecisionPlan) -> Candidate:
+        """`plan` with this model and table."""
+        return Candidate(self.model, plan, self.table if plan.int8_nodes else None)
+
+    def measured(
+        self, backend: OnnxruntimeBackend, plan: PrecisionPlan, what: str
+    ) -> tuple[Evaluation, bool]:
+        """The value of `plan` on `backend`, from the unmarked model, and whether it was known."""
+        key = {
+            **self._measured_on,
+            "candidate": self.candidate(plan).key,
+            "backend": backend.name,
+        }
+        known = self.evaluations.get(key) is not None
+
+        def measure() -> Evaluation:
+            scratch = self.folder / ".tuning"
+            try:
+                self.build(backend, plan, scratch)
+                with backend.load(scratch) as engine:
+                    return evaluate(
+                        engine.infer,
+                        self.sources[1],
+                        metric=self.metric,
+                        reference=self.reference,
+                        fixed_batch=self.fixed_batch,
+                        progress=self.progress,
+                        what=what,
+                    )
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+        return self._evaluation(key, measure), known
+
+    @property
+    def threshold(self) -> float | None:
+        """The value that the target asks for, or None without a target."""
+        target = self.config.precision.target
+        if target is None:
+            return None
+        if target.min is not None:
+            return float(target.min)
+        if self.baseline.value is None or target.max_drop is None:
+            raise TrtuneError("the FP32 model has no value of the target metric to measure against")
+        return self.baseline.value - float(target.max_drop)
+
+    def score(self, plan: PrecisionPlan) -> Score:
+        """How `plan` does on the first backend, and whether the target holds on all of them."""
+        threshold, cached = self.threshold, True
+        first: Evaluation | None = None
+        met = True
+        for backend in self.backends:
+            found, known = self.measured(backend, plan, f"evaluate {backend.name}")
+            first, cached = first or found, cached and known
+            # The rounding of a difference of two fractions must not miss a target.
+            met = found.value is not None and (threshold is None or found.value >= threshold - 1e-9)
+            if not met:
+                break
+        assert first is not None
+        value = first.value if first.value is not None else float("-inf")
+        return Score(value, met, first.sqnr_db, cached)
+
+    @cached_property
+    def tuned(self) -> Tuned:
+        """The tuned plan; the untuned one if it meets the target or there is none."""
+        start = self.score(self.untuned)
+        needed = self.threshold is not None and not start.met and self.untuned.int8_nodes
+        section = self.config.precision
+        return tune(
+            self.untuned,
+            self.ranking if needed else [],
+            self.score,
+            max_pins=section.max_pins,
+            precision=section.fallback,
+        )
+
+
+def replay(stored: StoredOutputs) -> Callable[[Mapping[str, Any]], dict[str, NDArray[Any]]]:
+    """A `run` that gives stored outputs again, batch by batch in the same order."""
+    position = 0
+
+    def run(feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        nonlocal position
+        size = len(next(iter(feeds.values())))
+        part = slice(position, position + size)
+        position += size
+        return {name: array[part] for name, array in stored.outputs.items()}
+
+    return run
+
+
+def named_table(path: Path, model: Model, *, trust: bool) -> CalibrationTable:
+    """The cache that the config names. One whose key says another model needs `trust`."""
+    table = load_table(path, allow_unkeyed=True)
+    made_from = table.provenance.get("model")
+    if made_from not in (None, model.sha256) and not trust:
+        raise CacheError(
+            f"{path} was made from another model (its key says {str(made_from)[:12]}, this one is "
+            f"{model.sha256[:12]}); calibrate again, or set calibration.trust_cache to use it"
+        )
+    log.info("calibration cache %s used as the config says", path)
+    return replace(table, provenance={**table.provenance, "file": path.name})
+
+
+def _cost(found: Calibrated) -> dict[str, Any]:
+    return {
+        "pictures": found.pictures,
+        "passes": found.passes,
+        "seconds": found.seconds,
+        "inference_seconds": found.inference_seconds,
+        "search_seconds": found.search_seconds,
+    }
+
+
+def sums_dict(sums: ErrorSums) -> dict[str, Any]:
+    """An `ErrorSums` as plain numbers; `ErrorSums(**...)` reads it back."""
+    return {name: getattr(sums, name) for name in sums.__slots__}
+
+
+def save_histograms(path: Path, histograms: Mapping[str, Histogram]) -> None:
+    """Write histograms, their filled bins only, as an .npz file in one step."""
+    arrays: dict[str, Any] = {"names": np.array(list(histograms))}
+    for i, histogram in enumerate(histograms.values()):
+        for part, counts in (("values", histogram.counts), ("maxima", histogram.pictures.counts)):
+            filled = np.flatnonzero(counts)
+            arrays[f"{i}/{part}"] = np.stack([filled, counts[filled]])
+        arrays[f"{i}/max"] = np.array([histogram.maximum, histogram.pictures.runner_up])
+        arrays[f"{i}/item"] = np.array(histogram.pictures.item)
+    with atomic_path(path) as target, target.open("wb") as handle:
+        np.savez_compressed(handle, **arrays)
+
+
+def load_histograms(path: Path) -> dict[str, Histogram]:
+    """Read what `save_histograms` wrote. Raises OSError, ValueError or KeyError otherwise."""
+    found = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for i, name in enumerate(arrays["names"].tolist()):
+            counts = {}
+            for part in ("values", "maxima"):
+                filled, amounts = arrays[f"{i}/{part}"]
+                counts[part] = np.zeros(BINS, np.int64)
+                counts[part][filled] = amounts
+            maximum, runner_up = arrays[f"{i}/max"].tolist()
+            maxima = PictureMaxima(counts["maxima"], str(arrays[f"{i}/item"]), runner_up)
+            found[name] = Histogram(counts["values"], maximum, maxima)
+    return found
