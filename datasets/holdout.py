@@ -24,8 +24,11 @@ def hold_out(source: BatchSource, count: int) -> tuple[Batch, ...]:
 
     They are those whose content has the smallest hashes, in that order, and at most a quarter of
     all (one at least), so neither order nor batch size of the data matters. Equal pictures count
-    once. Reads the data once and keeps `count` pictures. Raises DataError for an empty source.
+    once. Reads the data once and keeps `count` pictures. Raises DataError for an empty source,
+    ValueError for a count below one.
     """
+    if count < 1:
+        raise ValueError(f"count is {count}; at least one picture must be set apart")
     kept: list[tuple[int, Batch]] = []
     seen: set[int] = set()
     total = 0
@@ -131,10 +134,21 @@ class WholeBatches:
 
 
 def join(pictures: tuple[Batch, ...], size: int) -> list[Batch]:
-    """Single pictures put together into batches of `size`; the last may be short."""
+    """Single pictures put together into batches of at most `size`, in order.
+
+    The last may be short, and so may one before a picture of another shape.
+    """
+    parts: list[list[Batch]] = []
+    for picture in pictures:
+        if not parts or len(parts[-1]) == size or _shapes(parts[-1][0]) != _shapes(picture):
+            parts.append([])
+        parts[-1].append(picture)
     joined = []
-    for start in range(0, len(pictures), size):
-        part = pictures[start : start + size]
+    for part in parts:
         feeds = {n: np.concatenate([p.feeds[n] for p in part]) for n in part[0].feeds}
         joined.append(Batch(feeds, tuple(p.items[0] for p in part)))
     return joined
+
+
+def _shapes(picture: Batch) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in picture.feeds.items()}

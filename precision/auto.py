@@ -7,7 +7,7 @@ nothing else quantized.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +27,11 @@ APART = 0.95
 STRIDES = (1.25, 1.1)
 """From the best candidate, steps by these factors up and down as long as they help."""
 
+HOPELESS = 1.5
+"""What is this many times worse than the best on the first batch is given up."""
+
 WITHIN = 1.25
-"""What is this many times worse than the best on the first pictures is not tried on the others."""
+"""What is this many times worse than the best on the first half is not tried on the others."""
 
 FINALISTS = 4
 
@@ -58,7 +61,7 @@ def choose_by_output(
     them quantized; all tensors of a range are quantized together with one amax. Tried are the
     methods of `CANDIDATES`, those that differ by 5 % at least, then steps of 25 % and 10 % from the
     best one as long as they help.
-    The first half of the batches sorts out the hopeless, the others decide.
+    The first batch sorts out the hopeless, the first half leads the steps, all decide.
     """
     ranges = list(readers)
 
@@ -72,35 +75,53 @@ def choose_by_output(
 def _choose(alone: Alone, histogram: Histogram, tensors: Mapping[str, tuple[Edge, ...]]) -> Choice:
     if histogram.maximum == 0:
         return Choice(0.0, "max", 0.0)
-    run = alone.session(Change(tuple(edge for edges in tensors.values() for edge in edges)))
-
-    def error(amax: float, batches: Sequence[int]) -> NDArray[np.float64]:
-        """Relative noise energy of each picture of some batches."""
-        found = []
-        for batch in batches:
-            scale = float(np.float32(amax) / np.float32(127))
-            changed = {t: fake_quantize(alone.stored(batch, t), scale) for t in tensors}
-            found.append(relative_noise(alone.reference(batch), run(batch, changed)))
-        return np.concatenate(found)
-
-    half = -(-alone.batches // 2)
-    first, rest = range(half), range(half, alone.batches)
+    trials = _Trials(alone, tensors)
+    some, all_batches = -(-alone.batches // 2), alone.batches
     names = distinct_candidates(histogram)
-    early = {amax: error(amax, first) for amax in names}
+    promising = trials.best(names, 1, count=len(names), within=HOPELESS)
+    best = trials.best(promising, some, count=1, within=1.0)[0]
 
     def better(amax: float, than: float) -> bool:
         names.setdefault(amax, _near(amax, names))
-        if amax not in early:
-            early[amax] = error(amax, first)
-        return bool(early[amax].mean() < early[than].mean())
+        return trials.error(amax, some) < trials.error(than, some)
 
-    best = min(early, key=lambda amax: (early[amax].mean(), amax))
     for stride in STRIDES:
         best = _climb(best, stride, histogram.maximum, better)
-    kept = _finalists(early)
-    final = {a: np.concatenate([early[a], error(a, rest)]) if rest else early[a] for a in kept}
-    chosen = min(final, key=lambda amax: (final[amax].mean(), amax))
-    return Choice(chosen, names[chosen], float(final[chosen].mean()))
+    tried = [amax for amax in names if trials.seen(amax) >= some]
+    finalists = trials.best(tried, some, count=FINALISTS, within=WITHIN)
+    chosen = trials.best(finalists, all_batches, count=1, within=1.0)[0]
+    return Choice(chosen, names[chosen], trials.error(chosen, all_batches))
+
+
+class _Trials:
+    """The output error of each amax tried, on as many batches as were asked for so far."""
+
+    def __init__(self, alone: Alone, tensors: Mapping[str, tuple[Edge, ...]]) -> None:
+        edges = tuple(edge for readers in tensors.values() for edge in readers)
+        self._alone, self._tensors = alone, tuple(tensors)
+        self._run = alone.session(Change(edges))
+        self._found: dict[float, list[NDArray[np.float64]]] = {}
+
+    def seen(self, amax: float) -> int:
+        """Batches that `amax` was tried on."""
+        return len(self._found.get(amax, ()))
+
+    def error(self, amax: float, batches: int) -> float:
+        """Mean over the pictures of the first `batches` of the relative noise energy."""
+        found = self._found.setdefault(amax, [])
+        scale = float(np.float32(amax) / np.float32(127))
+        for batch in range(len(found), batches):
+            changed = {t: fake_quantize(self._alone.stored(batch, t), scale) for t in self._tensors}
+            found.append(relative_noise(self._alone.reference(batch), self._run(batch, changed)))
+        return float(np.concatenate(found[:batches]).mean())
+
+    def best(
+        self, amaxes: Iterable[float], batches: int, *, count: int, within: float
+    ) -> list[float]:
+        """The best `count` of `amaxes` on some batches, none `within` times worse than the best."""
+        ranked = sorted(amaxes, key=lambda amax: (self.error(amax, batches), amax))
+        limit = within * self.error(ranked[0], batches)
+        return [amax for amax in ranked[:count] if self.error(amax, batches) <= limit]
 
 
 def _climb(
@@ -123,12 +144,6 @@ def _near(amax: float, names: Mapping[float, str]) -> str:
     return f"{named[known]} x {amax / known:.2f}"
 
 
-def _finalists(early: Mapping[float, NDArray[np.float64]]) -> list[float]:
-    ranked = sorted(early, key=lambda amax: (early[amax].mean(), amax))
-    limit = WITHIN * early[ranked[0]].mean()
-    return [amax for amax in ranked[:FINALISTS] if early[amax].mean() <= limit]
-
-
 def distinct_candidates(histogram: Histogram) -> dict[float, str]:
     """amax -> method for the candidates that differ, largest first."""
     found: dict[float, str] = {}
@@ -144,15 +159,18 @@ def relative_noise(
 ) -> NDArray[np.float64]:
     """Noise by signal energy of each picture, over all outputs; shape (pictures,).
 
-    A picture whose outputs are all zero counts with its noise energy itself.
+    A picture whose outputs are all zero counts with its noise energy itself. Outputs that are not
+    finite in FP32 either (a mask of -inf) are left out; one that was finite makes it infinite.
     """
     noise: NDArray[np.float64] = np.zeros(1)
     signal: NDArray[np.float64] = np.zeros(1)
     pictures = len(reference[0]) if reference[0].ndim else 1
     for exact, test in zip(reference, outputs, strict=True):
         rows = pictures if exact.ndim and len(exact) == pictures else 1
-        r = exact.astype(np.float64).reshape(rows, -1)
-        t = test.astype(np.float64).reshape(rows, -1)
+        finite = np.isfinite(exact)
+        r = np.where(finite, exact, 0).astype(np.float64).reshape(rows, -1)
+        t = np.where(finite, test, 0).astype(np.float64).reshape(rows, -1)
+        t[~np.isfinite(t)] = np.inf
         noise = noise + ((r - t) ** 2).sum(axis=1)
         signal = signal + (r**2).sum(axis=1)
     return noise / np.where(signal == 0, 1.0, signal)

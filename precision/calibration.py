@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from trtune.calibrate.collect import DEFAULT_MEMORY, collect, measure
 from trtune.calibrate.histogram import Histogram
 from trtune.calibrate.methods import choose
 from trtune.calibrate.table import CalibrationTable
+from trtune.configs.errors import DataError
 from trtune.configs.progress import Progress, silent
-from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch
+from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, rebatch
 from trtune.datasets.holdout import WholeBatches, Without, hold_out, join
 from trtune.precision.auto import Choice, choose_by_output
 from trtune.precision.deploy import deploy_tensors
 from trtune.precision.graph import GraphView, Model
 from trtune.precision.placement import Edge, Placement, place, shared_ranges
 from trtune.precision.plan import PrecisionPlan
-from trtune.precision.sensitivity import Alone
+from trtune.precision.sensitivity import Alone, held_tensors
 
 log = logging.getLogger(__name__)
 
@@ -72,47 +74,75 @@ def calibrate_model(
 ) -> Calibrated:
     """Scales for every tensor that `plan` quantizes, from one pass over `source`.
 
-    `method` is a key of `AMAX_METHODS` or `auto`, which holds out `holdout` pictures, takes the
-    histograms from the others, and chooses for each range the amax that hurts the output least on
-    the held-out ones.
+    `method` is a key of `AMAX_METHODS` or `auto`, which takes the histograms from all but `holdout`
+    pictures, and chooses for each range the amax that hurts the output least on those. Raises
+    DataError if there are not enough pictures for one inference.
     """
     started = time.perf_counter()
     tensors = carried_tensors(view, plan, lowerings)
     roots = shared_ranges(view, set(tensors))
     ranges = list(dict.fromkeys(roots[tensor] for tensor in tensors))
     held = hold_out(source, holdout) if method == AUTO and ranges else ()
-    seen = Without(source, frozenset(b.items[0] for b in held)) if held else source
-    seen = source if held and seen.count == 0 else seen  # a single picture has to do for both
-    fixed = batch_size(model.inputs, 1)
-    seen = WholeBatches(seen, fixed) if fixed > 1 else seen
+    seen = seen_pictures(source, held, batch_size(model.inputs, 1))
     found = collect(
         model.proto, ranges, seen, memory=memory, external_dir=model.external_dir, progress=progress
     )
     search = time.perf_counter()
-    if method == AUTO:
+    if held:
         placement = with_deploy(view, plan, tensors)
         alone = alone_on(model, view, placement, held, memory=memory)
-        choices = choose_by_output(
-            alone, found.histograms, _readers(placement, roots), progress=progress
-        )
+        edges = _edges(placement, roots)
+        choices = choose_by_output(alone, found.histograms, edges, progress=progress)
     else:
-        amaxes = choose(found.histograms, method, percentile=percentile)
-        choices = {name: Choice(amax, method, 0.0) for name, amax in amaxes.items()}
-    table = CalibrationTable.from_amax(
-        {tensor: choices[roots[tensor]].amax for tensor in tensors},
-        methods={tensor: choices[roots[tensor]].method for tensor in tensors},
-        provenance=provenance,
-    )
+        choices = _chosen_alike(found.histograms, method, percentile)
     finished = time.perf_counter()
     return Calibrated(
-        table,
+        _table({tensor: choices[roots[tensor]] for tensor in tensors}, provenance),
         found.histograms,
         found.pictures,
         found.passes,
         finished - started,
         found.inference_seconds,
-        finished - search if method == AUTO else 0.0,
+        finished - search if held else 0.0,
     )
+
+
+def _chosen_alike(
+    histograms: Mapping[str, Histogram], method: str, percentile: float
+) -> dict[str, Choice]:
+    """The same method for every range; nothing if there is none to choose for."""
+    amaxes = choose(histograms, method, percentile=percentile) if histograms else {}
+    return {name: Choice(amax, method, 0.0) for name, amax in amaxes.items()}
+
+
+def _table(chosen: Mapping[str, Choice], provenance: Mapping[str, Any] | None) -> CalibrationTable:
+    return CalibrationTable.from_amax(
+        {tensor: choice.amax for tensor, choice in chosen.items()},
+        methods={tensor: choice.method for tensor, choice in chosen.items()},
+        provenance=provenance,
+    )
+
+
+def seen_pictures(source: BatchSource, held: Sequence[Batch], fixed: int) -> BatchSource:
+    """What the histograms are made of: `source` less the pictures `held` out, in whole batches.
+
+    Where those would be too few for one batch of `fixed`, which the model takes, all are seen.
+    Raises DataError if even they are too few.
+    """
+    others = Without(source, frozenset(item for batch in held for item in batch.items))
+    seen = others if held and _has_batch(others, fixed) else source
+    if fixed == 1:
+        return seen
+    if not _has_batch(seen, fixed):
+        raise DataError(
+            f"the model takes {fixed} pictures at a time, and the calibration data has fewer: "
+            "give more, or export the model with a free batch dimension"
+        )
+    return WholeBatches(seen, fixed)
+
+
+def _has_batch(source: BatchSource, size: int) -> bool:
+    return any(len(batch) == size for batch in islice(rebatch(source, size), 1))
 
 
 def with_deploy(view: GraphView, plan: PrecisionPlan, tensors: Iterable[str]) -> Placement:
@@ -132,7 +162,7 @@ def with_deploy(view: GraphView, plan: PrecisionPlan, tensors: Iterable[str]) ->
     return Placement(edges, placement.weights)
 
 
-def _readers(
+def _edges(
     placement: Placement, roots: Mapping[str, str]
 ) -> dict[str, dict[str, tuple[Edge, ...]]]:
     readers: dict[str, dict[str, tuple[Edge, ...]]] = {}
@@ -149,13 +179,15 @@ def alone_on(
     *,
     memory: int,
 ) -> Alone:
-    """An `Alone` on as many of `pictures` as keep its stored activations within `memory` bytes."""
+    """An `Alone` on as many of `pictures` as keep what it holds within `memory` bytes.
+
+    At least one batch; in a model of fixed batch size the last picture fills the last batch.
+    """
     size = batch_size(model.inputs, PICTURES_AT_ONCE)
     batches = join(pictures, size)
     batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
-    extents = measure(
-        model.proto, list(placement.activations), batches[0], external_dir=model.external_dir
-    )
+    tensors = held_tensors(view, placement)
+    extents = measure(model.proto, tensors, batches[0], external_dir=model.external_dir)
     each = max(sum(extent.bytes for extent in extents.values()), 1) * len(batches[0])
     count = max(1, min(len(batches), memory // each))
     if count < len(batches):
@@ -166,12 +198,17 @@ def alone_on(
 def without_zero_ranges(
     view: GraphView, plan: PrecisionPlan, table: CalibrationTable
 ) -> PrecisionPlan:
-    """`plan` less the nodes whose input was never anything but zero: no scale is right for them."""
+    """`plan` less the nodes that read a tensor which was never anything but zero.
+
+    No scale is right for it. For the skip input of an Add that is the convolution it belongs to.
+    """
     changed = dict(plan.nodes)
+    owner = {member: leader for leader, members in plan.groups.items() for member in members}
     for tensor, edges in place(view, plan).activations.items():
-        if tensor in table.scales and table.scales[tensor] == 0:
-            for name, _ in edges:
-                if plan.is_int8(name):
-                    reason = f"its input {tensor!r} was zero in every calibration picture"
-                    changed[name] = replace(changed[name], precision=plan.fallback, reason=reason)
+        if table.scales.get(tensor) != 0:
+            continue
+        reason = f"its input {tensor!r} was zero in every calibration picture"
+        for name, _ in edges:
+            node = owner.get(name, name)
+            changed[node] = replace(changed[node], precision=plan.fallback, reason=reason)
     return replace(plan, nodes=changed)

@@ -20,9 +20,10 @@ from trtune.precision.plan import PrecisionPlan, weight_axis
 
 MOVES = {
     *("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Identity"),
-    *("Slice", "Split", "Gather", "Expand", "DepthToSpace", "SpaceToDepth", "Tile", "Dropout"),
+    *("Expand", "DepthToSpace", "SpaceToDepth", "Tile", "Dropout"),
 }
-"""Operators that pass values on unchanged (Gather and the like: their data input)."""
+"""Operators that pass values on unchanged. Not Slice, Split and Gather: the part that they pass on
+may be far smaller than what they leave out, which its range would clip."""
 
 Edge = tuple[str, int]
 
@@ -106,7 +107,7 @@ def _moved_to(
                 continue
             for output in node.output:
                 if output in tensors and output not in seen:
-                    return output
+                    return str(output)
                 if output and output not in seen:
                     frontier.append(output)
     return None

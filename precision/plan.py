@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,8 @@ import onnx
 
 from trtune.configs.errors import ConfigError, did_you_mean
 from trtune.precision.graph import GraphView, attribute
+
+log = logging.getLogger(__name__)
 
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators with integer kernels of their own; the others follow what surrounds them."""
@@ -91,7 +94,8 @@ class PrecisionPlan:
         return found
 
     def pin(self, nodes: Iterable[str], precision: str, reason: str) -> PrecisionPlan:
-        """The plan with the whole groups of `nodes` (compute nodes) in `precision`.
+        """The plan with `nodes`, and the whole groups of the compute nodes among them, in
+        `precision`.
 
         `reason` should begin with "pinned". Raises KeyError for a node that is not there.
         """
@@ -138,53 +142,70 @@ def make_plan(
 
     `pins` maps a node name, `op:TYPE` or `re:EXPRESSION` (matched against the whole node name) to
     a precision; of several that match a node the last one counts. A pin holds for the whole group
-    of the node. Raises ConfigError for a pin that matches nothing.
+    of the node. Pinned to int8, a node that cannot be quantized stays what it was, and the log
+    says so. Raises ConfigError for a pin that matches nothing.
     """
     groups = fusion_groups(view)
-    nodes = {}
-    for node in view.nodes:
-        nodes[node.name] = _assignment(view, node, default, fallback)
+    nodes = {node.name: _assignment(view, node, default, fallback) for node in view.nodes}
     plan = PrecisionPlan(default, fallback, nodes, groups)
     owner = {member: leader for leader, members in groups.items() for member in members}
     for pattern, precision in (pins or {}).items():
-        matched = match_pin(view, pattern)
-        leaders = {owner.get(name, name) for name in matched}
-        chosen = [n for n in plan.compute_nodes if n in leaders and _can_take(plan, n, precision)]
-        plan = plan.pin(chosen, precision, f"pinned by the user: {pattern!r}")
+        leaders = dict.fromkeys(owner.get(name, name) for name in match_pin(view, pattern))
+        refused = {name: _unpinnable(view, plan, name, precision) for name in leaders}
+        plan = plan.pin(
+            [name for name, why in refused.items() if not why],
+            precision,
+            f"pinned by the user: {pattern!r}",
+        )
+        reasons = {name: why for name, why in refused.items() if why}
+        if reasons:
+            log.warning("precision.pin: %r is not possible for %s", pattern, _listed(reasons))
     return plan
 
 
-def _can_take(plan: PrecisionPlan, node: str, precision: str) -> bool:
-    """An `int8` pin does not make a node quantizable that is not."""
-    return precision != "int8" or plan.is_int8(node) or plan.nodes[node].reason.startswith("pinned")
+def _unpinnable(view: GraphView, plan: PrecisionPlan, node: str, precision: str) -> str:
+    """Why `node` cannot be pinned to `precision`; empty if it can."""
+    role = plan.nodes[node].role
+    if role == SHAPE:
+        return "it computes shapes"
+    if precision != "int8":
+        return ""
+    return refusal_of(view, view.by_name[node]) if role == COMPUTE else "it has no integer kernel"
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    shown = [f"{name} ({why})" for name, why in list(reasons.items())[:3]]
+    return ", ".join(shown) + (f" and {len(reasons) - 3} more" if len(reasons) > 3 else "")
 
 
 def match_pin(view: GraphView, pattern: str) -> list[str]:
     """The nodes that a pin names, in graph order; ConfigError with the nearest words if none."""
     names = [node.name for node in view.nodes]
-    if pattern.startswith("op:"):
-        ops = [node.op_type for node in view.nodes]
-        found = [name for name, op in zip(names, ops, strict=True) if op == pattern[3:]]
-        near = did_you_mean(pattern[3:], ops)
-    elif pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise ConfigError(
-                f"precision.pin: {pattern!r} is not a regular expression: {error}"
-            ) from error
-        found, near = [name for name in names if expression.fullmatch(name)], ""
+    kind, word = (pattern[:3], pattern[3:]) if pattern[:3] in ("op:", "re:") else ("", pattern)
+    choices = names
+    if kind == "op:":
+        choices = [node.op_type for node in view.nodes]
+        found = [name for name, op in zip(names, choices, strict=True) if op == word]
+    elif kind == "re:":
+        found = _matching(names, word)
     else:
-        found, near = (
-            [name for name in names if name == pattern],
-            did_you_mean(pattern, names, count=3),
-        )
+        found = [name for name in names if name == word]
     if not found:
         raise ConfigError(
-            f"precision.pin: {pattern!r} matches none of the {len(names)} nodes{near} "
-            "(`trtune inspect MODEL` lists them)"
+            f"precision.pin: {pattern!r} matches none of the {len(names)} nodes"
+            f"{did_you_mean(word, choices, count=3)} (`trtune inspect MODEL` lists them)"
         )
     return found
+
+
+def _matching(names: Iterable[str], expression: str) -> list[str]:
+    try:
+        compiled = re.compile(expression)
+    except re.error as error:
+        raise ConfigError(
+            f"precision.pin: {'re:' + expression!r} is not a regular expression: {error}"
+        ) from error
+    return [name for name in names if compiled.fullmatch(name)]
 
 
 def _assignment(view: GraphView, node: onnx.NodeProto, default: str, fallback: str) -> Assignment:
@@ -203,7 +224,7 @@ def refusal_of(view: GraphView, node: onnx.NodeProto) -> str:
     data, weight = node.input[0], node.input[1]
     if view.is_constant(data):
         return "its data input is a constant"
-    if view.dtypes.get(data, "float32") not in ("float32", "float16"):
+    if view.dtypes.get(data, "float32") != "float32":
         return f"its data input is {view.dtypes[data]}"
     if not view.is_constant(weight):
         return "its weights are computed at run time (attention pattern)"
@@ -211,7 +232,7 @@ def refusal_of(view: GraphView, node: onnx.NodeProto) -> str:
         return "its weights are the result of other nodes"
     rank = len(view.initializers[weight].dims)
     if node.op_type == "MatMul" and rank != 2:
-        return f"its weights have {rank} dimensions"
+        return f"its weights have {rank} dimension{'s' if rank != 1 else ''}"
     if node.op_type == "Gemm" and attribute(node, "transA", 0):
         return "its data input is transposed (transA)"
     return ""

@@ -11,14 +11,21 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from trtune.precision.graph import GraphView, Model
+from trtune.precision.normalise import captured, subgraphs
 
 QMAX = 127
 
 
-def weight_scales(weights: NDArray[np.floating[Any]], axis: int) -> NDArray[np.float32]:
+def weight_scales(
+    weights: NDArray[np.floating[Any]],
+    axis: int,
+    *,
+    least: NDArray[np.floating[Any]] | None = None,
+) -> NDArray[np.float32]:
     """Symmetric scales, max|w| / 127 of each channel along `axis`, float32 of shape (channels,).
 
     A channel of zeros gets scale 1: any positive one is exact there, and zero is not allowed.
+    None is below that of `least`, which has the same shape.
 
     >>> weight_scales(np.float32([[1.27, -0.5], [0, 0]]), 0).tolist()
     [0.009999999776482582, 1.0]
@@ -26,6 +33,8 @@ def weight_scales(weights: NDArray[np.floating[Any]], axis: int) -> NDArray[np.f
     rest = tuple(i for i in range(weights.ndim) if i != axis)
     amax = np.abs(weights).max(axis=rest, initial=0).astype(np.float32)
     scales: NDArray[np.float32] = amax / np.float32(QMAX)
+    if least is not None:
+        scales = np.maximum(scales, least.astype(np.float32))
     # A subnormal scale would make w / scale overflow or lose all precision.
     return np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales)
 
@@ -37,24 +46,27 @@ def quantize_weights(
     shape = [1] * weights.ndim
     shape[axis] = -1
     codes = np.rint(weights.astype(np.float32) / scales.reshape(shape))
-    return np.clip(codes, -QMAX, QMAX).astype(np.int8)
+    quantized: NDArray[np.int8] = np.clip(codes, -QMAX, QMAX).astype(np.int8)
+    return quantized
 
 
 class Rewrite:
     """Edits on a copy of a model; `finish` gives it, sorted and without unused weights.
 
-    New tensors and nodes are named after the tensor they belong to, so that the same plan and
-    table give the same bytes.
+    New tensors and nodes are named after what they belong to, so that the same plan and table give
+    the same bytes; a name that the model has already gets a number.
     """
 
     def __init__(self, model: Model, view: GraphView) -> None:
         self.view = view
         self._model = model
         self._nodes = {node.name: _copy(node) for node in view.nodes}
-        self._before: dict[str, list[onnx.NodeProto]] = {}
+        self._taken = _names_in(model.proto.graph)
+        self._first: list[onnx.NodeProto] = []
         self._after: dict[str, list[onnx.NodeProto]] = {}
         self._initializers: dict[str, onnx.TensorProto] = {}
-        self._weights: dict[tuple[str, int], str] = {}
+        self._pairs: dict[str, str] = {}
+        self._weights: dict[tuple[str, int, bytes], str] = {}
         self._removed: set[str] = set()
         self._shields: dict[str, list[onnx.NodeProto]] = {}
 
@@ -70,128 +82,124 @@ class Rewrite:
         """Take a node out."""
         self._removed.add(name)
 
+    def _fresh(self, name: str) -> str:
+        number, found = 1, name
+        while found in self._taken:
+            number += 1
+            found = f"{name}_{number}"
+        self._taken.add(found)
+        return found
+
     def constant(self, name: str, value: NDArray[Any]) -> str:
-        """An initializer with `value`, made once."""
-        if name not in self._initializers:
-            self._initializers[name] = numpy_helper.from_array(value, name)
+        """A new initializer with `value`; its name is `name`, or like it."""
+        name = self._fresh(name)
+        self._initializers[name] = numpy_helper.from_array(value, name)
         return name
 
-    def quantize_pair(
-        self, tensor: str, scale: float, zero_point: int, dtype: type[Any], *, source: str = ""
-    ) -> str:
-        """QuantizeLinear and DequantizeLinear behind `tensor`; the name of the result.
+    def quantize_pair(self, tensor: str, scale: float, zero_point: int, dtype: type[Any]) -> str:
+        """QuantizeLinear and DequantizeLinear behind `tensor`, once; the name of the result.
 
         The scale is a 0-d float32: one of shape [1] makes TensorRT compute everything in float
-        without a word. `source` is what the pair reads where that is not `tensor` itself.
+        without a word. Raises ValueError unless it is above zero.
         """
-        result = f"{tensor}/dequantized"
-        if any(node.output[0] == result for node in self._after.get(tensor, ())):
-            return result
-        scale_name = self.constant(f"{tensor}/scale", np.array(scale, np.float32))
-        zero_name = self.constant(f"{tensor}/zero_point", np.array(zero_point, dtype))
-        codes = f"{tensor}/quantized"
-        pair = [
-            helper.make_node(
-                "QuantizeLinear",
-                [source or tensor, scale_name, zero_name],
-                [codes],
-                name=f"{tensor}/QuantizeLinear",
-            ),
-            helper.make_node(
-                "DequantizeLinear",
-                [codes, scale_name, zero_name],
-                [result],
-                name=f"{tensor}/DequantizeLinear",
-            ),
+        if tensor in self._pairs:
+            return self._pairs[tensor]
+        if not scale > 0:
+            raise ValueError(f"scale of {tensor!r} is {scale}; `without_zero_ranges` was not used")
+        parameters = [
+            self.constant(f"{tensor}/scale", np.array(scale, np.float32)),
+            self.constant(f"{tensor}/zero_point", np.array(zero_point, dtype)),
         ]
-        self._after.setdefault(tensor, []).extend(pair)
-        return result
+        quantize = self._make("QuantizeLinear", [tensor, *parameters], tensor, "quantized")
+        dequantize = self._dequantize([quantize.output[0], *parameters], tensor)
+        self._after[tensor] = [quantize, dequantize]
+        self._pairs[tensor] = dequantize.output[0]
+        return self._pairs[tensor]
 
-    def quantized_weight(self, name: str, axis: int) -> str:
-        """The initializer `name` as int8 codes behind a DequantizeLinear; the result's name."""
-        if (name, axis) in self._weights:
-            return self._weights[name, axis]
+    def is_dequantized(self, tensor: str) -> bool:
+        """Whether `tensor` is the result of a pair made here."""
+        return tensor in self._pairs.values()
+
+    def quantized_weight(
+        self, name: str, axis: int, scales: NDArray[np.float32] | None = None
+    ) -> str:
+        """The initializer `name` as int8 codes behind a DequantizeLinear; the result's name.
+
+        `scales` are those of `weight_scales` unless given; the same weight with the same axis and
+        scales is stored once.
+        """
         value = self.view.constant(name)
-        scales = weight_scales(value, axis)
-        suffix = "" if all(known != name for known, _ in self._weights) else f"/axis{axis}"
-        codes = self.constant(f"{name}/int8{suffix}", quantize_weights(value, scales, axis))
-        inputs = [
-            codes,
-            self.constant(f"{name}/scale{suffix}", scales),
-            self.constant(f"{name}/zero_point{suffix}", np.zeros(scales.shape, np.int8)),
-        ]
-        return self._first(name, axis, inputs, suffix)
-
-    def _first(self, name: str, axis: int, inputs: Sequence[str], suffix: str) -> str:
-        result = f"{name}/dequantized{suffix}"
-        node = helper.make_node(
-            "DequantizeLinear",
-            inputs,
-            [result],
-            name=f"{name}/DequantizeLinear{suffix}",
-            axis=axis,
-        )
-        self._before.setdefault("", []).append(node)
-        self._weights[name, axis] = result
-        return result
+        scales = weight_scales(value, axis) if scales is None else scales
+        key = (name, axis, scales.tobytes())
+        if key not in self._weights:
+            codes = quantize_weights(value, scales, axis)
+            self._weights[key] = self._constant_behind(name, "int8", codes, scales, axis)
+        return self._weights[key]
 
     def dequantized_constant(
         self, name: str, codes: NDArray[Any], scales: NDArray[np.float32]
     ) -> str:
         """A one-dimensional integer constant behind a DequantizeLinear (an int32 bias)."""
-        zero = np.zeros(scales.shape, codes.dtype)
+        return self._constant_behind(name, "codes", codes, scales, 0)
+
+    def _constant_behind(
+        self, name: str, what: str, codes: NDArray[Any], scales: NDArray[np.float32], axis: int
+    ) -> str:
         inputs = [
-            self.constant(f"{name}/codes", codes),
+            self.constant(f"{name}/{what}", codes),
             self.constant(f"{name}/scale", scales),
-            self.constant(f"{name}/zero_point", zero),
+            self.constant(f"{name}/zero_point", np.zeros(scales.shape, codes.dtype)),
         ]
-        if not any(node.output[0] == f"{name}/dequantized" for node in self._before.get("", ())):
-            node = helper.make_node(
-                "DequantizeLinear",
-                inputs,
-                [f"{name}/dequantized"],
-                name=f"{name}/DequantizeLinear",
-                axis=0,
-            )
-            self._before.setdefault("", []).append(node)
-        return f"{name}/dequantized"
+        self._first.append(self._dequantize(inputs, name, axis=axis))
+        return str(self._first[-1].output[0])
+
+    def _dequantize(self, inputs: Sequence[str], name: str, **attributes: int) -> onnx.NodeProto:
+        return self._make("DequantizeLinear", inputs, name, "dequantized", **attributes)
+
+    def _make(
+        self, op: str, inputs: Sequence[str], name: str, result: str, **attributes: int
+    ) -> onnx.NodeProto:
+        output = self._fresh(f"{name}/{result}")
+        node = helper.make_node(op, inputs, [output], name=self._fresh(f"{name}/{op}"))
+        node.attribute.extend(helper.make_attribute(k, value) for k, value in attributes.items())
+        return node
 
     def shield(self, node: str, index: int) -> None:
         """Put a Max of one tensor before an input: it changes nothing, and no optimizer takes it
         away, so that what lies behind it is not seen together with what lies before."""
-        tensor = self._nodes[node].input[index]
-        result = f"{node}/shielded{index}"
-        shield = helper.make_node("Max", [tensor], [result], name=f"{node}/Max{index}")
+        shield = self._make("Max", [self._nodes[node].input[index]], node, f"shielded{index}")
         self._shields.setdefault(node, []).append(shield)
-        self.reconnect((node, index), result)
+        self.reconnect((node, index), shield.output[0])
 
     def finish(self) -> onnx.ModelProto:
         """The rewritten model."""
-        model = onnx.ModelProto()
         source = self._model.proto
-        model.ir_version = source.ir_version
-        model.producer_name, model.producer_version = "trtune", source.producer_version
-        model.opset_import.extend(source.opset_import)
-        model.metadata_props.extend(source.metadata_props)
-        model.functions.extend(source.functions)
+        model = onnx.ModelProto(
+            ir_version=source.ir_version,
+            opset_import=source.opset_import,
+            producer_name="trtune",
+            domain=source.domain,
+            model_version=source.model_version,
+            doc_string=source.doc_string,
+            metadata_props=source.metadata_props,
+            functions=source.functions,
+        )
         graph, old = model.graph, source.graph
         graph.name, graph.doc_string = old.name, old.doc_string
         graph.input.extend(old.input)
         graph.output.extend(old.output)
-        graph.value_info.extend(old.value_info)
         graph.node.extend(self._sorted_nodes())
-        used = {name for node in graph.node for name in node.input}
-        used |= {output.name for output in graph.output} | _captured_names(graph)
-        graph.initializer.extend(
-            entry
-            for entry in [*old.initializer, *self._initializers.values()]
-            if entry.name in used
-        )
+        made = {name for node in graph.node for name in node.output}
+        graph.value_info.extend(info for info in old.value_info if info.name in made)
+        used = {name for node in graph.node for name in (*node.input, *captured(node))}
+        used |= {output.name for output in graph.output}
+        entries = [*old.initializer, *self._initializers.values()]
+        graph.initializer.extend(entry for entry in entries if entry.name in used)
         graph.sparse_initializer.extend(old.sparse_initializer)
         return model
 
     def _sorted_nodes(self) -> list[onnx.NodeProto]:
-        nodes = list(self._before.get("", ()))
+        nodes = list(self._first)
         for name in self.view.graph_inputs:
             nodes.extend(self._after.get(name, ()))
         for old in self.view.nodes:
@@ -203,13 +211,13 @@ class Rewrite:
         return nodes
 
 
-def _captured_names(graph: onnx.GraphProto) -> set[str]:
-    """Names that subgraphs read."""
-    found: set[str] = set()
+def _names_in(graph: onnx.GraphProto) -> set[str]:
+    """Names of all tensors and nodes of `graph` and of the graphs inside it."""
+    found = {entry.name for entry in (*graph.input, *graph.initializer)}
     for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [attribute.g, *attribute.graphs]:
-                found |= {name for sub in inner.node for name in sub.input} | _captured_names(inner)
+        found |= {node.name, *node.output}
+        for body in subgraphs(node):
+            found |= _names_in(body)
     return found
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numba
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from trtune.datasets.batches import Batch
 from trtune.precision.backends.onnxruntime import make_session
 from trtune.precision.graph import GraphView, Model
 from trtune.precision.metrics import ErrorSums
+from trtune.precision.normalise import captured
 from trtune.precision.placement import Edge, Placement, place, skip_edge
 from trtune.precision.plan import PrecisionPlan
 from trtune.precision.rewrite import quantize_weights, weight_scales
@@ -34,16 +36,22 @@ Result = TypeVar("Result")
 Task = TypeVar("Task")
 
 
-def fake_quantize(values: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+def fake_quantize(values: NDArray[np.floating[Any]], scale: float) -> NDArray[np.float32]:
     """`values` through int8 and back: clip(round half to even(x / scale), -128, 127) * scale.
 
     The arithmetic of QuantizeLinear and DequantizeLinear in float32; same shape.
     """
-    step = np.float32(scale)
-    codes = np.rint(values / step)
-    np.clip(codes, -128, 127, out=codes)
-    codes *= step
-    return codes
+    held = np.ascontiguousarray(values, np.float32)
+    result = np.empty_like(held)
+    _fake_quantize(held.reshape(-1), np.float32(scale), result.reshape(-1))
+    return result
+
+
+@numba.njit(nogil=True, cache=True)
+def _fake_quantize(values: Any, step: Any, result: Any) -> None:
+    low, high = np.float32(-128), np.float32(127)
+    for i in range(values.size):
+        result[i] = min(max(np.rint(values[i] / step), low), high) * step
 
 
 def fake_quantize_weights(weights: Array, axis: int) -> NDArray[np.float32]:
@@ -66,21 +74,16 @@ class Change:
 class Alone:
     """Runs the rest of the network behind a change, on a few pictures held in memory.
 
-    `pictures` are batches with the model's feeds; the FP32 activations at every place where a
-    change of `placement` can begin are computed once and held. Thread-safe.
+    `pictures` are batches with the model's feeds; the FP32 activations that a change of some edges
+    of `placement` needs (`held_tensors`) are computed once and held. Thread-safe.
     """
 
     def __init__(
         self, model: Model, view: GraphView, placement: Placement, pictures: Sequence[Batch]
     ) -> None:
         self._model, self._view = model, view
-        needed: dict[str, None] = {}
-        for tensor, edges in placement.activations.items():
-            needed[tensor] = None
-            needed.update(dict.fromkeys(self._boundary(self._behind(edges))))
-        inputs = set(view.graph_inputs)
-        inner = [t for t in needed if t not in inputs]
         self._outputs = tuple(o.name for o in model.outputs)
+        inner = [t for t in held_tensors(view, placement) if t not in set(view.graph_inputs)]
         session = make_session(model.proto, outputs=inner, external_dir=model.external_dir)
         names = [*dict.fromkeys([*self._outputs, *inner])]
         self._stored: list[dict[str, Array]] = []
@@ -88,21 +91,14 @@ class Alone:
             found = dict(zip(names, session.run(names, dict(batch.feeds)), strict=True))
             self._stored.append({**batch.feeds, **found})
 
-    def _behind(self, edges: Iterable[Edge]) -> list[onnx.NodeProto]:
-        first = {node for node, _ in edges}
-        outputs = [o for node in first for o in self._view.by_name[node].output if o]
-        behind = self._view.descendants(outputs) | first
-        return [node for node in self._view.nodes if node.name in behind]
-
-    def _boundary(self, nodes: Sequence[onnx.NodeProto]) -> list[str]:
-        made = {output for node in nodes for output in node.output}
-        read = dict.fromkeys(name for node in nodes for name in node.input if name)
-        return [t for t in read if t not in made and not self._view.is_constant(t)]
-
     def session(self, change: Change) -> Callable[[int, Mapping[str, Array]], list[Array]]:
         """A function from a batch number and the changed tensors to the model's outputs."""
-        nodes = self._behind(change.edges)
-        boundary = self._boundary(nodes)
+        nodes = _behind(self._view, change.edges)
+        made = {output for node in nodes for output in node.output}
+        names = [o for o in self._outputs if o in made]
+        if not names:
+            return lambda batch, changed: self.reference(batch)
+        boundary = _boundary(self._view, nodes)
         copies = {node.name: _copy(node) for node in nodes}
         renamed: dict[str, str] = {}
         for name, index in change.edges:
@@ -118,13 +114,11 @@ class Alone:
         session = make_session(proto, threads=1, external_dir=self._model.external_dir)
         wanted = {entry.name for entry in session.get_inputs()}
         plain = [tensor for tensor in boundary if tensor in wanted]
-        fixed = [o for o in self._outputs if o not in {x for n in nodes for x in n.output}]
 
         def run(batch: int, changed: Mapping[str, Array]) -> list[Array]:
             stored = self._stored[batch]
             feeds = {tensor: stored[tensor] for tensor in plain}
             feeds |= {renamed[t]: a for t, a in changed.items() if renamed[t] in wanted}
-            names = [o for o in self._outputs if o not in fixed]
             found = dict(zip(names, session.run(names, feeds), strict=True))
             return [found[o] if o in found else stored[o] for o in self._outputs]
 
@@ -134,10 +128,10 @@ class Alone:
         self, nodes: Sequence[onnx.NodeProto], weights: Mapping[str, Array]
     ) -> onnx.ModelProto:
         made = {output for node in nodes for output in node.output}
-        read = dict.fromkeys(name for node in nodes for name in node.input if name)
+        read = dict.fromkeys(name for node in nodes for name in _reads(node))
         constants = self._constants(tensor for tensor in read if tensor not in made)
         made |= {o for node in constants for o in node.output}
-        names = {*read, *(name for node in constants for name in node.input)}
+        names = {*read, *(name for node in constants for name in _reads(node))}
         initializers = [t for name, t in self._view.initializers.items() if name in names]
         initializers += [numpy_helper.from_array(value, name) for name, value in weights.items()]
         held = {t.name for t in initializers}
@@ -182,6 +176,37 @@ class Alone:
     def reference(self, batch: int) -> list[Array]:
         """The model's FP32 outputs."""
         return [self._stored[batch][name] for name in self._outputs]
+
+
+def held_tensors(view: GraphView, placement: Placement) -> list[str]:
+    """The tensors whose FP32 values `Alone` keeps, whichever edges of `placement` are changed.
+
+    Those are the tensors read there, and what the nodes behind each edge read from before.
+    """
+    needed: dict[str, None] = {}
+    for tensor, edges in placement.activations.items():
+        needed[tensor] = None
+        for edge in edges:
+            needed.update(dict.fromkeys(_boundary(view, _behind(view, [edge]))))
+    return list(needed)
+
+
+def _behind(view: GraphView, edges: Iterable[Edge]) -> list[onnx.NodeProto]:
+    first = {node for node, _ in edges}
+    outputs = [o for node in first for o in view.by_name[node].output if o]
+    behind = view.descendants(outputs) | first
+    return [node for node in view.nodes if node.name in behind]
+
+
+def _boundary(view: GraphView, nodes: Sequence[onnx.NodeProto]) -> list[str]:
+    made = {output for node in nodes for output in node.output}
+    read = dict.fromkeys(name for node in nodes for name in _reads(node))
+    return [t for t in read if t not in made and not view.is_constant(t)]
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """The tensors that a node and the graphs inside it read."""
+    return [name for name in (*node.input, *captured(node)) if name]
 
 
 def _copy(node: onnx.NodeProto) -> onnx.NodeProto:

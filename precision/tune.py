@@ -16,13 +16,15 @@ log = logging.getLogger(__name__)
 class Score:
     """The value of a plan (higher is better) and whether the target is met.
 
-    `cached` says that it was known already and nothing was built.
+    `cached` says that it was known already and nothing was built; `note` what else there is to
+    say, such as which of several runtimes missed.
     """
 
     value: float
     met: bool
     sqnr_db: float | None = None
     cached: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,17 @@ class Baseline(_Value):
 
 
 class Variant(_Value):
-    """One model on one backend: `fp32`, `int8` (untuned) or `tuned`."""
+    """One model on one backend: `fp32`, `int8` (untuned) or `tuned`.
+
+    `value` is that of the target's metric and `drop` what it lost against FP32; `top1` is measured
+    beside it where there are labels.
+    """
 
     name: str
     backend: str
     value: float | None
     drop: float | None = None
+    top1: float | None = None
     sqnr_db: float | None = None
     agreement: float | None = None
     latency_ms: Latency | None = None

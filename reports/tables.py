@@ -83,6 +83,7 @@ def _variant_values(record: RunRecord, variant: Variant) -> dict[str, Any]:
         "metric": record.baseline.metric,
         "value": variant.value,
         "drop": variant.drop,
+        "top1": variant.top1,
         "sqnr_db": variant.sqnr_db,
         "agreement": variant.agreement,
         "latency_ms_median": latency and latency.median,
@@ -119,6 +120,7 @@ def result_table(record: RunRecord) -> Table:
     }
     others: dict[str, Callable[[Variant], str]] = {
         "vs FP32": lambda v: DASH if v.name == "fp32" else change_text(metric, v.drop),
+        "top-1": lambda v: metric_text("top1", v.top1),
         "SQNR": lambda v: decibels(v.sqnr_db),
         "agreement": lambda v: metric_text("agreement", v.agreement),
         "latency (p95)": lambda v: _latency_cell(v, notes),

@@ -116,10 +116,12 @@ class TestConfigErrors:
             "data: {calibration: {source: arrays, path: a.npz}}\ncalibration: {metod: mse}\n"
             "backend: []\n"
         )
-        first, *problems = refused("run", "c.yaml").splitlines()
-        assert first == ""
-        assert len(problems) == 2
-        assert "calibration.metod: unknown key; did you mean 'method'?" in "".join(problems)
+        problems = refused("run", "c.yaml").splitlines()
+        assert [problem.split(":")[2].strip() for problem in problems] == [
+            "calibration.metod",
+            "backend",
+        ]
+        assert problems[0].endswith("unknown key; did you mean 'method'?")
 
     def test_an_override_is_named(self, model: Path) -> None:
         invoke("init", model)
@@ -157,7 +159,9 @@ class TestCache:
         shown = invoke("cache", "diff", "a.cache", "b.cache", status=1).stdout
         assert f"headers: {OLD} and {NEW}" in shown
         assert "3 of 4 tensors differ" in shown
-        assert re.search(r"only a +0\.5 +missing.*only b +missing +2.*x +1 +1\.5 +1\.5", shown, re.S)
+        assert re.search(
+            r"only a +0\.5 +missing.*only b +missing +2.*x +1 +1\.5 +1\.5", shown, re.S
+        )
 
     def test_equal_scales_under_two_headers_end_with_0(self, caches: Path) -> None:
         (caches / "b.cache").write_text((caches / "a.cache").read_text().replace(OLD, NEW))
@@ -245,9 +249,7 @@ class TestInspect:
             pytest.param(b"ftrt\0\0", "net.onnx is not an ONNX file but a TensorRT", id="engine"),
         ],
     )
-    def test_a_file_that_is_no_model(
-        self, here: Path, content: bytes | None, message: str
-    ) -> None:
+    def test_a_file_that_is_no_model(self, here: Path, content: bytes | None, message: str) -> None:
         if content is not None:
             (here / "net.onnx").write_bytes(content)
         assert refused("inspect", "net.onnx").startswith(message)
@@ -345,7 +347,7 @@ class TestProgram:
         program = (
             "import sys; from typer.testing import CliRunner; from trtune.cli import app\n"
             "assert CliRunner().invoke(app, ['run', '--help']).exit_code == 0\n"
-            "heavy = {'numpy', 'onnx', 'onnxruntime', 'pandas', 'polygraphy', 'pydantic', 'numba'}\n"
+            "heavy = {'numpy', 'onnx', 'onnxruntime', 'pandas', 'polygraphy', 'numba'}\n"
             "print(sorted(heavy & set(sys.modules)))"
         )
         done = subprocess.run(

@@ -110,6 +110,7 @@ class _Stage(ModuleType):
     def __call__(
         self, config: Config, *, out: Path | str = "runs", progress: Progress | None = None
     ) -> CalibrationTable:
+        """The calibration stage: see `trtune.pipeline.calibrate`."""
         from trtune.configs.progress import silent
         from trtune.pipeline import calibrate
 

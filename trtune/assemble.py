@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,9 +16,10 @@ import numpy as np
 
 from trtune.calibrate.histogram import Histogram, bin_edges
 from trtune.calibrate.outliers import dominant, outliers
+from trtune.configs.schema import Latency as LatencySection
 from trtune.inputs import first_batch, repeat_to
 from trtune.job import Job, run_key
-from trtune.precision.backends.base import BuildInfo
+from trtune.precision.backends.base import BuildInfo, device_name
 from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
 from trtune.precision.metrics import ErrorSums
 from trtune.precision.placement import place, shared_ranges
@@ -36,6 +38,8 @@ from trtune.reports.record import (
     TuningStep,
     Variant,
 )
+from trtune.reports.summary import metric_label, metric_text
+from trtune.store import read_stage, write_stage
 
 PLOTTED = 9
 SHOWN_OUTLIERS = 60
@@ -115,7 +119,7 @@ def calibration_record(job: Job) -> CalibrationRecord:
         passes=found.passes,
         reused=job.reused_calibration,
         search_seconds=found.search_seconds,
-        skipped=list(job.sources[0].skipped),
+        skipped=job.skipped["calibration"],
         dominant=[DominantPicture(**asdict(d)) for d in dominant(ranked)],
         outliers=[Outlier(**asdict(o)) for o in ranked[:SHOWN_OUTLIERS]],
         methods=methods,
@@ -172,7 +176,9 @@ def make_variants(job: Job) -> list[Variant]:
         for name, plan in plans.items():
             folder = job.engine_folder(backend, untuned=name == "int8" and changed)
             infos[name] = job.build(backend, plan, folder)
-        latencies = _latencies(job, backend, infos)
+        if not changed:  # what an earlier run, on other data, had to tune
+            shutil.rmtree(job.engine_folder(backend, untuned=True), ignore_errors=True)
+        latencies = latencies_of(job, backend, plans, infos)
         found.append(_fp32_variant(job, backend, latencies))
         for name, plan in plans.items():
             value, _ = job.measured(backend, plan, f"evaluate {backend.name}")
@@ -183,17 +189,18 @@ def make_variants(job: Job) -> list[Variant]:
 def _fp32_variant(
     job: Job, backend: OnnxruntimeBackend, latencies: Mapping[str, Latency]
 ) -> Variant:
-    baseline = job.baseline
+    value = None if job.is_fidelity else job.baseline.value
     return Variant(
         name="fp32",
         backend=backend.name,
-        value=baseline.value,
-        drop=None if baseline.value is None else 0.0,
+        value=value,
+        drop=None if value is None else 0.0,
+        top1=top1_of(job.baseline),
         latency_ms=latencies.get("fp32"),
         latency_note=EMULATED if backend.lowering == "emulate" else None,
         size_bytes=Path(job.config.model.path).stat().st_size,
         nodes={"int8": 0, "fp16": 0, "fp32": len(job.untuned.compute_nodes)},
-        path=job.config.model.path,
+        path=Path(job.config.model.path).name,
     )
 
 
@@ -206,13 +213,14 @@ def _variant(
     info: BuildInfo,
     latencies: Mapping[str, Latency],
 ) -> Variant:
-    base = job.baseline.value
+    base, reached = job.baseline.value, job.value_of(value)
     label = job.config.precision.default if name == "int8" else name
     return Variant(
         name=label,
         backend=backend.name,
-        value=value.value,
-        drop=None if value.value is None or base is None else base - value.value,
+        value=reached,
+        drop=None if job.is_fidelity or reached is None or base is None else base - reached,
+        top1=top1_of(value),
         sqnr_db=value.sqnr_db,
         agreement=value.agreement,
         latency_ms=latencies.get(name),
@@ -225,13 +233,44 @@ def _variant(
     )
 
 
-def _latencies(
-    job: Job, backend: OnnxruntimeBackend, infos: Mapping[str, BuildInfo]
+def top1_of(found: Evaluation) -> float | None:
+    """top-1 if that is what was counted."""
+    return found.value if found.metric == "top1" else None
+
+
+def latencies_of(
+    job: Job,
+    backend: OnnxruntimeBackend,
+    plans: Mapping[str, PrecisionPlan],
+    infos: Mapping[str, BuildInfo],
 ) -> dict[str, Latency]:
-    """Latency of the unmarked models in turn; none for emulation, whose speed means nothing."""
+    """Latency of the unmarked models; none for emulation, whose speed means nothing."""
     section = job.config.report.latency
     if section is None or backend.lowering == "emulate":
         return {}
+    stage = f"latency-{backend.name.replace('/', '-')}"
+    key = {
+        "engines": {name: job.candidate(plan).key for name, plan in plans.items()},
+        "latency": section.model_dump(mode="json"),
+        "threads": backend.threads,
+        "device": device_name(),
+        **job.versions,
+    }
+    kept = read_stage(job.folder, stage, key)
+    if kept is not None:
+        return {name: Latency(**latency) for name, latency in kept.items()}
+    found = _measured_latencies(job, backend, infos, section)
+    write_stage(job.folder, stage, key, {name: found[name].model_dump() for name in found})
+    return found
+
+
+def _measured_latencies(
+    job: Job,
+    backend: OnnxruntimeBackend,
+    infos: Mapping[str, BuildInfo],
+    section: LatencySection,
+) -> dict[str, Latency]:
+    """Measured in turn, so that what else the machine does hits all alike."""
     size = job.fixed_batch or section.batch
     feeds = repeat_to(first_batch(job.sources[1], "data.evaluation"), size)
     proto, external = job.model.proto, job.model.external_dir
@@ -273,7 +312,7 @@ def tuning_steps(job: Job) -> list[TuningStep]:
             sqnr_db=step.score.sqnr_db,
             met=step.score.met,
             cached=step.score.cached,
-            reason=step.reason,
+            reason="; ".join(filter(None, (step.reason, step.score.note))),
         )
         for number, step in enumerate(job.tuned.steps)
     ]
@@ -290,7 +329,7 @@ def run_record(job: Job, *, command: str, started: str, seconds: float) -> RunRe
         key=run_key(job.config),
         status="met" if job.tuned.met else "missed",
         model={
-            "path": job.config.model.path,
+            "path": Path(job.config.model.path).name,
             "opset": job.model.opset,
             "inputs": [[s.name, list(s.shape), s.dtype] for s in job.model.inputs],
             "nodes": len(job.view.nodes),
@@ -299,7 +338,7 @@ def run_record(job: Job, *, command: str, started: str, seconds: float) -> RunRe
         target=None if target is None else target.model_dump(exclude_none=True),
         baseline=Baseline(
             metric=target.metric if target else "sqnr_db",
-            value=job.baseline.value,
+            value=None if job.is_fidelity else job.baseline.value,
             samples=job.baseline.samples,
         ),
         variants=variants,
@@ -328,6 +367,25 @@ def _notes(job: Job) -> list[str]:
         unplanned = assignment.precision != "int8" and not assignment.reason.startswith("pinned")
         if job.untuned.default == "int8" and unplanned:
             notes.append(f"{name} stays {assignment.precision}: {assignment.reason}")
-    if job.config.precision.target and not job.tuned.met and not job.untuned.int8_nodes:
+    left_out = job.skipped["evaluation"]
+    if left_out and job.config.data.evaluation != job.config.data.calibration:
+        shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        notes.append(f"left out of data.evaluation, unreadable: {len(left_out)} ({shown})")
+    return [*notes, *_target_notes(job)]
+
+
+def _target_notes(job: Job) -> list[str]:
+    """Why a missed target could not be met."""
+    target, fp32 = job.config.precision.target, job.baseline.value
+    if target is None or job.tuned.met:
+        return []
+    notes = []
+    if not job.untuned.int8_nodes:
         notes.append("the target cannot be met by tuning: no node is quantized")
+    if target.min is not None and not job.is_fidelity and fp32 is not None and fp32 < target.min:
+        label, least = metric_label(target.metric), metric_text(target.metric, target.min)
+        notes.append(
+            f"the FP32 model itself misses the target: its {label} is "
+            f"{metric_text(target.metric, fp32)}, and {least} is asked for"
+        )
     return notes

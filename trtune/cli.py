@@ -108,19 +108,21 @@ def calibrate(
 ) -> None:
     """Turn the calibration data into scales, kept as a TensorRT calibration cache."""
     with session(verbose=verbose, as_json=as_json, resumes=True) as terminal:
-        from trtune import pipeline, show
-
         loaded = _load(config, overrides)
+        from trtune import pipeline, show, tools
+
         table = pipeline.calibrate(loaded, out=out, progress=terminal.progress)
-        cache = pipeline.run_folder(loaded, out) / "calibration.cache"
+        folder = pipeline.run_folder(loaded, out)
+        pictures = tools.dominant_pictures(folder) if loaded.calibration.cache is None else []
         value = {
-            "cache": str(cache),
+            "cache": str(folder / "calibration.cache"),
             "scales": table.scales,
             "methods": table.methods,
             "provenance": table.provenance,
+            "dominant": [dataclasses.asdict(picture) for picture in pictures],
         }
-        where = f"cache: {show.near(cache)}"
-        terminal.result(value, *show.calibration_summary(table), where)
+        where = f"cache: {show.near(folder / 'calibration.cache')}"
+        terminal.result(value, *show.calibration_summary(table, pictures), where)
 
 
 @app.command(epilog="Example: trtune build model.yaml --backend onnxruntime/deploy")
@@ -137,9 +139,9 @@ def build(
 ) -> None:
     """Write the engine of each backend: with the tuned plan if there is one, else the untuned."""
     with session(verbose=verbose, as_json=as_json, resumes=True) as terminal:
+        loaded = _load(config, overrides)
         from trtune import pipeline, show
 
-        loaded = _load(config, overrides)
         infos = pipeline.build(loaded, out=out, backend=backend, progress=terminal.progress)
         value = [{f.name: getattr(i, f.name) for f in dataclasses.fields(i)} for i in infos]
         terminal.result(value, *show.build_table(infos))
@@ -155,9 +157,9 @@ def compare(
 ) -> None:
     """Compare every layer with FP32 and show the worst; all of them go to layers.csv."""
     with session(verbose=verbose, as_json=as_json, resumes=True) as terminal:
+        loaded = _load(config, overrides)
         from trtune import pipeline, show
 
-        loaded = _load(config, overrides)
         rows = pipeline.compare(loaded, out=out, progress=terminal.progress)
         layers = pipeline.run_folder(loaded, out) / "layers.csv"
         where = f"all {len(rows)} layers: {show.near(layers)}"
@@ -326,10 +328,10 @@ def _whole(
     as_json: bool,
 ) -> None:
     with session(verbose=verbose, as_json=as_json, resumes=True) as terminal:
+        config = _load(path, overrides)
         from trtune import pipeline
         from trtune.reports.terminal import render_result
 
-        config = _load(path, overrides)
         command = _command(stage, path, overrides, out)
         stages = {"run": pipeline.run, "tune": pipeline.tune}
         record: RunRecord = stages[stage](
@@ -351,10 +353,11 @@ def _command(stage: str, path: Path, overrides: list[str] | None, out: Path) -> 
 def _where_report_is(folder: Path) -> str:
     from trtune import show
 
-    for name in ("report.html", "report.md", "run.json"):
+    for name in ("report.html", "report.md"):
         if (folder / name).is_file():
             return f"report: {show.near(folder / name)}"
-    return f"run folder: {show.near(folder)}"
+    path = show.near(folder)
+    return f"record: {path}/run.json; `trtune report {shlex.quote(path)}` draws the report"
 
 
 def _existing(path: Path) -> Path:

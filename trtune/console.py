@@ -7,6 +7,8 @@ import logging
 import math
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from types import FrameType
@@ -112,11 +114,18 @@ class Terminal:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.out, self.err = make_console(sys.stdout), make_console(sys.stderr)
-        self.progress = Bars(self.err)
+        self.signals = Signals()
+        self.bars = Bars(self.err)
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """A `Progress` of this package: draws bars, and lets no Ctrl-C get lost."""
+        self.signals.check()
+        self.bars(what, done, total)
 
     def result(self, value: Any, *shown: RenderableType) -> None:
         """Write the result: `value` as JSON (or as it is, if it is text), or what is `shown`."""
-        self.progress.stop()
+        self.signals.check()
+        self.bars.stop()
         if self.as_json:
             text = value if isinstance(value, str) else json_text(value)
             self.out.file.write(text.rstrip("\n") + "\n")
@@ -127,7 +136,7 @@ class Terminal:
 
     def fail(self, message: str) -> None:
         """One clear message on stderr, each problem on a line of its own."""
-        self.progress.stop()
+        self.bars.stop()
         lines = message.splitlines()
         text = Text.assemble(("error: ", "bold red"))
         text.append(message if len(lines) < 2 else "\n  " + "\n  ".join(lines))
@@ -198,20 +207,47 @@ def _logging(console: Console, *, verbose: bool) -> Iterator[None]:
         logger.setLevel(level)
 
 
-@contextmanager
-def _sigterm() -> Iterator[None]:
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+class Signals:
+    """Ctrl-C and SIGTERM as exceptions that are raised again until they end the command.
 
-    try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    Python drops an exception that is raised while it clears up an object, and a signal can arrive
+    just then: `check`, called as the work goes on, raises it once more.
+    """
+
+    def __init__(self) -> None:
+        self.received: KeyboardInterrupt | None = None
+
+    def check(self) -> None:
+        """Raise what was received, if anything was."""
+        if self.received is not None:
+            raise self.received
+
+    def _is_received(self, error: BaseException | None) -> bool:
+        return error is not None and error is self.received
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        raise self.received
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Receive signals in the block, but not those that whoever started us ignores."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        before = {number: signal.getsignal(number) for number in usual}
+        ours = [number for number, handler in usual.items() if before[number] == handler]
+        dropped = sys.unraisablehook
+        sys.unraisablehook = lambda u: None if self._is_received(u.exc_value) else dropped(u)
+        for number in ours:
+            signal.signal(number, self._receive)
+        try:
+            yield
+        finally:
+            for number in ours:
+                signal.signal(number, before[number])
+            sys.unraisablehook = dropped
 
 
 @contextmanager
@@ -226,9 +262,9 @@ def session(
     """
     terminal = Terminal(as_json=as_json)
     with ExitStack() as stack:
-        stack.callback(terminal.progress.stop)
+        stack.callback(terminal.bars.stop)
         stack.enter_context(_logging(terminal.err, verbose=verbose))
-        stack.enter_context(_sigterm())
+        stack.enter_context(terminal.signals.handled())
         if as_json:  # what a user's own function prints must not get between
             stack.enter_context(redirect_stdout(sys.stderr))
         try:
@@ -255,9 +291,9 @@ def session(
 
 
 def _bug(terminal: Terminal, error: Exception, *, verbose: bool) -> None:
-    terminal.progress.stop()
+    terminal.bars.stop()
     if verbose:
-        terminal.err.print_exception()
+        terminal.err.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
     advice = "please report it with the traceback above" if verbose else "rerun with -v"
     what = " ".join(f"{type(error).__name__}: {error}".split())
     terminal.fail(f"{what} (this is a bug: {advice})")

@@ -42,7 +42,9 @@ def open_data(data: DataSet, model: Model) -> BatchSource:
 def _preprocess(section: PreprocessSection | None) -> Preprocess | None:
     if section is None:
         return None
-    return Preprocess(**section.model_dump())
+    dumped = section.model_dump()
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dumped.items()}
+    return Preprocess(**values)
 
 
 def first_batch(source: BatchSource, where: str) -> Batch:
@@ -53,13 +55,25 @@ def first_batch(source: BatchSource, where: str) -> Batch:
     return batch
 
 
-def check_data(config: Config, calibration: BatchSource, evaluation: BatchSource) -> None:
+def check_data(
+    config: Config,
+    calibration: BatchSource,
+    evaluation: BatchSource,
+    *,
+    fixed_batch: int | None = None,
+) -> None:
     """Read the first batch of both sources, so that what is wrong shows before long work.
 
-    Raises DataError for empty data, arrays that do not fit the model, or labels that the target
-    needs and that are not there.
+    `fixed_batch` is how many samples the model takes at a time, if it fixes that. Raises DataError
+    for empty data, arrays that do not fit the model, too few to fill one batch of calibration, or
+    labels that the target needs and that are not there.
     """
-    first_batch(calibration, "data.calibration")
+    first = first_batch(calibration, "data.calibration")
+    if fixed_batch and len(first) < fixed_batch:
+        raise DataError(
+            f"data.calibration: the model takes {fixed_batch} samples at a time, and there are "
+            f"only {len(first)}; give more, or export the model with a free batch dimension"
+        )
     if config.data.evaluation != config.data.calibration:
         first_batch(evaluation, "data.evaluation")
     target = config.precision.target

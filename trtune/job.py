@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trtune.calibrate.cache import check_table, load_table, save_table
 from trtune.calibrate.histogram import BINS, Histogram, PictureMaxima
 from trtune.calibrate.table import CalibrationTable
-from trtune.configs.errors import CacheError, TrtuneError
-from trtune.configs.files import atomic_path, hash_json, write_text
+from trtune.configs.errors import CacheError, InputError, ModelError, TrtuneError
+from trtune.configs.files import atomic_path, hash_file, hash_json, write_text
 from trtune.configs.load import dump_config
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Config
 from trtune.datasets.batches import Batch, BatchSource
 from trtune.datasets.holdout import hold_out
-from trtune.calibrate.cache import check_table, load_table, save_table
+from trtune.inputs import backends_of, check_data, check_precisions, open_data
 from trtune.precision.backends.base import BuildInfo, Candidate, reusable
 from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
 from trtune.precision.calibration import (
@@ -40,12 +41,12 @@ from trtune.precision.lowering import lower_emulate
 from trtune.precision.metrics import ErrorSums
 from trtune.precision.model import Model, load_model
 from trtune.precision.placement import place
-from trtune.precision.plan import PrecisionPlan, make_plan
+from trtune.precision.plan import COMPUTE_OPS, PrecisionPlan, make_plan
 from trtune.precision.sensitivity import alone_errors
 from trtune.precision.tune import Score, Tuned, tune
 from trtune.reports.accuracy import Evaluation, StoredOutputs, collect_outputs, evaluate
 from trtune.reports.metrics import FIDELITY_METRICS, find_metric
-from trtune.inputs import backends_of, check_data, check_precisions, open_data
+from trtune.reports.summary import number
 from trtune.store import Evaluations, read_stage, write_stage
 
 log = logging.getLogger(__name__)
@@ -89,11 +90,8 @@ class Job:
 
     @cached_property
     def model(self) -> Model:
-        """The normalised FP32 model, compared with the user's file on a few pictures."""
-        model = load_model(Path(self.config.model.path))
-        for note in model.notes:
-            log.info("model: %s", note)
-        return model
+        """The normalised FP32 model."""
+        return load_model(Path(self.config.model.path))
 
     @cached_property
     def view(self) -> GraphView:
@@ -105,8 +103,21 @@ class Job:
         """Calibration and evaluation data, their first batches checked."""
         calibration = open_data(self.config.data.calibration, self.model)
         evaluation = open_data(self.config.data.evaluation, self.model)
-        check_data(self.config, calibration, evaluation)
+        check_data(self.config, calibration, evaluation, fixed_batch=self.fixed_batch)
         return calibration, evaluation
+
+    @property
+    def skipped(self) -> dict[str, list[str]]:
+        """Pictures left out of calibration and evaluation, also by the runs reused here."""
+        key = {name: self.hashes[f"{name}_data"] for name in ("calibration", "evaluation")}
+        kept: dict[str, list[str]] = read_stage(self.folder, "skipped", key) or {}
+        found = {
+            name: sorted({*source.skipped, *kept.get(name, ())})
+            for name, source in zip(key, self.sources, strict=True)
+        }
+        if any(found.values()) and found != kept:
+            write_stage(self.folder, "skipped", key, found)
+        return found
 
     @cached_property
     def versions(self) -> dict[str, str]:
@@ -162,6 +173,8 @@ class Job:
         # Every quantizable node counts, so that pins never make a kept table useless.
         plan = make_plan(self.view)
         tensors = carried_tensors(self.view, plan, self.lowerings)
+        if not tensors:
+            raise ModelError(_nothing_quantizable(self.model, plan))
         key = {
             "model": self.model.sha256,
             "data": self.hashes["calibration_data"],
@@ -196,6 +209,14 @@ class Job:
             provenance=key,
             progress=self.progress,
         )
+        log.info(
+            "calibrated %d tensors on %d pictures in %.1f s (runtime %.1f s, search %.1f s)",
+            len(found.table.scales),
+            found.pictures,
+            found.seconds,
+            found.inference_seconds,
+            found.search_seconds,
+        )
         save_histograms(self.folder / "histograms.npz", found.histograms)
         save_table(path, found.table)
         write_stage(self.folder, "calibrate", key, _cost(found))
@@ -222,25 +243,39 @@ class Job:
 
     @cached_property
     def layers(self) -> LayerErrors:
-        """Errors of every node of the untuned model."""
+        """Errors of every node of the untuned model; none if nothing in it is quantized."""
+        if not self.untuned.int8_nodes:
+            return LayerErrors({}, {})
         section = self.config.compare
         key = {
             **{k: self.hashes[k] for k in ("model", "calibration_data", "evaluation_data")},
             "candidate": Candidate(self.model, self.untuned, self.table).key,
-            "compare": section.model_dump(mode="json"),
-            "holdout": self.config.calibration.holdout,
+            "pictures": section.pictures,
             **self.versions,
         }
-        kept = read_stage(self.folder, "compare", key)
-        if kept is not None:
-            read = {part: {n: ErrorSums(**s) for n, s in kept[part].items()} for part in kept}
-            return LayerErrors(read["accumulated"], read["alone"])
-        found = LayerErrors(self._accumulated(), self._alone() if section.alone else {})
-        value = {
-            "accumulated": {n: sums_dict(s) for n, s in found.accumulated.items()},
-            "alone": {n: sums_dict(s) for n, s in found.alone.items()},
+        accumulated = self._kept_sums("compare", key, self._accumulated)
+        return LayerErrors(accumulated, self.alone if section.alone else {})
+
+    @cached_property
+    def alone(self) -> dict[str, ErrorSums]:
+        """What quantizing each int8 node of the untuned plan alone does to the output."""
+        key = {
+            **{k: self.hashes[k] for k in ("model", "calibration_data")},
+            "candidate": Candidate(self.model, self.untuned, self.table).key,
+            "holdout": self.config.calibration.holdout,
+            "memory": self.config.calibration.memory,
+            **self.versions,
         }
-        write_stage(self.folder, "compare", key, value)
+        return self._kept_sums("alone", key, self._alone)
+
+    def _kept_sums(
+        self, stage: str, key: Mapping[str, Any], measure: Callable[[], dict[str, ErrorSums]]
+    ) -> dict[str, ErrorSums]:
+        kept = read_stage(self.folder, stage, key)
+        if kept is not None:
+            return {name: ErrorSums(**sums) for name, sums in kept.items()}
+        found = measure()
+        write_stage(self.folder, stage, key, {name: sums_dict(s) for name, s in found.items()})
         return found
 
     def _accumulated(self) -> dict[str, ErrorSums]:
@@ -270,7 +305,7 @@ class Job:
     @cached_property
     def ranking(self) -> list[tuple[str, str]]:
         """int8 nodes, the one that hurts the output most first, with the reason in words."""
-        errors = self.layers.alone or self._alone()
+        errors = self.alone
         ranked = sorted(errors, key=lambda node: (errors[node].sqnr_db, node))
         return [(n, f"alone it leaves {errors[n].sqnr_db:.1f} dB at the output") for n in ranked]
 
@@ -302,19 +337,40 @@ class Job:
 
     @cached_property
     def baseline(self) -> Evaluation:
-        """The FP32 model's own value."""
+        """The FP32 model's own value; top-1 where the target is closeness and there are labels."""
         key = {**self._measured_on, "candidate": "fp32"}
 
         def measure() -> Evaluation:
-            metric = None if self._is_fidelity else self.metric
-            return evaluate(
-                replay(self.reference), self.sources[1], metric=metric, reference=self.reference
-            )
+            metric = "top1" if self.is_fidelity else self.metric
+            try:
+                return self._replayed(metric)
+            except InputError as error:
+                if not self.is_fidelity:
+                    raise
+                log.info("top-1 is not measured beside the target: %s", error)
+                return self._replayed(None)
 
         return self._evaluation(key, measure)
 
+    def _replayed(self, metric: Any) -> Evaluation:
+        run = replay(self.reference)
+        return evaluate(run, self.sources[1], metric=metric, reference=self.reference)
+
+    def value_of(self, found: Evaluation) -> float | None:
+        """The target metric's value in an evaluation."""
+        if isinstance(self.metric, str) and self.metric in FIDELITY_METRICS:
+            value: float | None = getattr(found, self.metric)
+            return value
+        return found.value
+
     @property
-    def _is_fidelity(self) -> bool:
+    def _counted(self) -> Any:
+        """What `evaluate` is asked to count: the metric, or top-1 beside closeness to FP32."""
+        return self.baseline.metric if self.is_fidelity else self.metric
+
+    @property
+    def is_fidelity(self) -> bool:
+        """Whether the target is closeness to FP32, which needs no labels."""
         return isinstance(self.metric, str) and self.metric in FIDELITY_METRICS
 
     @property
@@ -324,12 +380,19 @@ class Job:
             "model": self.hashes["model"],
             "data": self.hashes["evaluation_data"],
             "metric": target.metric if target else "sqnr_db",
+            "metric_source": source_hash(self.metric),
             **self.versions,
         }
+
+    @property
+    def tuning_key(self) -> dict[str, Any]:
+        """What a finished tuning was made from; the rest is in the key of the folder."""
+        return {**self._measured_on, "untuned": self.candidate(self.untuned).key}
 
     def _evaluation(self, key: Mapping[str, Any], measure: Callable[[], Evaluation]) -> Evaluation:
         kept = self.evaluations.get(key)
         if kept is not None:
+            log.info("evaluation of %s: reused", key.get("backend", "FP32"))
             return Evaluation(**kept)
         found = measure()
         fields = ("metric", "value", "samples", "sqnr_db", "agreement", "cosine")
@@ -376,7 +439,7 @@ class Job:
                     return evaluate(
                         engine.infer,
                         self.sources[1],
-                        metric=self.metric,
+                        metric=self._counted,
                         reference=self.reference,
                         fixed_batch=self.fixed_batch,
                         progress=self.progress,
@@ -401,29 +464,31 @@ class Job:
 
     def score(self, plan: PrecisionPlan) -> Score:
         """How `plan` does on the first backend, and whether the target holds on all of them."""
-        threshold, cached = self.threshold, True
+        threshold, cached, note = self.threshold, True, ""
         first: Evaluation | None = None
         met = True
         for backend in self.backends:
             found, known = self.measured(backend, plan, f"evaluate {backend.name}")
             first, cached = first or found, cached and known
             # The rounding of a difference of two fractions must not miss a target.
-            met = found.value is not None and (threshold is None or found.value >= threshold - 1e-9)
+            value = self.value_of(found)
+            met = value is not None and (threshold is None or value >= threshold - 1e-9)
             if not met:
+                several = len(self.backends) > 1
+                note = f"missed on {backend.name}: {number(value)}" if several else ""
                 break
         assert first is not None
-        value = first.value if first.value is not None else float("-inf")
-        return Score(value, met, first.sqnr_db, cached)
+        value = self.value_of(first)
+        return Score(float("-inf") if value is None else value, met, first.sqnr_db, cached, note)
 
     @cached_property
     def tuned(self) -> Tuned:
         """The tuned plan; the untuned one if it meets the target or there is none."""
-        start = self.score(self.untuned)
-        needed = self.threshold is not None and not start.met and self.untuned.int8_nodes
+        tunable = self.threshold is not None and self.untuned.int8_nodes
         section = self.config.precision
         return tune(
             self.untuned,
-            self.ranking if needed else [],
+            self.ranking if tunable else [],
             self.score,
             max_pins=section.max_pins,
             precision=section.fallback,
@@ -455,6 +520,21 @@ def named_table(path: Path, model: Model, *, trust: bool) -> CalibrationTable:
         )
     log.info("calibration cache %s used as the config says", path)
     return replace(table, provenance={**table.provenance, "file": path.name})
+
+
+def source_hash(metric: Any) -> str | None:
+    """Hash of the file of a user's own metric, so that editing it measures again; else None."""
+    file = inspect.getsourcefile(metric) if inspect.isfunction(metric) else None
+    return hash_file(Path(file)) if file and Path(file).is_file() else None
+
+
+def _nothing_quantizable(model: Model, plan: PrecisionPlan) -> str:
+    reasons = [f"{name!r}: {plan.nodes[name].reason}" for name in plan.compute_nodes]
+    why = "; ".join([*reasons[:3], *(["..."] if len(reasons) > 3 else [])])
+    return (
+        f"{model.path}: nothing in it can be quantized, so there is nothing to calibrate "
+        f"({why or 'it has no ' + ', '.join(COMPUTE_OPS)}); `trtune inspect` shows its nodes"
+    )
 
 
 def _cost(found: Calibrated) -> dict[str, Any]:

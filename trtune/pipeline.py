@@ -59,11 +59,11 @@ def run(
 
 def run_record_of(job: Job, command: str, started: str, began: float) -> RunRecord:
     """Do the stages in the order that shows what is wrong soonest, and keep the plan."""
-    if job.untuned.int8_nodes:
-        _ = job.layers
+    _ = job.baseline  # labels that do not fit show here, before calibration
+    _ = job.layers
     _ = job.tuned
     write_text(job.folder / "plan.json", job.tuned.plan.to_json())
-    write_stage(job.folder, "tune", {"untuned": job.candidate(job.untuned).key}, {"done": True})
+    write_stage(job.folder, "tune", job.tuning_key, {"done": True})
     seconds = time.perf_counter() - began
     return run_record(job, command=command, started=started, seconds=seconds)
 
@@ -108,8 +108,7 @@ def build(
                 f"--backend {backend!r} is none of the config's backends "
                 f"({', '.join(labels)}){did_you_mean(str(backend), labels)}"
             )
-        key = {"untuned": job.candidate(job.untuned).key}
-        plan = job.tuned.plan if read_stage(job.folder, "tune", key) else job.untuned
+        plan = job.tuned.plan if read_stage(job.folder, "tune", job.tuning_key) else job.untuned
         write_text(job.folder / "plan.json", plan.to_json())
         return [job.build(b, plan, job.engine_folder(b)) for b in chosen]
 

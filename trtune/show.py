@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -16,9 +18,12 @@ from trtune.datasets.batches import InputSpec
 from trtune.precision.backends.base import BuildInfo, Usable
 from trtune.precision.inspect import Inspection, NodeRow
 from trtune.reports.record import LayerRow
-from trtune.reports.summary import DASH, count, decibels, number, plural, size_text
+from trtune.reports.summary import DASH, count, decibels, number, plural, ratio_text, size_text
 from trtune.reports.tables import Table, worst_layers
 from trtune.reports.terminal import render_table
+
+if TYPE_CHECKING:
+    from trtune.calibrate.outliers import DominantPicture
 
 WORST = 10
 SHOWN_NAMES = 5
@@ -187,16 +192,20 @@ def layer_tables(rows: Sequence[LayerRow], *, worst: int = WORST) -> Iterator[Re
         yield f"no error was measured in any of {plural(len(rows), 'layer')}"
 
 
-def calibration_summary(table: CalibrationTable) -> Iterator[RenderableType]:
-    """How many tensors have a scale, by which methods, and what is odd about them."""
-    amounts: dict[str, int] = {}
-    for method in table.methods.values():
-        amounts[method] = amounts.get(method, 0) + 1
+def calibration_summary(
+    table: CalibrationTable, pictures: Sequence[DominantPicture] = ()
+) -> Iterator[RenderableType]:
+    """How many tensors have a scale, by which methods, and which pictures stretch their ranges."""
+    amounts = Counter(method.split(" x ")[0] for method in table.methods.values())
     ranked = sorted(amounts.items(), key=lambda item: (-item[1], item[0]))
-    by = ", ".join(f"{method} ({amount})" for method, amount in ranked) or "unknown"
-    yield f"{plural(len(table.scales), 'tensor')} with a scale; method: {by}"
+    by = ", ".join(f"{method} ({amount})" for method, amount in ranked)
+    yield f"{plural(len(table.scales), 'tensor')} with a scale{'; method: ' if by else ''}{by}"
     zero = [name for name, scale in table.scales.items() if scale == 0]
     if zero:
-        dots = ", ..." if len(zero) > SHOWN_NAMES else ""
-        names = ", ".join(zero[:SHOWN_NAMES]) + dots
+        names = ", ".join(zero[:SHOWN_NAMES]) + (", ..." if len(zero) > SHOWN_NAMES else "")
         yield f"{plural(len(zero), 'tensor')} with scale 0 (only zeros were seen): {names}"
+    for picture in pictures:
+        yield (
+            f"• picture {picture.item} sets the range of {plural(picture.tensors, 'tensor')}, up "
+            f"to {ratio_text(picture.worst_ratio)} times the median ({picture.worst_tensor})"
+        )

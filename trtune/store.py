@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from trtune.configs.files import hash_json, write_json
 log = logging.getLogger(__name__)
 
 STAGES = "stages"
+LEFTOVERS = (".tuning", ".writing-*")
+"""Folders of half-done work, which only a process that was killed leaves behind."""
 
 
 def read_stage(folder: Path, name: str, key: Mapping[str, Any]) -> Any | None:
@@ -50,9 +54,10 @@ class Evaluations:
     def __init__(self, folder: Path) -> None:
         self._path = folder / STAGES / "evaluations.json"
         try:
-            self._known: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+            held = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self._known = {}
+            held = None
+        self._known: dict[str, Any] = held if isinstance(held, dict) else {}
 
     def get(self, key: Mapping[str, Any]) -> Any | None:
         """What was measured for `key`, or None."""
@@ -64,16 +69,39 @@ class Evaluations:
         write_json(self._path, self._known)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that may fail to grow: a full disk stops the work where a result is written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: logging's own way is a traceback on stderr for every line."""
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def logged_to(folder: Path) -> Iterator[None]:
-    """Everything that trtune logs from INFO up also goes to `folder/log.txt`, appended."""
+    """Everything that trtune logs from INFO up also goes to `folder/log.txt`, appended.
+
+    What a killed run left half-written in `folder` is removed first, and only one process works
+    there at a time. Why the block ended, if not by itself, is the log's last line.
+
+    Raises TrtuneError if the folder cannot be written to, or another process works there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler = _LogFile(folder / "log.txt", encoding="utf-8")
     except OSError as error:
         raise TrtuneError(
             f"cannot write to {folder}: {error.strerror or error}; choose another place with --out"
         ) from error
+    try:
+        _lock(handler, folder)
+        _remove_leftovers(folder)
+    except BaseException:
+        handler.close()
+        raise
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO)
     root = logging.getLogger("trtune")
@@ -82,7 +110,30 @@ def logged_to(folder: Path) -> Iterator[None]:
     root.setLevel(min(level or logging.INFO, logging.INFO))
     try:
         yield
+    except BaseException as error:
+        text = f"stopped by {type(error).__name__}{': ' if str(error) else ''}{error}"
+        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None))
+        raise
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
         handler.close()
+
+
+def _lock(handler: logging.FileHandler, folder: Path) -> None:
+    """Hold the log file until it is closed; the lock of a killed process goes with it."""
+    assert handler.stream is not None  # open from the start, not from the first line on
+    try:
+        fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TrtuneError(
+            f"another trtune works in {folder}; wait for it, or choose another place with --out"
+        ) from error
+    except OSError as error:  # a file system without locks
+        log.info("%s cannot be locked: %s", folder, error)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for pattern in LEFTOVERS:
+        for leftover in [path for path in folder.rglob(pattern) if path.is_dir()]:
+            shutil.rmtree(leftover, ignore_errors=True)

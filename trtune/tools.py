@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtune.calibrate.cache import (
     Cache,
@@ -23,6 +24,9 @@ from trtune.precision.graph import GraphView
 from trtune.precision.inspect import Inspection, inspect_model
 from trtune.precision.model import load_model
 from trtune.precision.plan import make_plan
+
+if TYPE_CHECKING:
+    from trtune.calibrate.outliers import DominantPicture
 
 PLAN_SUFFIXES = (".plan", ".engine", ".trt")
 
@@ -90,6 +94,20 @@ def convert_cache(
     else:
         save_table(target, table, converted.header)
     return converted
+
+
+def dominant_pictures(run: Path) -> list[DominantPicture]:
+    """The pictures that set the range of many tensors far above the median, in a run's folder.
+
+    Empty if the folder holds no histograms.
+    """
+    from trtune.calibrate.outliers import dominant, outliers
+    from trtune.job import load_histograms  # loads all of the pipeline
+
+    try:
+        return dominant(outliers(load_histograms(run / "histograms.npz")))
+    except FileNotFoundError:
+        return []
 
 
 def parse_version(text: str) -> Version:
