@@ -1,17 +1,19 @@
 """One pass over the data: every tensor that will carry a scale gets its histogram.
 
-Memory does not depend on the number of pictures; the result does not depend on their order, on
-the number of threads, or (up to the runtime's own float noise) on the batch size.
+Memory does not depend on the number of pictures. The result depends neither on their order nor on
+the source's batch size: pictures are put together anew into batches of one size, the last one
+filled up, because a runtime may round the same picture differently in a smaller batch.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +27,22 @@ from trtune.calibrate.histogram import Counter, Histogram
 from trtune.calibrate.taps import Reader, Tapped, session_of, tap, with_outputs
 from trtune.configs.errors import DataError, ModelError
 from trtune.configs.progress import Progress, silent
-from trtune.datasets.batches import Batch, BatchSource
+from trtune.datasets.batches import (
+    Batch,
+    BatchSource,
+    InputSpec,
+    batch_size,
+    fit_batch,
+    rebatch,
+    take_rows,
+)
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MEMORY = 2 << 30
-READ_BYTES = 64 << 20
-"""Marked tensors of one inference: enough pictures to amortise a call, few enough for caches."""
+READ_BYTES = 128 << 20
+LARGEST_STEP = 16
+"""Pictures an inference: enough to amortise a call, few enough for caches and for memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +62,7 @@ class Collection:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How large a tensor is: bytes a picture, and the axis along which pictures lie, if any."""
+    """How large a tensor is: bytes a picture (as float32), and the axis of the pictures, if any."""
 
     bytes: int
     axis: int | None
@@ -78,13 +89,13 @@ def collect(
     tensor and picture, or if the runtime cannot load or run the model.
     """
     started = time.perf_counter()
-    first = next(iter(source), None)
-    if first is None or not len(first):
+    first = next((batch for batch in source if len(batch)), None)
+    if first is None:
         raise DataError("calibration data: no picture was read; check path, take and skip")
     inner = [tensor for tensor in tensors if tensor not in first.feeds]
     extents = measure(model, tensors, first, external_dir=external_dir)
-    step, workers = _schedule(inner, extents, first, memory, workers or usable_cores())
-    chunks = _chunks(inner, extents, memory // workers // step) or [[]]
+    layout, workers = _schedule(model, inner, extents, first, memory, workers or usable_cores())
+    chunks = _chunks(inner, extents, memory // workers // layout.step) or [[]]
     if len(chunks) > 1:
         log.info(
             "%d tensors in %d passes, to stay within %d bytes", len(inner), len(chunks), memory
@@ -94,10 +105,14 @@ def collect(
     for number, chunk in enumerate(chunks):
         wanted = chunk if number else [*(t for t in tensors if t in first.feeds), *chunk]
         tapped = tap(
-            model, chunk, threads=1 if workers > 1 else usable_cores(), external_dir=external_dir
+            model,
+            chunk,
+            sizes={tensor: extents[tensor].bytes * layout.step for tensor in chunk},
+            threads=1 if workers > 1 else usable_cores(),
+            external_dir=external_dir,
         )
         what = "calibrate" if len(chunks) == 1 else f"calibrate, pass {number + 1} of {len(chunks)}"
-        run = _Pass(tapped, wanted, extents, step, workers)
+        run = _Pass(tapped, wanted, extents, layout, workers)
         found, pictures = run.over(source, what, progress)
         histograms.update(found)
         busy += run.busy / workers
@@ -117,11 +132,12 @@ def measure(
     *,
     external_dir: Path | None = None,
 ) -> dict[str, Extent]:
-    """Size and picture axis of each tensor, from two inferences that give only shapes back.
+    """Size and picture axis of each tensor, from inferences that give only shapes back.
 
     One with two pictures and one with one: the axis whose length follows the number of pictures
-    is theirs. A batch of one picture is all of every tensor: axis 0 with one row. A model of
-    fixed batch size is asked once.
+    is theirs. If there is only one picture, or the model takes only one, it is all of every
+    tensor: axis 0 with one row. A model of fixed batch size is asked once, and the axis is the
+    one that has this length (the first, if it is a multiple).
     """
     names = {tensor: f"{tensor}/trtune_shape" for tensor in tensors if tensor not in batch.feeds}
     probe = onnx.ModelProto()
@@ -133,54 +149,85 @@ def measure(
     session = session_of(with_outputs(probe, list(names.values())), external_dir)
 
     def shapes(size: int) -> dict[str, tuple[int, ...]]:
-        feeds = {name: array[:size] for name, array in batch.feeds.items()}
-        found = session.run(list(names.values()), feeds) if names else []
+        feeds = fit_batch(take_rows(batch, slice(0, size)), size).feeds
+        found = session.run(list(names.values()), dict(feeds)) if names else []
         inner = {t: tuple(int(d) for d in s) for t, s in zip(names, found, strict=True)}
         return inner | {name: array.shape for name, array in feeds.items()}
 
-    fixed = _is_fixed(session, len(batch))
-    size = len(batch) if fixed else min(len(batch), 2)
+    fixed = _fixed_batch(model, batch)
+    size = fixed or min(len(batch), 2)
     full = shapes(size)
     less = full if fixed or size == 1 else shapes(size - 1)
-    return {
-        tensor: Extent(
-            4 * int(np.prod(full[tensor], dtype=np.int64)) // size,
-            _picture_axis(full[tensor], less[tensor], size, fixed),
-        )
-        for tensor in tensors
+    axes = {
+        t: _fixed_axis(full[t], size) if less is full else _picture_axis(full[t], less[t], size)
+        for t in tensors
     }
+    return {t: Extent(4 * math.prod(full[t]) // size, axes[t]) for t in tensors}
 
 
-def _is_fixed(session: Any, size: int) -> bool:
-    return any(i.shape and i.shape[0] == size for i in session.get_inputs())
+def _fixed_batch(model: onnx.ModelProto, batch: Batch) -> int:
+    """The batch size that the model fixes, or 0."""
+    specs = []
+    for info in model.graph.input:
+        if info.name in batch.feeds and info.type.tensor_type.HasField("shape"):
+            dims = (d.dim_value or None for d in info.type.tensor_type.shape.dim)
+            specs.append(InputSpec(info.name, tuple(dims), ""))
+    return batch_size(specs, 0)
 
 
-def _picture_axis(
-    full: tuple[int, ...], less: tuple[int, ...], size: int, fixed: bool
-) -> int | None:
+def _picture_axis(full: tuple[int, ...], less: tuple[int, ...], size: int) -> int | None:
     """The axis of `full` that holds `size` pictures, given the shape for one picture fewer.
 
-    >>> _picture_axis((3, 8, 65), (3, 7, 65), 8, False), _picture_axis((16, 5), (14, 5), 8, False)
+    >>> _picture_axis((3, 8, 65), (3, 7, 65), 8), _picture_axis((16, 5), (14, 5), 8)
     (1, 0)
     """
-    if size == 1:
-        return 0
-    if fixed:
-        return 0 if full and full[0] % size == 0 else None
     for axis, (a, b) in enumerate(zip(full, less, strict=True)):
         if a != b:
             return axis if a * (size - 1) == b * size else None
     return None
 
 
+def _fixed_axis(shape: tuple[int, ...], size: int) -> int | None:
+    """The axis of `shape` that seems to hold `size` pictures.
+
+    >>> _fixed_axis((4, 65), 4), _fixed_axis((65, 4, 9), 4), _fixed_axis((8, 5), 4)
+    (0, 1, 0)
+    """
+    if size == 1 or shape[:1] == (size,):
+        return 0
+    if shape.count(size) == 1:
+        return shape.index(size)
+    return 0 if shape and shape[0] % size == 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Pictures an inference, and whether a short last batch is filled up to that."""
+
+    step: int
+    fill: bool
+
+
 def _schedule(
-    inner: Sequence[str], extents: Mapping[str, Extent], batch: Batch, memory: int, workers: int
-) -> tuple[int, int]:
-    """Pictures an inference, and workers: enough to fill the caches, within `memory`."""
+    model: onnx.ModelProto,
+    inner: Sequence[str],
+    extents: Mapping[str, Extent],
+    first: Batch,
+    memory: int,
+    workers: int,
+) -> tuple[Layout, int]:
+    """Pictures an inference, and workers: as many as caches like, within `memory`.
+
+    Tensors in which pictures cannot be told apart are only the same for the same batches, so
+    those stay as the source makes them. A source of single pictures may have one shape each.
+    """
     each = max(sum(extents[tensor].bytes for tensor in inner), 1)
-    fixed = len(batch) if any(e.axis is None for e in extents.values()) else None
-    step = fixed or max(1, min(len(batch), READ_BYTES // each))
-    return step, max(1, min(workers, memory // (each * step)))
+    fixed = _fixed_batch(model, first)
+    mixed = any(extent.axis is None for extent in extents.values())
+    step = min(READ_BYTES // each, memory // each, LARGEST_STEP)
+    step = fixed or (len(first) if mixed or len(first) == 1 else max(step, 1))
+    workers = max(1, min(workers, memory // (each * step)))
+    return Layout(step, fill=bool(fixed) or not mixed), workers
 
 
 def _chunks(tensors: Sequence[str], extents: Mapping[str, Extent], budget: int) -> list[list[str]]:
@@ -204,12 +251,12 @@ class _Pass:
         tapped: Tapped,
         tensors: Sequence[str],
         extents: Mapping[str, Extent],
-        step: int,
+        layout: Layout,
         workers: int,
     ) -> None:
         self.busy = 0.0
         self._tapped, self._tensors, self._extents = tapped, tensors, extents
-        self._step, self._workers = step, workers
+        self._layout, self._workers = layout, workers
         self._mine = threading.local()
         self._all: list[dict[str, Counter]] = []
         self._lock = threading.Lock()
@@ -221,8 +268,8 @@ class _Pass:
         waiting: deque[Future[int]] = deque()
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="calibrate")
         try:
-            for piece in _pieces(source, self._step):
-                waiting.append(pool.submit(self._count, piece))
+            for batch in rebatch(source, self._layout.step):
+                waiting.append(pool.submit(self._count, batch))
                 if len(waiting) > 2 * self._workers:
                     pictures += waiting.popleft().result()
                     progress(what, pictures, source.count)
@@ -246,41 +293,49 @@ class _Pass:
             self._mine.counters = {tensor: Counter() for tensor in self._tensors}
             with self._lock:
                 self._all.append(self._mine.counters)
+        for tensor in batch.feeds.keys() & self._mine.counters.keys():
+            self._add(tensor, batch.feeds[tensor], len(batch), batch.items)
+        full = fit_batch(batch, self._layout.step) if self._layout.fill else batch
         started = time.perf_counter()
-        values = self._mine.reader.read(batch.feeds) if self._tapped.outputs else {}
-        ran = time.perf_counter() - started
-        for tensor in self._tensors:
-            array = values[tensor] if tensor in values else batch.feeds[tensor]
-            items, rows = _by_picture(array, batch, self._extents[tensor].axis)
-            maxima = self._mine.counters[tensor].add(items, rows)
-            if not np.isfinite(maxima).all():
-                raise _not_finite(tensor, items[int(np.argmin(np.isfinite(maxima)))], rows)
+        ran = 0.0
+        for values in self._mine.reader.read(full.feeds):
+            ran += time.perf_counter() - started
+            for tensor, array in values.items():
+                self._add(tensor, array, len(full), batch.items)
+            started = time.perf_counter()
         with self._lock:
             self.busy += ran
         return len(batch)
 
-
-def _pieces(source: BatchSource, step: int) -> Iterator[Batch]:
-    """The batches of `source` cut into at most `step` pictures."""
-    for batch in source:
-        for start in range(0, len(batch), step):
-            part = slice(start, start + step)
-            yield Batch({n: a[part] for n, a in batch.feeds.items()}, batch.items[part])
+    def _add(self, tensor: str, array: NDArray[Any], held: int, items: tuple[str, ...]) -> None:
+        names, rows = _by_picture(array, held, items, self._extents[tensor].axis)
+        maxima = self._mine.counters[tensor].add(names, rows)
+        if not np.isfinite(maxima).all():
+            worst = int(np.argmin(np.isfinite(maxima)))
+            raise _not_finite(tensor, names[worst], rows[worst])
 
 
 def _by_picture(
-    array: NDArray[Any], batch: Batch, axis: int | None
+    array: NDArray[Any], held: int, items: tuple[str, ...], axis: int | None
 ) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """`array` as one row a picture with the pictures' names; one row for all if they are mixed."""
+    """The names and rows of `items`, the first of the `held` pictures in `array`.
+
+    One row for all if pictures cannot be told apart.
+    """
     if axis is None:
-        name = batch.items[0] if len(batch) == 1 else f"{batch.items[0]} to {batch.items[-1]}"
-        return (name,), np.ascontiguousarray(array, np.float32).reshape(1, -1)
-    rows = np.ascontiguousarray(np.moveaxis(array, axis, 0) if axis else array, np.float32)
-    return batch.items, rows.reshape(len(batch), -1)
+        name = items[0] if len(items) == 1 else f"{items[0]} to {items[-1]}"
+        return (name,), _as_float(array).reshape(1, -1)
+    rows = _as_float(np.moveaxis(array, axis, 0) if axis else array)
+    return items, rows.reshape(held, -1)[: len(items)]
 
 
-def _not_finite(tensor: str, item: str, rows: NDArray[np.float32]) -> ModelError:
-    kind = "NaN" if np.isnan(rows).any() else "infinity"
+def _as_float(array: NDArray[Any]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # a double too large for float32 is reported as infinity
+        return np.ascontiguousarray(array, np.float32)
+
+
+def _not_finite(tensor: str, item: str, row: NDArray[np.float32]) -> ModelError:
+    kind = "NaN" if np.isnan(row).any() else "infinity"
     return ModelError(
         f"tensor {tensor!r} holds {kind} for picture {item!r}; the FP32 model itself gives it, so "
         "no scale can be right: check the model and the preprocessing of that picture"

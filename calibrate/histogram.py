@@ -25,6 +25,12 @@ FIRST_NON_FINITE = 0x7F800000 >> SHIFT
 
 Counts = NDArray[np.int64]
 
+SPREAD = 48
+"""Unused counts behind each table: equal bins of two tables must not differ by whole pages.
+
+Processors compare only the lower bits of addresses when they order loads behind stores.
+"""
+
 TABLE_ROOM = 1 << 32
 """Values that the uint32 tables can take before one of their counts could overflow."""
 
@@ -43,7 +49,7 @@ def bin_edges() -> NDArray[np.float64]:
     return edges
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True, boundscheck=False)
 def _fill(bits: Any, first: Any, second: Any, third: Any, fourth: Any, largest: Any) -> None:
     """Count the magnitudes of float32 `bits` (uint32, pictures x values), each row's largest apart.
 
@@ -124,7 +130,7 @@ class Counter:
     """A histogram being filled; one a thread, merged at the end."""
 
     def __init__(self) -> None:
-        self._tables = np.zeros((4, BINS), np.uint32)
+        self._tables = np.zeros((4, BINS + SPREAD), np.uint32)[:, :BINS]
         self._counts: Counts | None = None
         self._maxima: dict[int, int] = {}
         self._room = TABLE_ROOM
@@ -141,7 +147,8 @@ class Counter:
             self._flush()
         self._room -= values.size
         largest = np.zeros(len(values), np.uint32)
-        _fill(values.view(np.uint32), *self._tables, largest)
+        first, second, third, fourth = self._tables
+        _fill(values.view(np.uint32), first, second, third, fourth, largest)
         for index in (largest >> SHIFT).tolist():
             self._maxima[index] = self._maxima.get(index, 0) + 1
         maxima: NDArray[np.float32] = largest.view(np.float32)
@@ -157,10 +164,12 @@ class Counter:
         self._room = TABLE_ROOM
 
     def _total(self) -> Counts:
-        counted = self._tables.sum(axis=0, dtype=np.int64)
+        counted: Counts = self._tables.sum(axis=0, dtype=np.int64)
         return counted if self._counts is None else self._counts + counted
 
     def _rank(self, item: str, largest: float) -> None:
+        if largest < self._second:
+            return
         best, name = self._best
         if largest > best or (largest == best and item < name):
             self._second = max(self._second, best)

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,11 @@ from trtune.calibrate.histogram import Histogram, bin_edges, quantile
 
 LEVELS = 127
 ENTROPY_BINS = 1024
+ENOUGH_PICTURES = 8
 LARGEST_RATIO = 64
 """Entropy looks no further than this many times the median of the per-picture maxima."""
 
+FINE_BINS = 2 * ENTROPY_BINS
 MSE_CANDIDATES = 96
 
 
@@ -35,13 +38,15 @@ def amax_max(histogram: Histogram) -> float:
 def amax_percentile(histogram: Histogram, *, percentile: float = 99.99) -> float:
     """The magnitude that `percentile` percent of all values, zeros included, do not exceed.
 
-    Within a bin, 0.8 % at most. Raises ValueError for a percentile outside (0, 100].
+    Within a bin, 0.8 % at most; the maximum if so many values are zero that it would be zero.
+    Raises ValueError for a percentile outside (0, 100].
     """
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; it must be above 0 and at most 100")
     if not histogram.total:
         return 0.0
-    return min(quantile(histogram.counts, percentile / 100), histogram.maximum)
+    amax = quantile(histogram.counts, percentile / 100)
+    return min(amax, histogram.maximum) if amax else histogram.maximum
 
 
 def amax_mse(histogram: Histogram) -> float:
@@ -68,7 +73,7 @@ def _centers(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.floa
     return middles, histogram.counts[filled].astype(np.float64)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _mse(centers: Any, counts: Any, amaxes: Any) -> Any:
     """Sum over bins of count * E[(x - Q(x))^2] for each amax."""
     errors = np.zeros(amaxes.size)
@@ -96,16 +101,20 @@ def amax_entropy(histogram: Histogram) -> float:
     the *first batch* and adds bins of that width when later data exceeds it. Here the width is
     the median of the per-picture maxima divided by 1024: the range that the first batch would
     have if it were typical. It depends neither on which pictures come first nor on how many go in
-    a batch, and one outlier picture, which would stretch the bins of any method that starts from
-    the maximum, only adds empty bins far above. The rest is as published: the first bin is
-    discarded; for each bin B the reference is what lies up to B with everything above folded into
-    B, the coarse distribution has 127 bins from 0 to the middle of B, and the threshold is the
-    middle of the bin with the least KL(reference || coarse), empty reference bins left out.
+    a batch. Values above the second largest of the per-picture maxima come from one picture alone
+    and are left out, so that no single outlier can stretch the range, however large it is (with
+    fewer than `ENOUGH_PICTURES` nobody can say what is an outlier, and all count). The rest is as
+    published: the first bin is discarded; for each bin B the reference is what lies up to B with
+    everything above folded into B, the coarse distribution has 127 bins from 0 to the middle of
+    B, and the threshold is the middle of the bin with the least KL(reference || coarse), empty
+    reference bins left out.
 
     The counts of a bin by exponent and mantissa are spread evenly over the linear bins it covers.
-    Thresholds are tried 64 bins apart, then each around the best few, up to 64 times the median
-    maximum. Equality with TensorRT's closed implementation is not promised.
+    Thresholds are tried 8 bins apart, above twice the median maximum (and up to 64 times) as far
+    apart as the histogram's own bins, and then all around the best eight. Equality with TensorRT's
+    closed implementation is not promised.
     """
+    histogram = _without_lone_values(histogram)
     width = histogram.pictures.median / ENTROPY_BINS
     if width == 0:  # zero in most pictures: what the others hold is all there is to go by
         width = histogram.maximum / ENTROPY_BINS
@@ -114,8 +123,18 @@ def amax_entropy(histogram: Histogram) -> float:
     bins = min(math.ceil(histogram.maximum / width), ENTROPY_BINS * LARGEST_RATIO)
     counts = linear_counts(histogram, width, max(bins, LEVELS + 1))
     counts[0] = 0
-    best = _search_entropy(counts, first=LEVELS, empty_apart=False)
+    best = _search_entropy(counts, levels=LEVELS, margin=0.5)
     return min((best + 0.5) * width, histogram.maximum)
+
+
+def _without_lone_values(histogram: Histogram) -> Histogram:
+    """`histogram` up to the largest |x| that two pictures reach, if there are enough of them."""
+    limit = histogram.pictures.runner_up
+    if histogram.pictures.pictures < ENOUGH_PICTURES or limit == 0:
+        return histogram
+    counts = histogram.counts.copy()
+    counts[int(np.searchsorted(bin_edges(), limit, side="right")) :] = 0
+    return replace(histogram, counts=counts, maximum=limit)
 
 
 def amax_entropy_s7310(histogram: Histogram) -> float:
@@ -128,7 +147,7 @@ def amax_entropy_s7310(histogram: Histogram) -> float:
     if histogram.maximum == 0:
         return 0.0
     counts = linear_counts(histogram, histogram.maximum / 2048, 2048)
-    best = _search_entropy(counts, first=128, empty_apart=True)
+    best = _search_entropy(counts, levels=LEVELS + 1, margin=1.0)
     return min((best + 0.5) * histogram.maximum / 2048, histogram.maximum)
 
 
@@ -137,74 +156,111 @@ def linear_counts(histogram: Histogram, width: float, bins: int) -> NDArray[np.f
 
     A bin of the histogram is spread evenly over the linear bins that it covers.
     """
-    edges = bin_edges()
-    last = int(np.flatnonzero(histogram.counts)[-1]) + 1 if histogram.total else 1
-    cumulative = np.concatenate([[0], np.cumsum(histogram.counts[:last])]).astype(np.float64)
-    upper = np.minimum(edges[: last + 1], np.nextafter(histogram.maximum, np.inf))
-    upper[0] = 0.0
-    at = np.interp(np.arange(bins + 1) * width, upper, cumulative)
-    at[0], at[-1] = 0.0, cumulative[-1]
-    counts: NDArray[np.float64] = np.diff(at)
-    return counts
+    out = np.zeros(bins)
+    if histogram.maximum == 0:
+        out[0] = histogram.total
+        return out
+    last = int(np.flatnonzero(histogram.counts)[-1]) + 1
+    upper = np.minimum(bin_edges()[1 : last + 1], np.nextafter(histogram.maximum, np.inf))
+    _spread(histogram.counts[:last], upper, width, out)
+    return out
 
 
-def _search_entropy(counts: NDArray[np.float64], *, first: int, empty_apart: bool) -> int:
-    """The bin with the least divergence: every 64th, then closer around the best ones."""
+@numba.njit(nogil=True, cache=True)
+def _spread(counts: Any, upper: Any, width: Any, out: Any) -> None:
+    """Add the counts of adjacent bins with these upper edges, the first from 0, to equal ones."""
+    lower = 0.0
+    end = out.size - 1
+    for i in range(counts.size):
+        if counts[i]:
+            first = min(int(lower / width), end)
+            last = min(int(upper[i] / width), end)
+            density = counts[i] / (upper[i] - lower)
+            at = lower
+            for k in range(first, last):
+                out[k] += density * ((k + 1) * width - at)
+                at = (k + 1) * width
+            out[last] += density * max(upper[i] - at, 0.0)
+        lower = upper[i]
+
+
+def _search_entropy(counts: NDArray[np.float64], *, levels: int, margin: float) -> int:
+    """The bin with the least divergence, the first one of equals.
+
+    Tried are every 8th bin up to `FINE_BINS` and from there on bins 1/128 of their value apart,
+    then all bins (32 at most) up to both neighbours of the best eight. `levels` and `margin`: see
+    `_divergences`.
+    """
     last = len(counts) - 1
-    below = np.concatenate([[0.0], np.cumsum(counts)])
-    tried: dict[int, float] = {}
+    filled = counts > 0
+    logs = counts * np.log(counts, out=np.zeros_like(counts), where=filled)
+    mass, number, entropy = (
+        np.concatenate([[0.0], np.cumsum(each)]) for each in (counts, filled, logs)
+    )
+    steps = math.ceil(128 * math.log(last / FINE_BINS)) if last > FINE_BINS else 0
+    sparse = np.geomspace(FINE_BINS, last, steps + 1) if steps else [last]
+    fine = np.arange(levels, min(last, FINE_BINS), 8)
+    grid = np.unique(np.concatenate([fine, np.rint(sparse)]).astype(np.int64))
+    found = np.empty(grid.size)
+    _divergences(mass, number, entropy, grid, levels, margin, found)
+    best = np.argsort(found, kind="stable")[:8]
+    ends = grid[np.clip(best - 1, 0, None)], grid[np.clip(best + 1, None, len(grid) - 1)]
+    near = [np.linspace(a, b, min(b - a, 32) + 1) for a, b in zip(*ends, strict=True)]
+    grid = np.unique(np.rint(np.concatenate(near)).astype(np.int64))
+    found = np.empty(grid.size)
+    _divergences(mass, number, entropy, grid, levels, margin, found)
+    return int(grid[np.argmin(found)])
 
-    def divergence(bins: NDArray[np.int64]) -> None:
-        fresh = np.array([b for b in bins if b not in tried], np.int64)
-        tried.update(
-            zip(fresh.tolist(), _kl(counts, below, fresh, empty_apart).tolist(), strict=True)
-        )
 
-    grid = first + np.unique(np.geomspace(1, max(last - first, 1) + 1, 96).astype(np.int64)) - 1
-    divergence(np.unique(np.concatenate([grid, np.arange(first, min(last, 4096) + 1, 64), [last]])))
-    for _ in range(3):
-        for best in sorted(tried, key=lambda b: (tried[b], b))[:3]:
-            position = sorted(tried)
-            i = position.index(best)
-            low, high = position[max(i - 1, 0)], position[min(i + 1, len(position) - 1)]
-            divergence(np.unique(np.linspace(low, high, 9).astype(np.int64)))
-    return min(tried, key=lambda b: (tried[b], b))
+@numba.njit(nogil=True, cache=True)
+def _divergences(
+    mass: Any, filled: Any, logs: Any, thresholds: Any, levels: Any, margin: Any, out: Any
+) -> None:
+    """Fill `out` with KL(reference || coarse) for a threshold in each bin; inf if all below is 0.
 
-
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _kl(counts: Any, below: Any, thresholds: Any, empty_apart: Any) -> Any:
-    """KL(reference || coarse) for thresholds at each of the given bins; inf for an empty one."""
-    out = np.empty(thresholds.size)
-    total = below[-1]
-    levels = 128 if empty_apart else 127
-    coarse = np.zeros(levels)
-    filled = np.zeros(levels)
+    The reference is the counts up to the threshold's bin with everything above added to that bin;
+    the coarse distribution averages the counts themselves over the filled bins of each of `levels`
+    equal levels from 0 to `margin` of the threshold's bin. `mass`, `filled` and `logs` are sums
+    over all bins below of the count, of 1 if it is not zero, and of count * ln(count): with them a
+    threshold costs one step a level instead of one a bin. Where the threshold's level is empty
+    but for what was added, ln(reference / coarse) counts as 30.
+    """
+    total = mass[-1]
     for k in range(thresholds.size):
         last = thresholds[k]
         size = last + 1
-        coarse[:] = 0.0
-        filled[:] = 0.0
-        span = size if empty_apart else last + 0.5
-        for i in range(size):
-            if counts[i] > 0:
-                level = min(int((i + 0.5) * levels / span), levels - 1)
-                coarse[level] += counts[i]
-                filled[level] += 1.0
-        if total == 0 or below[size] == 0:
+        inside = mass[size]
+        if inside <= 0.0:
             out[k] = np.inf
             continue
-        tail = total - below[size]
-        mass = below[size]
-        divergence = 0.0
-        for i in range(size):
-            reference = counts[i] + (tail if i == last else 0.0)
-            if reference > 0:
-                level = min(int((i + 0.5) * levels / span), levels - 1)
-                q = coarse[level] / filled[level] / mass if filled[level] > 0 else 0.0
-                p = reference / total
-                divergence += p * np.log(p / q) if q > 0 else p * 30.0
+        span = last + margin
+        start = 0
+        cross = 0.0
+        average = 0.0
+        for level in range(levels):
+            end = size
+            if level < levels - 1:
+                end = min(int(np.ceil((level + 1) * span / levels - 0.5)), size)
+            number = filled[end] - filled[start]
+            average = 0.0
+            if number > 0.0:
+                held = mass[end] - mass[start]
+                average = held / number
+                cross += held * np.log(average)
+            start = end
+        divergence = (logs[size] - cross - inside * np.log(total / inside)) / total
+        tail = total - inside
+        if tail > 0.0:
+            own = inside - mass[last]
+            folded = (own + tail) / total
+            if average > 0.0:
+                coarse = average / inside
+                divergence += folded * np.log(folded / coarse)
+                if own > 0.0:
+                    divergence -= own / total * np.log(own / total / coarse)
+            else:
+                divergence += folded * 30.0
         out[k] = divergence
-    return out
 
 
 AMAX_METHODS: Mapping[str, Callable[[Histogram], float]] = {

@@ -39,7 +39,8 @@ class CalibrationTable:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        scales = {name: float(np.float32(scale)) for name, scale in self.scales.items()}
+        with np.errstate(over="ignore"):  # infinity is refused below, by name
+            scales = {name: float(np.float32(scale)) for name, scale in self.scales.items()}
         for name, scale in scales.items():
             if not np.isfinite(scale) or scale < 0:
                 raise ValueError(
@@ -62,7 +63,8 @@ class CalibrationTable:
         >>> CalibrationTable.from_amax({"x": 127.0}).scale("x")
         1.0
         """
-        scales = {t: float(np.float32(a) / np.float32(127)) for t, a in amax.items()}
+        with np.errstate(over="ignore"):  # infinity is refused by name
+            scales = {t: float(np.float32(a) / np.float32(127)) for t, a in amax.items()}
         return cls(scales, methods or {}, provenance or {})
 
     def scale(self, tensor: str) -> float:

@@ -1,6 +1,6 @@
 """An onnxruntime session that hands out inner tensors at nearly no cost.
 
-Three things make marking tensors expensive, and each is avoided here:
+Four things make marking tensors expensive, and each is avoided here:
 
 - *Layout.* onnxruntime computes convolutions on CPUs in a blocked layout (NCHWc). A marked tensor
   is copied back to NCHW for every batch. A histogram does not care in which order the values of
@@ -9,14 +9,18 @@ Three things make marking tensors expensive, and each is avoided here:
 - *Page faults.* Outputs that onnxruntime allocates are fresh memory each time. Outputs are bound
   to buffers that are used again.
 - *Threads.* One batch on all cores leaves cores waiting after each layer. Each worker runs a batch
-  of its own on one thread and counts it while it is in its cache.
+  of its own on one thread.
+- *Caches.* What is counted after the whole inference has long left the caches. The model runs in
+  segments, and each one's tensors are counted before the next runs (see `segments`).
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +29,61 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from trtune.calibrate.segments import cut, pack
 from trtune.configs.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 LARGEST_BLOCK = 16
 """Channels in a block of the widest NCHWc layout; the narrower ones divide it."""
 
 PROTOBUF_LIMIT = 1 << 31
 ALIGNMENT = 64
+SEGMENT_BYTES = 4 << 20
+"""Tapped tensors of a segment: they stay in a core's share of the caches until they are counted."""
+
 NUMPY_TYPES: Mapping[str, type[Any]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(int16)": np.int16,
+    "tensor(uint16)": np.uint16,
+    "tensor(int32)": np.int32,
+    "tensor(uint32)": np.uint32,
+    "tensor(int64)": np.int64,
+    "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
 }
+"""What can pass between segments; a model that passes anything else is not cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of the model: a session, and for each tapped tensor the output that holds it."""
+
+    session: ort.InferenceSession
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tensors: Mapping[str, str]
+
+    @classmethod
+    def of(cls, session: ort.InferenceSession, outputs: Mapping[str, str]) -> Segment:
+        """The segment that `session` is; `outputs` maps tapped tensors of any segment."""
+        made = tuple(output.name for output in session.get_outputs())
+        tensors = {tensor: name for tensor, name in outputs.items() if name in made}
+        return cls(session, tuple(i.name for i in session.get_inputs()), made, tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class Tapped:
-    """A session, and for each tapped tensor the session output that holds its values.
+    """What to run one after the other for one batch; each tapped tensor is in one segment.
 
     The values of a picture may stand in another order than in the model (see the module).
     """
 
-    session: ort.InferenceSession
-    outputs: Mapping[str, str]
+    segments: tuple[Segment, ...]
 
 
 def _options(threads: int, external_dir: Path | None) -> ort.SessionOptions:
@@ -83,30 +119,47 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
     present = {output.name for output in model.graph.output}
     extra = [onnx.ValueInfoProto(name=name) for name in names if name not in present]
     addition = onnx.ModelProto(graph=onnx.GraphProto(output=extra))
-    return model.SerializeToString() + addition.SerializeToString()
+    marked: bytes = model.SerializeToString() + addition.SerializeToString()
+    return marked
 
 
 def tap(
     model: onnx.ModelProto,
     tensors: Sequence[str],
     *,
+    sizes: Mapping[str, int] | None = None,
     threads: int = 1,
     external_dir: Path | None = None,
 ) -> Tapped:
-    """A session for `model` whose `tensors` can be read; `model` is not touched.
+    """Sessions for `model` whose `tensors` can be read; `model` is not touched.
+
+    `sizes` are the bytes of each tensor in the batches to come: with them the model is cut so
+    that a segment's tensors fit a cache. External weights, and models that hold graphs within
+    graphs, are not cut.
 
     Raises ModelError with onnxruntime's words if it cannot load the model.
     """
+    if not tensors:
+        return Tapped(())
     marked = with_outputs(model, tensors)
     try:
         if external_dir is None and len(marked) < PROTOBUF_LIMIT:
-            return _tap_optimized(marked, tensors, threads)
-        return Tapped(_session(marked, _options(threads, external_dir)), {t: t for t in tensors})
+            return _tap_optimized(marked, tensors, sizes or {}, threads)
+        session = _session(marked, _options(threads, external_dir))
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise ModelError(f"onnxruntime cannot load the model for calibration: {error}") from error
+    return Tapped((_whole(session, {tensor: tensor for tensor in tensors}),))
 
 
-def _tap_optimized(marked: bytes, tensors: Sequence[str], threads: int) -> Tapped:
+def _whole(session: ort.InferenceSession, outputs: Mapping[str, str]) -> Segment:
+    """The uncut model; its own outputs are not fetched unless they are tapped."""
+    segment = Segment.of(session, outputs)
+    return replace(segment, outputs=tuple(dict.fromkeys(segment.tensors.values())))
+
+
+def _tap_optimized(
+    marked: bytes, tensors: Sequence[str], sizes: Mapping[str, int], threads: int
+) -> Tapped:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         options = _options(threads, None)
@@ -114,12 +167,43 @@ def _tap_optimized(marked: bytes, tensors: Sequence[str], threads: int) -> Tappe
         session = _session(marked, options)
         optimized = onnx.load(path)
     outputs = _skip_reorders(optimized, tensors)
-    if all(tensor == output for tensor, output in outputs.items()):
-        return Tapped(session, outputs)
-    del session
+    known = {outputs[tensor]: size for tensor, size in sizes.items() if tensor in outputs}
+    pieces = cut(optimized, set(outputs.values()), known, SEGMENT_BYTES)
+    if pieces:
+        del session
+        try:
+            return Tapped(_segments(pieces, outputs, threads))
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            log.debug("not cut into %d pieces: %s", len(pieces), error)
+    elif all(tensor == output for tensor, output in outputs.items()):
+        return Tapped((_whole(session, outputs),))
+    session = _session(optimized.SerializeToString(), _plain_options(threads))
+    return Tapped((_whole(session, outputs),))
+
+
+def _segments(
+    pieces: Sequence[onnx.ModelProto], outputs: Mapping[str, str], threads: int
+) -> tuple[Segment, ...]:
+    """Sessions for `pieces`; the types of what passes between them are asked of onnxruntime."""
+    types: dict[str, onnx.TypeProto] = {}
+    segments = []
+    for piece in pieces:
+        for info in piece.graph.input:
+            if not info.HasField("type"):
+                info.type.CopyFrom(types[info.name])
+        session = _session(piece.SerializeToString(), _plain_options(threads))
+        for output in session.get_outputs():
+            element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(NUMPY_TYPES[output.type]))
+            types[output.name] = onnx.helper.make_tensor_type_proto(element, None)
+        segments.append(Segment.of(session, outputs))
+    return tuple(segments)
+
+
+def _plain_options(threads: int) -> ort.SessionOptions:
+    """Options for a graph that is optimized already."""
     options = _options(threads, None)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return Tapped(_session(optimized.SerializeToString(), options), outputs)
+    return options
 
 
 def _skip_reorders(optimized: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, str]:
@@ -145,69 +229,110 @@ def _skip_reorders(optimized: onnx.ModelProto, tensors: Sequence[str]) -> dict[s
 
 
 class Reader:
-    """Runs a tapped session again and again into buffers of its own; one a thread."""
+    """Runs tapped sessions again and again into buffers of its own; one a thread."""
 
     def __init__(self, tapped: Tapped) -> None:
-        self._tapped = tapped
-        self._bound: dict[tuple[Any, ...], tuple[ort.IOBinding, dict[str, NDArray[Any]]]] = {}
+        self._segments = tapped.segments
+        self._lives = _lives(tapped.segments)
         self._shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
-        self._names = tuple(dict.fromkeys(tapped.outputs.values()))
+        self._bound: dict[tuple[Any, ...], _Bound] = {}
+        self._shapes_vary = False
 
-    def read(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The tapped tensors for one batch. The arrays are overwritten by the next call."""
-        key = tuple((name, array.shape) for name, array in feeds.items())
-        values = (
-            self._read_bound(key, feeds) if key in self._shapes else self._read_fresh(key, feeds)
-        )
-        return {tensor: values[output] for tensor, output in self._tapped.outputs.items()}
+    def read(self, feeds: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
+        """The tapped tensors for one batch, a segment at a time.
+
+        The arrays are overwritten when the next segment is asked for.
+        """
+        held = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        key = tuple((name, array.shape) for name, array in held.items())
+        if self._shapes_vary or key not in self._shapes:
+            yield from self._read_fresh(key, held, 0)
+            return
+        if key not in self._bound:  # one set of buffers at a time
+            self._bound = {key: _Bound(self._segments, self._shapes[key], self._lives)}
+        bound = self._bound[key]
+        for number, segment in enumerate(self._segments):
+            try:
+                bound.run(number, held)
+            except Exception:  # a shape that depends on the data: onnxruntime allocates then
+                self._shapes_vary, self._bound = True, {}
+                yield from self._read_fresh(key, bound.arrays | held, number)
+                return
+            yield {tensor: bound.arrays[name] for tensor, name in segment.tensors.items()}
 
     def _read_fresh(
-        self, key: tuple[Any, ...], feeds: Mapping[str, NDArray[Any]]
-    ) -> dict[str, NDArray[Any]]:
-        arrays = self._tapped.session.run(list(self._names), dict(feeds))
-        values = dict(zip(self._names, arrays, strict=True))
-        self._shapes[key] = {name: array.shape for name, array in values.items()}
-        return values
+        self, key: tuple[Any, ...], values: Mapping[str, NDArray[Any]], start: int
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        """The segments from `start` on, into memory that onnxruntime allocates."""
+        known = dict(values)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for number, segment in enumerate(self._segments[start:], start):
+            feeds = {name: known[name] for name in segment.inputs}
+            arrays = segment.session.run(list(segment.outputs), feeds)
+            known.update(zip(segment.outputs, arrays, strict=True))
+            shapes.update((name, known[name].shape) for name in segment.outputs)
+            yield {tensor: known[name] for tensor, name in segment.tensors.items()}
+            for name in [n for n in known if self._lives.get(n, (0, -1))[1] == number]:
+                del known[name]
+        if start == 0:
+            self._shapes[key] = shapes
 
-    def _read_bound(
-        self, key: tuple[Any, ...], feeds: Mapping[str, NDArray[Any]]
-    ) -> dict[str, NDArray[Any]]:
-        if key not in self._bound:
-            self._bound = {key: self._bind(self._shapes[key])}  # one set of buffers at a time
-        binding, values = self._bound[key]
-        held = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        for name, array in held.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        try:
-            self._tapped.session.run_with_iobinding(binding)
-        except Exception:  # a shape that depends on the data: onnxruntime allocates then
-            del self._bound[key]
-            return self._read_fresh(key, feeds)
-        return values
 
-    def _bind(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ort.IOBinding, dict[str, Any]]:
-        binding = self._tapped.session.io_binding()
-        types = {o.name: NUMPY_TYPES[o.type] for o in self._tapped.session.get_outputs()}
-        values = _carve({name: (shape, np.dtype(types[name])) for name, shape in shapes.items()})
-        for name, array in values.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        return binding, values
+def _lives(segments: Sequence[Segment]) -> dict[str, tuple[int, int]]:
+    """For each output: the segment that makes it and the last that needs it."""
+    lives = {name: (n, n) for n, segment in enumerate(segments) for name in segment.outputs}
+    for number, segment in enumerate(segments):
+        for name in segment.inputs:
+            if name in lives:
+                lives[name] = (lives[name][0], number)
+    return lives
+
+
+class _Bound:
+    """Segments bound to buffers: `arrays` holds every output, valid as `_lives` says."""
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        shapes: Mapping[str, tuple[int, ...]],
+        lives: Mapping[str, tuple[int, int]],
+    ) -> None:
+        types = {o.name: NUMPY_TYPES[o.type] for s in segments for o in s.session.get_outputs()}
+        self.arrays = _carve(shapes, types, lives)
+        self._segments = segments
+        self._bindings = [segment.session.io_binding() for segment in segments]
+        for segment, binding in zip(segments, self._bindings, strict=True):
+            for name in segment.outputs:
+                binding.bind_output(name, *_place(self.arrays[name]))
+            for name in self.arrays.keys() & segment.inputs:
+                binding.bind_input(name, *_place(self.arrays[name]))
+
+    def run(self, number: int, feeds: Mapping[str, NDArray[Any]]) -> None:
+        """Run one segment; `feeds` are the model's inputs, C-contiguous."""
+        segment, binding = self._segments[number], self._bindings[number]
+        for name in feeds.keys() & segment.inputs:
+            binding.bind_input(name, *_place(feeds[name]))
+        segment.session.run_with_iobinding(binding)
+
+
+def _place(array: NDArray[Any]) -> tuple[str, int, Any, tuple[int, ...], int]:
+    return "cpu", 0, array.dtype, array.shape, array.ctypes.data
 
 
 def _carve(
-    wanted: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
+    shapes: Mapping[str, tuple[int, ...]],
+    types: Mapping[str, type[Any]],
+    lives: Mapping[str, tuple[int, int]],
 ) -> dict[str, NDArray[Any]]:
-    """Uninitialised arrays cut out of one block: NumPy asks for huge pages for a large one."""
+    """Uninitialised arrays in one block: NumPy asks for huge pages for a large one."""
     sizes = {
-        name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        for name, (shape, dtype) in wanted.items()
+        name: math.prod(shape) * np.dtype(types[name]).itemsize for name, shape in shapes.items()
     }
-    block = np.empty(
-        sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()) + ALIGNMENT, np.uint8
-    )
-    start = -block.ctypes.data % ALIGNMENT
-    arrays = {}
-    for name, (shape, dtype) in wanted.items():
-        arrays[name] = block[start : start + sizes[name]].view(dtype).reshape(shape)
-        start += -(-sizes[name] // ALIGNMENT) * ALIGNMENT
-    return arrays
+    rounded = {name: -(-size // ALIGNMENT) * ALIGNMENT for name, size in sizes.items()}
+    offsets, end = pack(rounded, lives)
+    block = np.empty(end + ALIGNMENT, np.uint8)
+    block = block[-block.ctypes.data % ALIGNMENT :]
+    return {
+        name: block[start : start + sizes[name]].view(types[name]).reshape(shapes[name])
+        for name, start in offsets.items()
+    }

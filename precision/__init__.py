@@ -1,2 +1,95 @@
+"""From a model to a quantized one: which nodes, which tensors, which ranges, and what it costs.
+
+model = load_model(Path("model.onnx"))
+plan = make_plan(GraphView.of(model), pins={"op:Gemm": "fp32"})
+calibrated = calibrate_model(model, GraphView.of(model), plan, source, method="auto")
+quantized = lower_emulate(model, plan, calibrated.table)
+
+The names are imported when they are first used: the runtimes behind some of them take a while.
+"""
+
 if __name__ != "trtune.precision":
     raise ImportError(f"{__name__!r} was found through the repository root: use trtune.precision")
+
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trtune.precision.auto import Choice, choose_by_output
+    from trtune.precision.backends.base import Backend, BuildInfo, Candidate, Engine, Usable
+    from trtune.precision.calibration import Calibrated, calibrate_model, without_zero_ranges
+    from trtune.precision.compare import compare_layers, fp32_gate
+    from trtune.precision.graph import GraphView
+    from trtune.precision.inspect import Inspection, inspect_model
+    from trtune.precision.lowering import LOWERINGS, lower_deploy, lower_emulate
+    from trtune.precision.metrics import ErrorSums
+    from trtune.precision.model import Model, load_model, model_from_proto, save_model
+    from trtune.precision.placement import Placement, place
+    from trtune.precision.plan import Assignment, PrecisionPlan, make_plan
+    from trtune.precision.sensitivity import Alone, alone_errors
+    from trtune.precision.tune import Score, Tuned
+
+_WHERE = MappingProxyType(
+    {
+        "auto": ("Choice", "choose_by_output"),
+        "backends.base": ("Backend", "BuildInfo", "Candidate", "Engine", "Usable"),
+        "calibration": ("Calibrated", "calibrate_model", "without_zero_ranges"),
+        "compare": ("compare_layers", "fp32_gate"),
+        "graph": ("GraphView",),
+        "inspect": ("Inspection", "inspect_model"),
+        "lowering": ("LOWERINGS", "lower_deploy", "lower_emulate"),
+        "metrics": ("ErrorSums",),
+        "model": ("Model", "load_model", "model_from_proto", "save_model"),
+        "placement": ("Placement", "place"),
+        "plan": ("Assignment", "PrecisionPlan", "make_plan"),
+        "sensitivity": ("Alone", "alone_errors"),
+        "tune": ("Score", "Tuned"),
+    }
+)
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "LOWERINGS",
+    "Alone",
+    "Assignment",
+    "Backend",
+    "BuildInfo",
+    "Calibrated",
+    "Candidate",
+    "Choice",
+    "Engine",
+    "ErrorSums",
+    "GraphView",
+    "Inspection",
+    "Model",
+    "Placement",
+    "PrecisionPlan",
+    "Score",
+    "Tuned",
+    "Usable",
+    "alone_errors",
+    "calibrate_model",
+    "choose_by_output",
+    "compare_layers",
+    "fp32_gate",
+    "inspect_model",
+    "load_model",
+    "lower_deploy",
+    "lower_emulate",
+    "make_plan",
+    "model_from_proto",
+    "place",
+    "save_model",
+    "without_zero_ranges",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

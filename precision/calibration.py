@@ -74,14 +74,13 @@ def calibrate_model(
 ) -> Calibrated:
     """Scales for every tensor that `plan` quantizes, from one pass over `source`.
 
-    `method` is a key of `AMAX_METHODS` or `auto`, which takes the histograms from all but `holdout`
-    pictures, and chooses for each range the amax that hurts the output least on those. Raises
-    DataError if there are not enough pictures for one inference.
+    `method` is a key of `AMAX_METHODS`, or `auto`: histograms of all but `holdout` pictures, and
+    the amax that hurts the output least on those. Raises DataError for too few pictures.
     """
     started = time.perf_counter()
     tensors = carried_tensors(view, plan, lowerings)
-    roots = shared_ranges(view, set(tensors))
-    ranges = list(dict.fromkeys(roots[tensor] for tensor in tensors))
+    roots = shared_ranges(view, dict.fromkeys(tensors))
+    ranges = list(dict.fromkeys(roots.values()))
     held = hold_out(source, holdout) if method == AUTO and ranges else ()
     seen = seen_pictures(source, held, batch_size(model.inputs, 1))
     found = collect(
@@ -95,15 +94,14 @@ def calibrate_model(
         choices = choose_by_output(alone, found.histograms, edges, progress=progress)
     else:
         choices = _chosen_alike(found.histograms, method, percentile)
-    finished = time.perf_counter()
     return Calibrated(
-        _table({tensor: choices[roots[tensor]] for tensor in tensors}, provenance),
+        _table({tensor: choices[root] for tensor, root in roots.items()}, provenance),
         found.histograms,
         found.pictures,
         found.passes,
-        finished - started,
+        time.perf_counter() - started,
         found.inference_seconds,
-        finished - search if held else 0.0,
+        time.perf_counter() - search if held else 0.0,
     )
 
 

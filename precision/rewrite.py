@@ -173,21 +173,11 @@ class Rewrite:
 
     def finish(self) -> onnx.ModelProto:
         """The rewritten model."""
-        source = self._model.proto
-        model = onnx.ModelProto(
-            ir_version=source.ir_version,
-            opset_import=source.opset_import,
-            producer_name="trtune",
-            domain=source.domain,
-            model_version=source.model_version,
-            doc_string=source.doc_string,
-            metadata_props=source.metadata_props,
-            functions=source.functions,
-        )
+        model, source = onnx.ModelProto(producer_name="trtune"), self._model.proto
+        other = {"graph", "producer_name", "producer_version", "training_info"}
+        _copy_fields(source, model, leave_out=other)
         graph, old = model.graph, source.graph
-        graph.name, graph.doc_string = old.name, old.doc_string
-        graph.input.extend(old.input)
-        graph.output.extend(old.output)
+        _copy_fields(old, graph, leave_out={"node", "initializer", "value_info"})
         graph.node.extend(self._sorted_nodes())
         made = {name for node in graph.node for name in node.output}
         graph.value_info.extend(info for info in old.value_info if info.name in made)
@@ -195,7 +185,6 @@ class Rewrite:
         used |= {output.name for output in graph.output}
         entries = [*old.initializer, *self._initializers.values()]
         graph.initializer.extend(entry for entry in entries if entry.name in used)
-        graph.sparse_initializer.extend(old.sparse_initializer)
         return model
 
     def _sorted_nodes(self) -> list[onnx.NodeProto]:
@@ -209,6 +198,16 @@ class Rewrite:
             for name in old.output:
                 nodes.extend(self._after.get(name, ()))
         return nodes
+
+
+def _copy_fields(source: Any, target: Any, *, leave_out: set[str]) -> None:
+    """Copy the strings, numbers and repeated fields that `source` has."""
+    for field, value in source.ListFields():
+        if field.name not in leave_out:
+            if field.is_repeated:
+                getattr(target, field.name).extend(value)
+            else:
+                setattr(target, field.name, value)
 
 
 def _names_in(graph: onnx.GraphProto) -> set[str]:

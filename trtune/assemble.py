@@ -22,6 +22,7 @@ from trtune.job import Job, run_key
 from trtune.precision.backends.base import BuildInfo, device_name
 from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
 from trtune.precision.metrics import ErrorSums
+from trtune.precision.normalise import tensor_bytes
 from trtune.precision.placement import place, shared_ranges
 from trtune.precision.plan import PrecisionPlan
 from trtune.reports.accuracy import Evaluation
@@ -198,7 +199,7 @@ def _fp32_variant(
         top1=top1_of(job.baseline),
         latency_ms=latencies.get("fp32"),
         latency_note=EMULATED if backend.lowering == "emulate" else None,
-        size_bytes=Path(job.config.model.path).stat().st_size,
+        size_bytes=fp32_bytes(job),
         nodes={"int8": 0, "fp16": 0, "fp32": len(job.untuned.compute_nodes)},
         path=Path(job.config.model.path).name,
     )
@@ -231,6 +232,12 @@ def _variant(
         not_honoured=list(info.not_honoured),
         path=str(info.path.relative_to(job.folder)) if info.path else None,
     )
+
+
+def fp32_bytes(job: Job) -> int:
+    """Size of the user's model, whose weights may lie in files beside it."""
+    weights = sum(tensor_bytes(tensor) for tensor in job.model.proto.graph.initializer)
+    return max(Path(job.config.model.path).stat().st_size, weights)
 
 
 def top1_of(found: Evaluation) -> float | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -567,15 +569,20 @@ def save_histograms(path: Path, histograms: Mapping[str, Histogram]) -> None:
 
 def load_histograms(path: Path) -> dict[str, Histogram]:
     """Read what `save_histograms` wrote. Raises OSError, ValueError or KeyError otherwise."""
-    found = {}
-    with np.load(path, allow_pickle=False) as arrays:
-        for i, name in enumerate(arrays["names"].tolist()):
-            counts = {}
-            for part in ("values", "maxima"):
-                filled, amounts = arrays[f"{i}/{part}"]
-                counts[part] = np.zeros(BINS, np.int64)
-                counts[part][filled] = amounts
-            maximum, runner_up = arrays[f"{i}/max"].tolist()
-            maxima = PictureMaxima(counts["maxima"], str(arrays[f"{i}/item"]), runner_up)
-            found[name] = Histogram(counts["values"], maximum, maxima)
-    return found
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            names = enumerate(arrays["names"].tolist())
+            return {name: _read_histogram(arrays, i) for i, name in names}
+    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _read_histogram(arrays: Mapping[str, NDArray[Any]], i: int) -> Histogram:
+    counts = {}
+    for part in ("values", "maxima"):
+        filled, amounts = arrays[f"{i}/{part}"]
+        counts[part] = np.zeros(BINS, np.int64)
+        counts[part][filled] = amounts
+    maximum, runner_up = arrays[f"{i}/max"].tolist()
+    maxima = PictureMaxima(counts["maxima"], str(arrays[f"{i}/item"]), runner_up)
+    return Histogram(counts["values"], maximum, maxima)

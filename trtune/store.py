@@ -31,7 +31,7 @@ def read_stage(folder: Path, name: str, key: Mapping[str, Any]) -> Any | None:
         return None
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        old, value = held["key"], held["value"]
+        old, value = dict(held["key"]), held["value"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s cannot be read (%s): doing the stage again", path, error)
         return None
