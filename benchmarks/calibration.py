@@ -2,21 +2,23 @@
 """Time and memory of calibration beside plain inference and beside other tools.
 
     python benchmarks/calibration.py                           ours, on the CIFAR models
-    python benchmarks/calibration.py --peers PEERS.py --all    and onnxruntime's and Model-Optimizer's
+    python benchmarks/calibration.py --peers PEERS.py --all    and other tools on the same pictures
 
 Every measurement is a process of its own. One of ours reads the model and the pictures, warms up
 the compiled kernels, and then takes turns, `--repeats` times: plain onnxruntime FP32 inference over
 the pictures (two threads, batches of 32), and calibration from batches to scales. The ratio is the
 median of the ratios of a turn, so that a noisy machine hurts both sides alike. `--peers` names a
 script that quantizes MODEL with TOOL METHOD and prints one JSON line with seconds and peak_rss_gb;
-onnxruntime's Entropy takes 20 GB on some models and runs with `--all` only. The data is found
-through TRTUNE_DATA, or beside the checkout. Writes `results/calibration.md`.
+`--tools` chooses among them. onnxruntime's Entropy takes 20 GB on some models: it runs with `--all`
+only, and not where less than that is free. The data is found through TRTUNE_DATA, or beside the
+checkout. Writes `results/calibration.md` and, with every number, `results/calibration.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -33,6 +35,7 @@ DATA = Path(os.environ.get("TRTUNE_DATA", HERE.parents[1] / "shared" / "data"))
 MODELS = ("resnet20_cifar10", "mobilenetv2_cifar10", "vit_cifar10", "efficientnet_b0_cifar10")
 PEERS = (("ort", "MinMax"), ("modelopt", "max"), ("modelopt", "entropy"))
 HUNGRY = (("ort", "Entropy"),)
+HUNGRY_GB = 20
 HEADER = ("model", "tool", "method", "pictures", "seconds", "x FP32 inference", "peak GB", "x ours")
 
 
@@ -102,6 +105,39 @@ def ours(name: str, method: str, pictures: int, repeats: int) -> dict[str, Any]:
     return found
 
 
+def available_gb() -> float:
+    """Memory that a process can have now, in GB; infinity where Linux does not say."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return math.inf
+    (line,) = (x for x in info.read_text("ascii").splitlines() if x.startswith("MemAvailable"))
+    return int(line.split()[1]) / 1e6
+
+
+def machine() -> str:
+    """The processor, the cores, the load of the last minute, and the versions that matter."""
+    from importlib.metadata import version
+
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text("utf-8").splitlines() if names.is_file() else []
+    cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "numba", "numpy"))
+    load = f"load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    shown = [cpu or platform.processor(), f"{os.cpu_count()} cores", load, platform.platform()]
+    return f"{', '.join(x for x in shown if x)}; Python {platform.python_version()}, {versions}"
+
+
+def peers_of(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """The other tools to run, each with its method."""
+    if not arguments.peers:
+        return []
+    chosen = [*PEERS, *(HUNGRY if arguments.all else ())]
+    if arguments.all and available_gb() < HUNGRY_GB:
+        print(f"onnxruntime Entropy is left out: less than {HUNGRY_GB} GB are free")
+        chosen = list(PEERS)
+    return [(tool, method) for tool, method in chosen if tool in arguments.tools]
+
+
 def peer(script: Path, python: str, name: str, tool: str, method: str) -> dict[str, Any] | None:
     """One run of another tool, or None if it failed (out of memory, say)."""
     command = [python, str(script), str(DATA / "models" / f"{name}.onnx"), tool, method]
@@ -113,10 +149,13 @@ def peer(script: Path, python: str, name: str, tool: str, method: str) -> dict[s
     return json.loads(lines[-1]) if done.returncode == 0 and lines else None
 
 
-def rows_of(name: str, arguments: argparse.Namespace) -> list[list[str]]:
-    """The table's rows for one model; each is printed as it comes."""
+def rows_of(
+    name: str, arguments: argparse.Namespace, numbers: list[dict[str, Any]]
+) -> list[list[str]]:
+    """The table's rows for one model, printed too; what was measured is added to `numbers`."""
     found = ours(name, arguments.method, 512, arguments.repeats)
     few = ours(name, arguments.method, 64, 1)
+    numbers += [{"tool": "trtune", **measured} for measured in (found, few)]
     best = f"{found['ratio']:.2f} (best {found['best_ratio']:.2f})"
     memory = f"{found['peak_rss_gb']:.2f} ({few['peak_rss_gb']:.2f} for 64 pictures)"
     pictures = str(found["pictures"])
@@ -124,8 +163,9 @@ def rows_of(name: str, arguments: argparse.Namespace) -> list[list[str]]:
         [name, "onnxruntime FP32", "", pictures, f"{found['inference']:.2f}", "1", "", ""],
         [name, "trtune", arguments.method, pictures, f"{found['seconds']:.2f}", best, memory, "1"],
     ]
-    for tool, method in (*PEERS, *(HUNGRY if arguments.all else ())) if arguments.peers else ():
+    for tool, method in peers_of(arguments):
         result = peer(arguments.peers, arguments.peer_python, name, tool, method)
+        numbers.append(result or {"tool": tool, "method": method, "model": name, "failed": True})
         if result is None:
             rows.append([name, tool, method, pictures, "failed", "", "", ""])
             continue
@@ -153,22 +193,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", type=Path, help="a script that runs other tools")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter for --peers")
+    tools = sorted({tool for tool, _ in (*PEERS, *HUNGRY)})
+    parser.add_argument("--tools", nargs="+", choices=tools, default=tools, help="of --peers")
     parser.add_argument("--all", action="store_true", help="also what takes 20 GB of memory")
     parser.add_argument("--append", action="store_true", help="add to results/calibration.md")
     arguments = parser.parse_args()
     if not DATA.is_dir():
         raise SystemExit(f"the models and pictures are not at {DATA}: set TRTUNE_DATA")
+    title = f"Measured {time.strftime('%Y-%m-%d')} on {machine()}.\n"
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    numbers: list[dict[str, Any]] = []
     for name in arguments.models:
-        lines += ["| " + " | ".join(row) + " |" for row in rows_of(name, arguments)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows_of(name, arguments, numbers)]
     path = HERE / "results" / "calibration.md"
     path.parent.mkdir(exist_ok=True)
     before = path.read_text(encoding="utf-8") + "\n" if arguments.append and path.is_file() else ""
-    title = (
-        f"Measured {time.strftime('%Y-%m-%d')}, {platform.platform()}, {os.cpu_count()} cores.\n"
-    )
     heading = "" if before else "# Calibration: time and memory\n\n"
     path.write_text(before + heading + title + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    record = {"measured": title.strip(), "numbers": numbers}
+    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

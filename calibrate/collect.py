@@ -94,7 +94,15 @@ def collect(
         raise DataError("calibration data: no picture was read; check path, take and skip")
     inner = [tensor for tensor in tensors if tensor not in first.feeds]
     extents = measure(model, tensors, first, external_dir=external_dir)
-    layout, workers = _schedule(model, inner, extents, first, memory, workers or usable_cores())
+    layout, workers = _schedule(
+        _fixed_batch(model, first),
+        max(sum(extents[tensor].bytes for tensor in inner), 1),
+        mixed=any(extent.axis is None for extent in extents.values()),
+        given=len(first),
+        count=source.count or LARGEST_STEP,
+        memory=memory,
+        workers=workers or usable_cores(),
+    )
     chunks = _chunks(inner, extents, memory // workers // layout.step) or [[]]
     if len(chunks) > 1:
         log.info(
@@ -209,23 +217,23 @@ class Layout:
 
 
 def _schedule(
-    model: onnx.ModelProto,
-    inner: Sequence[str],
-    extents: Mapping[str, Extent],
-    first: Batch,
+    fixed: int,
+    each: int,
+    *,
+    mixed: bool,
+    given: int,
+    count: int,
     memory: int,
     workers: int,
 ) -> tuple[Layout, int]:
     """Pictures an inference, and workers: as many as caches like, within `memory`.
 
-    Tensors in which pictures cannot be told apart are only the same for the same batches, so
-    those stay as the source makes them. A source of single pictures may have one shape each.
+    `fixed` is the batch size of the model or 0, `each` the bytes of a picture's tensors, `count`
+    the number of pictures. Tensors in which pictures are `mixed` are the same only for the same
+    batches, so those stay as `given`. A source of single pictures may have one shape each.
     """
-    each = max(sum(extents[tensor].bytes for tensor in inner), 1)
-    fixed = _fixed_batch(model, first)
-    mixed = any(extent.axis is None for extent in extents.values())
-    step = min(READ_BYTES // each, memory // each, LARGEST_STEP)
-    step = fixed or (len(first) if mixed or len(first) == 1 else max(step, 1))
+    step = max(min(READ_BYTES // each, memory // each, LARGEST_STEP, count), 1)
+    step = fixed or (given if mixed or given == 1 else step)
     workers = max(1, min(workers, memory // (each * step)))
     return Layout(step, fill=bool(fixed) or not mixed), workers
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from trtune.calibrate.compiled import compiled
 
 SHIFT = 16
 BINS = 1 << (31 - SHIFT)
@@ -49,7 +50,7 @@ def bin_edges() -> NDArray[np.float64]:
     return edges
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 def _fill(bits: Any, first: Any, second: Any, third: Any, fourth: Any, largest: Any) -> None:
     """Count the magnitudes of float32 `bits` (uint32, pictures x values), each row's largest apart.
 

@@ -14,17 +14,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from trtune.calibrate.compiled import compiled
 from trtune.calibrate.histogram import Histogram, bin_edges, quantile
 
 LEVELS = 127
 ENTROPY_BINS = 1024
-ENOUGH_PICTURES = 8
 LARGEST_RATIO = 64
 """Entropy looks no further than this many times the median of the per-picture maxima."""
+
+ENOUGH_PICTURES = 8
+"""From here on entropy leaves out what only one picture reaches."""
 
 FINE_BINS = 2 * ENTROPY_BINS
 MSE_CANDIDATES = 96
@@ -60,9 +62,13 @@ def amax_mse(histogram: Histogram) -> float:
         return 0.0
     centers, counts = _centers(histogram)
     coarse = histogram.maximum * np.geomspace(1 / 64, 1, MSE_CANDIDATES)
-    best = int(np.argmin(_mse(centers, counts, coarse)))
+    errors = np.empty(coarse.size)
+    _mse(centers, counts, coarse, errors)
+    best = int(np.argmin(errors))
     fine = np.geomspace(coarse[max(best - 1, 0)], coarse[min(best + 1, len(coarse) - 1)], 33)
-    return float(fine[int(np.argmin(_mse(centers, counts, fine)))])
+    errors = np.empty(fine.size)
+    _mse(centers, counts, fine, errors)
+    return float(fine[np.argmin(errors)])
 
 
 def _centers(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -73,10 +79,9 @@ def _centers(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.floa
     return middles, histogram.counts[filled].astype(np.float64)
 
 
-@numba.njit(nogil=True, cache=True)
-def _mse(centers: Any, counts: Any, amaxes: Any) -> Any:
-    """Sum over bins of count * E[(x - Q(x))^2] for each amax."""
-    errors = np.zeros(amaxes.size)
+@compiled
+def _mse(centers: Any, counts: Any, amaxes: Any, errors: Any) -> None:
+    """Fill `errors` with the sum over bins of count * E[(x - Q(x))^2] for each amax."""
     for k in range(amaxes.size):
         amax = amaxes[k]
         step = amax / 127.0
@@ -91,7 +96,6 @@ def _mse(centers: Any, counts: Any, amaxes: Any) -> Any:
             else:
                 total += counts[i] * (x - np.rint(x / step) * step) ** 2
         errors[k] = total
-    return errors
 
 
 def amax_entropy(histogram: Histogram) -> float:
@@ -166,7 +170,7 @@ def linear_counts(histogram: Histogram, width: float, bins: int) -> NDArray[np.f
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _spread(counts: Any, upper: Any, width: Any, out: Any) -> None:
     """Add the counts of adjacent bins with these upper edges, the first from 0, to equal ones."""
     lower = 0.0
@@ -212,7 +216,7 @@ def _search_entropy(counts: NDArray[np.float64], *, levels: int, margin: float) 
     return int(grid[np.argmin(found)])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _divergences(
     mass: Any, filled: Any, logs: Any, thresholds: Any, levels: Any, margin: Any, out: Any
 ) -> None:

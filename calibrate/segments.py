@@ -27,8 +27,7 @@ def cut(
     """
     graph = model.graph
     made = {name for node in graph.node for name in node.output}
-    nested = any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute)
-    if nested or graph.sparse_initializer or not set(tapped) <= made:
+    if holds_graphs(graph) or graph.sparse_initializer or not set(tapped) <= made:
         return []
     groups = _groups(_needed(graph.node, tapped), tapped, sizes, limit)
     pieces = []
@@ -37,6 +36,11 @@ def cut(
         pieces.append(_piece(model, nodes, later))
         later |= {name for node in nodes for name in node.input}
     return pieces[::-1]
+
+
+def holds_graphs(graph: onnx.GraphProto) -> bool:
+    """Whether a node (If, Loop, Scan) has a graph of its own."""
+    return any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute)
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], wanted: Iterable[str]) -> list[onnx.NodeProto]:

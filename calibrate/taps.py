@@ -29,7 +29,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from trtune.calibrate.segments import cut, pack
+from trtune.calibrate.segments import cut, holds_graphs, pack
 from trtune.configs.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,9 @@ def tap(
         return Tapped(())
     marked = with_outputs(model, tensors)
     try:
-        if external_dir is None and len(marked) < PROTOBUF_LIMIT:
+        # What onnxruntime writes of a graph within a graph it may not read again.
+        small = external_dir is None and len(marked) < PROTOBUF_LIMIT
+        if small and not holds_graphs(model.graph):
             return _tap_optimized(marked, tensors, sizes or {}, threads)
         session = _session(marked, _options(threads, external_dir))
     except Exception as error:  # onnxruntime's exceptions have no common base

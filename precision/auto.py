@@ -7,7 +7,7 @@ nothing else quantized.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,17 @@ APART = 0.95
 
 STRIDES = (1.25, 1.1)
 """From the best candidate, steps by these factors up and down as long as they help."""
+
+HOPELESS = 1.5
+"""What is this many times worse than the best on the first batch is given up."""
+
+WITHIN = 1.25
+"""What is this many times worse than the best on the first half is not tried on the others."""
+
+FINALISTS = 4
+
+SURPRISE = 1.25
+"""If all pictures show this many times the error of the first half, all of them lead the search."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,8 @@ def choose_by_output(
     them quantized; all tensors of a range are quantized together with one amax. Tried are the
     methods of `CANDIDATES`, those that differ by 5 % at least, then steps of 25 % and 10 % from the
     best one as long as they help.
-    All pictures decide; an amax is given up as soon as some of them show it to be worse.
+    The first batch sorts out the hopeless, the first half leads the steps, all decide; where all
+    pictures show a clearly larger error than the first half did, all of them lead.
     """
     ranges = list(readers)
 
@@ -68,66 +80,66 @@ def _choose(alone: Alone, histogram: Histogram, tensors: Mapping[str, tuple[Edge
     if np.float32(histogram.maximum) / np.float32(127) == 0:
         return Choice(0.0, "max", 0.0)
     trials = _Trials(alone, tensors)
+    half, whole = -(-alone.batches // 2), alone.batches
     names = distinct_candidates(histogram)
-    promising = sorted(names, key=lambda amax: (trials.so_far(amax), amax))
-    best = promising[0]
-    for amax in promising[1:]:
-        best = amax if trials.better(amax, best) else best
+    chosen = _search(trials, names, histogram.maximum, leading=half)
+    if trials.error(chosen, whole) > SURPRISE * trials.error(chosen, half):
+        # Some picture of the second half is unlike those of the first: let all lead.
+        chosen = _search(trials, names, histogram.maximum, leading=whole)
+    return Choice(chosen, names[chosen], trials.error(chosen, whole))
+
+
+def _search(trials: _Trials, names: dict[float, str], limit: float, *, leading: int) -> float:
+    """The best of `names` and of what steps from it reach, led by the first `leading` batches.
+
+    Adds the amaxes that it tries to `names`.
+    """
+    promising = list(names)
+    if leading < trials.batches:
+        promising = trials.best(promising, 1, count=len(names), within=HOPELESS)
+    best = trials.best(promising, leading, count=1, within=1.0)[0]
 
     def better(amax: float, than: float) -> bool:
         names.setdefault(amax, _near(amax, names))
-        return trials.better(amax, than)
+        return trials.error(amax, leading) < trials.error(than, leading)
 
     for stride in STRIDES:
-        best = _climb(best, stride, histogram.maximum, better)
-    return Choice(best, names[best], trials.mean(best))
+        best = _climb(best, stride, limit, better)
+    tried = [amax for amax in names if trials.seen(amax) >= leading]
+    finalists = trials.best(tried, leading, count=FINALISTS, within=WITHIN)
+    return trials.best(finalists, trials.batches, count=1, within=1.0)[0]
 
 
 class _Trials:
-    """The output error of each amax tried: the sum over pictures of the relative noise energy.
-
-    The sum only grows from batch to batch, so an amax is given up, without any risk, at the batch
-    where it exceeds the whole sum of a better one.
-    """
+    """The output error of each amax tried, on as many batches as were asked for so far."""
 
     def __init__(self, alone: Alone, tensors: Mapping[str, tuple[Edge, ...]]) -> None:
         edges = tuple(edge for readers in tensors.values() for edge in readers)
         self._alone, self._tensors = alone, tuple(tensors)
         self._run = alone.session(Change(edges))
-        self._sums: dict[float, list[float]] = {}
-        self._pictures: dict[int, int] = {}
+        self._found: dict[float, list[NDArray[np.float64]]] = {}
+        self.batches = alone.batches
 
-    def so_far(self, amax: float) -> float:
-        """The sum over the batches tried, one at least."""
-        return self._sums[amax][-1] if amax in self._sums else self._next(amax)
+    def seen(self, amax: float) -> int:
+        """Batches that `amax` was tried on."""
+        return len(self._found.get(amax, ()))
 
-    def total(self, amax: float) -> float:
-        """The sum over all batches."""
-        while len(self._sums.get(amax, ())) < self._alone.batches:
-            self._next(amax)
-        return self._sums[amax][-1]
-
-    def mean(self, amax: float) -> float:
-        """The mean over all pictures."""
-        return self.total(amax) / sum(self._pictures.values())
-
-    def better(self, amax: float, than: float) -> bool:
-        """Whether the sum over all batches is smaller for `amax` than for `than`."""
-        limit = self.total(than)
-        while self.so_far(amax) < limit and len(self._sums[amax]) < self._alone.batches:
-            self._next(amax)
-        return self.so_far(amax) < limit
-
-    def _next(self, amax: float) -> float:
-        """The sum with one batch more."""
-        sums = self._sums.setdefault(amax, [])
-        batch = len(sums)
+    def error(self, amax: float, batches: int) -> float:
+        """Mean over the pictures of the first `batches` of the relative noise energy."""
+        found = self._found.setdefault(amax, [])
         scale = float(np.float32(amax) / np.float32(127))
-        changed = {t: fake_quantize(self._alone.stored(batch, t), scale) for t in self._tensors}
-        noise = relative_noise(self._alone.reference(batch), self._run(batch, changed))
-        self._pictures[batch] = len(noise)
-        sums.append((sums[-1] if sums else 0.0) + float(noise.sum()))
-        return sums[-1]
+        for batch in range(len(found), batches):
+            changed = {t: fake_quantize(self._alone.stored(batch, t), scale) for t in self._tensors}
+            found.append(relative_noise(self._alone.reference(batch), self._run(batch, changed)))
+        return float(np.concatenate(found[:batches]).mean())
+
+    def best(
+        self, amaxes: Iterable[float], batches: int, *, count: int, within: float
+    ) -> list[float]:
+        """The best `count` of `amaxes` on some batches, none `within` times worse than the best."""
+        ranked = sorted(amaxes, key=lambda amax: (self.error(amax, batches), amax))
+        limit = within * self.error(ranked[0], batches)
+        return [amax for amax in ranked[:count] if self.error(amax, batches) <= limit]
 
 
 def _climb(

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import tinymodels
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinyproject import BOTH, job_of, write_project
 
@@ -46,6 +46,7 @@ class TestHistogramPlot:
         assert plot.edges[half] < 0.5 * (1 + 1 / 64)
         assert plot.edges[half + 1] > 0.5 * (1 - 1 / 64)
 
+    @settings(max_examples=60, deadline=None)
     @given(st.lists(st.floats(2.0**-3, 2.0**3, width=32), min_size=1, max_size=50))
     def test_no_value_within_them_is_lost(self, values: list[float]) -> None:
         plot = histogram_plot("x", histogram_of(values), 1.0, "max")

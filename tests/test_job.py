@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import tinymodels
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinyproject import BOTH, config_of, job_of, log_of, record_of, write_project
 
@@ -352,6 +352,7 @@ def same(left: Histogram, right: Histogram) -> bool:
 
 
 class TestHistograms:
+    @settings(max_examples=40, deadline=None)
     @given(
         st.dictionaries(
             st.text(max_size=20).filter(lambda name: "\0" not in name),

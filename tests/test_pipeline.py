@@ -124,7 +124,8 @@ class TestRunJson:
         assert done[1].name == f"tiny-{value['key']}"
         assert {"metric", "value", "samples"} <= set(value["baseline"])
         assert {"name", "backend", "value", "drop", "sqnr_db", "agreement", "latency_ms",
-                "size_bytes", "nodes", "pinned", "not_honoured"} <= set(value["variants"][1])  # fmt: skip
+                "size_bytes", "nodes", "pinned", "not_honoured",
+                } <= set(value["variants"][1])  # fmt: skip
         assert {"step", "pinned", "value", "builds", "seconds"} <= set(value["tuning"][0])
         assert {"method", "pictures", "seconds", "inference_seconds", "peak_rss_bytes",
                 "tensors"} <= set(value["calibration"])  # fmt: skip
@@ -499,7 +500,7 @@ class TestNamedCache:
         named = f"calibration.cache={cache}"
         with pytest.raises(
             CacheError,
-            match=rf"{cache} was made from another model \(its key says [0-9a-f]{{12}}, this one is "
+            match=rf"{cache} was made from another model \(its key says [0-9a-f]{{12}}, this one"
             r"[0-9a-f]{12}\); calibrate again, or set calibration.trust_cache to use it",
         ):
             only(folder, named)
@@ -626,7 +627,7 @@ class TestReport:
         assert (tmp_path / "report.html").is_file()
 
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="no such file; give a run's folder or its run.json"):
+        with pytest.raises(DataError, match=r"no such file; give a run's folder or its run\.json"):
             report([tmp_path])
 
 

@@ -1,4 +1,4 @@
-"""Runs that are interrupted or killed: nothing half-done is taken for done, the next one goes on."""
+"""Runs that are interrupted or killed: nothing half-done counts as done, the next one goes on."""
 
 from __future__ import annotations
 

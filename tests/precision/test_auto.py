@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import tinymodels
 from numpy.typing import NDArray
 from tinymodels import Net
-from tinyquant import Case, case, fake, numpy_outputs, outputs, set_weight
+from tinyquant import Case, case, fake, numpy_outputs, set_weight
 
 from trtune.calibrate.histogram import Histogram
 from trtune.calibrate.methods import CANDIDATES
@@ -84,14 +85,15 @@ def test_candidates_are_largest_first_and_5_percent_apart() -> None:
     assert found[histogram.maximum] == "max"
     assert amaxes[0] == histogram.maximum
     assert len(amaxes) > 3
-    assert all(b < APART * a for a, b in zip(amaxes, amaxes[1:], strict=False))
+    assert all(b < APART * a for a, b in itertools.pairwise(amaxes))
     assert set(found.values()) <= set(CANDIDATES)
     for amax, name in found.items():
         assert CANDIDATES[name](histogram) == amax
 
 
 def test_candidates_that_agree_are_tried_once() -> None:
-    assert distinct_candidates(Histogram.of(np.full(100, 2.0, np.float32))) == {2.0: "max"}
+    found = distinct_candidates(Histogram.of(np.full(100, 2.0, np.float32)))
+    assert list(found) == [2.0]
 
 
 def test_candidates_of_zero_are_no_candidates() -> None:
@@ -155,8 +157,7 @@ def test_an_outlier_that_decides_the_output_is_kept() -> None:
     for picture in pictures:
         picture[0, 0] = 50.0
     found = choose(linear([1.0]), pictures)[0]["x"]
-    assert found.amax == 50.0
-    assert found.method == "max"
+    assert found.amax == 50.0  # the maximum, whichever methods give it
 
 
 def test_the_error_is_that_of_the_plain_computation() -> None:
@@ -252,12 +253,13 @@ def trained_like(make: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
     return model
 
 
-def heavy_pictures(count: int) -> list[Rows]:
-    """Pictures whose values have long tails, and one that is far brighter."""
-    rng = np.random.default_rng(3)
-    made = [rng.standard_t(4, (1, 3, 8, 8)).astype(np.float32) for _ in range(count)]
-    made[5] *= 15
-    return made
+def natural_pictures(count: int, *, seed: int = 0) -> list[Rows]:
+    """Pictures of different brightness whose values have tails."""
+    rng = np.random.default_rng(seed)
+    return [
+        (np.exp(rng.normal(0, 0.3)) * rng.standard_t(6, (1, 3, 8, 8))).astype(np.float32)
+        for _ in range(count)
+    ]
 
 
 def error_of(alone: Alone, tensor: str, run: Callable[..., list[Rows]], amax: float) -> float:
@@ -269,13 +271,18 @@ def error_of(alone: Alone, tensor: str, run: Callable[..., list[Rows]], amax: fl
     return float(np.concatenate(found).mean())
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
-    "make", [tinymodels.conv_relu, tinymodels.depthwise, tinymodels.silu_se, tinymodels.concat]
+    "make",
+    [
+        *(tinymodels.conv_relu, tinymodels.depthwise, tinymodels.silu_se),
+        *(tinymodels.concat, tinymodels.residual),
+    ],
 )
 def test_auto_is_within_a_few_percent_of_trying_everything(
-    make: Callable[[], onnx.ModelProto],
+    make: Callable[[], onnx.ModelProto], seed: int
 ) -> None:
-    found, prepared, alone = choose(trained_like(make), heavy_pictures(24))
+    found, prepared, alone = choose(trained_like(make), natural_pictures(24, seed=seed))
     placement = place(prepared.view, prepared.plan)
     ratios = []
     for tensor, choice in found.items():
@@ -285,26 +292,62 @@ def test_auto_is_within_a_few_percent_of_trying_everything(
         best = min(error_of(alone, tensor, run, amax) for amax in grid)
         assert error_of(alone, tensor, run, choice.amax) == pytest.approx(choice.error)
         ratios.append(choice.error / best)
-    assert max(ratios) < 1.25  # noise energy: half a decibel is 1.12
-    assert float(np.exp(np.mean(np.log(ratios)))) < 1.05
+    # The error is a jagged function of amax: neighbours on the grid differ by as much.
+    assert max(ratios) < 1.2
+    assert float(np.mean(ratios)) < 1.05
 
 
-def test_auto_is_never_worse_than_its_candidates_by_much() -> None:
-    found, prepared, alone = choose(trained_like(tinymodels.silu_se), heavy_pictures(24))
+@pytest.mark.parametrize("batch", [1, 4, 24])
+def test_no_candidate_would_have_been_better(batch: int) -> None:
+    pictures = natural_pictures(23)
+    found, prepared, alone = choose(trained_like(tinymodels.silu_se), pictures, batch=batch)
     placement = place(prepared.view, prepared.plan)
     for tensor, choice in found.items():
         run = alone.session(Change(placement.activations[tensor]))
         values = [alone.stored(b, tensor) for b in range(alone.batches)]
         histogram = Histogram.of(*(row for value in values for row in value))
         for amax in distinct_candidates(histogram):
-            assert choice.error <= 1.05 * error_of(alone, tensor, run, amax)
+            assert choice.error <= error_of(alone, tensor, run, amax) * (1 + 1e-9)
 
 
-def test_the_outputs_of_the_model_are_what_counts() -> None:
-    """A tensor that is averaged over the picture may be clipped less than mse alone would."""
-    found, prepared, alone = choose(trained_like(tinymodels.conv_relu), heavy_pictures(16))
-    exact = np.concatenate([alone.reference(b)[0] for b in range(alone.batches)])
-    data = np.concatenate([alone.stored(b, "input") for b in range(alone.batches)])
-    (plain,) = outputs(prepared.model.proto, {"input": data}).values()
-    np.testing.assert_allclose(exact, plain, atol=1e-4)
-    assert set(found) == set(place(prepared.view, prepared.plan).activations)
+@pytest.mark.parametrize("place_of_the_bright_one", [0, 11, 23])
+def test_where_a_picture_stands_does_not_matter(place_of_the_bright_one: int) -> None:
+    """A picture that is far brighter counts as much in the last batch as in the first."""
+    pictures = natural_pictures(24)
+    pictures.insert(place_of_the_bright_one, pictures.pop(7) * np.float32(8))
+    found = choose(trained_like(tinymodels.conv_relu), pictures, batch=1)[0]
+    usual = natural_pictures(24)
+    usual[7] = usual[7] * np.float32(8)
+    expected = choose(trained_like(tinymodels.conv_relu), usual, batch=1)[0]
+    for tensor, choice in found.items():
+        assert choice.amax == pytest.approx(expected[tensor].amax, rel=0.25)
+        assert choice.error == pytest.approx(expected[tensor].error, rel=0.2)
+
+
+def test_an_amax_is_given_up_at_the_batch_that_shows_it_to_be_worse() -> None:
+    runs: list[int] = []
+
+    class Counting(Alone):
+        def session(self, change: Change) -> Callable[[int, Mapping[str, Rows]], list[Rows]]:
+            run = super().session(change)
+
+            def counted(batch: int, changed: Mapping[str, Rows]) -> list[Rows]:
+                runs.append(batch)
+                return run(batch, changed)
+
+            return counted
+
+    prepared = case(linear([1.0]))
+    pictures = [rows(1)[0]] * 24  # the first half says all there is to know
+    batches = [Batch({"x": picture}, ("p",)) for picture in pictures]
+    placement = place(prepared.view, prepared.plan)
+    alone = Counting(prepared.model, prepared.view, placement, batches)
+    histogram = Histogram.of(*pictures)
+    found = choose_by_output(alone, {"x": histogram}, {"x": dict(placement.activations)})
+    tried = runs.count(0)
+    assert tried >= len(distinct_candidates(histogram))
+    assert runs.count(23) < tried
+    assert len(runs) < 24 * tried
+    plain = choose(linear([1.0]), pictures, batch=24)[0]["x"]
+    assert found["x"].amax == plain.amax
+    assert found["x"].error == pytest.approx(plain.error, rel=1e-5)

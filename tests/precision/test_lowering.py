@@ -287,7 +287,7 @@ def test_a_weight_shared_along_different_axes_is_stored_for_each() -> None:
 def test_a_tensor_without_a_scale_is_named() -> None:
     prepared = named("conv_relu")
     table = CalibrationTable({"input": 0.1, "relu2": 0.1, "flat": 0.1})
-    with pytest.raises(MissingScaleError, match="'relu1' has no scale.*did you mean 'relu2'"):
+    with pytest.raises(MissingScaleError, match=r"'relu1' has no scale.*did you mean 'relu2'"):
         lower_emulate(prepared.model, prepared.plan, table)
 
 
