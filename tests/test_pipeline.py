@@ -501,7 +501,7 @@ class TestNamedCache:
         with pytest.raises(
             CacheError,
             match=rf"{cache} was made from another model \(its key says [0-9a-f]{{12}}, this one"
-            r"[0-9a-f]{12}\); calibrate again, or set calibration.trust_cache to use it",
+            r" is [0-9a-f]{12}\); calibrate again, or set calibration.trust_cache to use it",
         ):
             only(folder, named)
         assert only(folder, named, "calibration.trust_cache=true").status == "met"

@@ -7,7 +7,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +41,7 @@ class Plan:
 
     default: str
     pinned: dict[str, str] = field(default_factory=dict)
+    compute_nodes: tuple[str, ...] = ()
 
     def precision(self, node: str) -> str:
         return self.pinned.get(node, self.default)
@@ -68,7 +69,9 @@ def lowerings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., onnx.M
 
 def candidate(make: Callable[[], onnx.ModelProto], plan: Plan) -> Candidate:
     table = CalibrationTable.from_amax({"input": 4.0})
-    return Candidate(model_from_proto(make()), plan, table)  # type: ignore[arg-type]
+    model = model_from_proto(make())
+    plan = replace(plan, compute_nodes=tuple(node.name for node in model.proto.graph.node))
+    return Candidate(model, plan, table)  # type: ignore[arg-type]
 
 
 # Sessions
