@@ -154,7 +154,7 @@ def rows_of(
 ) -> list[list[str]]:
     """The table's rows for one model, printed too; what was measured is added to `numbers`."""
     found = ours(name, arguments.method, 512, arguments.repeats)
-    few = ours(name, arguments.method, 64, 1)
+    few = ours(name, arguments.method, 64, arguments.repeats)
     numbers += [{"tool": "trtune", **measured} for measured in (found, few)]
     best = f"{found['ratio']:.2f} (best {found['best_ratio']:.2f})"
     memory = f"{found['peak_rss_gb']:.2f} ({few['peak_rss_gb']:.2f} for 64 pictures)"

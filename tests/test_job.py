@@ -11,13 +11,10 @@ import numpy as np
 import onnx
 import pytest
 import tinymodels
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tinyproject import BOTH, config_of, job_of, log_of, record_of, write_project
 
-from trtune.calibrate.histogram import Counter, Histogram
 from trtune.configs.errors import CacheError, DataError
-from trtune.job import Job, load_histograms, replay, run_folder, run_key, save_histograms
+from trtune.job import Job, replay, run_folder, run_key
 from trtune.pipeline import run, run_record_of
 from trtune.reports.accuracy import StoredOutputs
 
@@ -332,53 +329,6 @@ class TestNamedCache:
         assert str(failure.value) == (
             f"{mine}: line 2: expected '<tensor>: <1 to 8 hex digits>', found 'input 3c0a'"
         )
-
-
-def counted(values: list[list[float]]) -> Histogram:
-    counter = Counter()
-    rows = np.array(values, np.float32)
-    counter.add(tuple(map(str, range(len(rows)))), rows)
-    return counter.histogram()
-
-
-def same(left: Histogram, right: Histogram) -> bool:
-    return (
-        left.maximum == right.maximum
-        and np.array_equal(left.counts, right.counts)
-        and np.array_equal(left.pictures.counts, right.pictures.counts)
-        and left.pictures.item == right.pictures.item
-        and left.pictures.runner_up == right.pictures.runner_up
-    )
-
-
-class TestHistograms:
-    @settings(max_examples=40, deadline=None)
-    @given(
-        st.dictionaries(
-            st.text(max_size=20).filter(lambda name: "\0" not in name),
-            st.lists(
-                st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=3, max_size=3),
-                min_size=1,
-                max_size=4,
-            ),
-            max_size=3,
-        )
-    )
-    def test_they_are_read_as_they_were_written(
-        self, tmp_path_factory: pytest.TempPathFactory, drawn: dict[str, list[list[float]]]
-    ) -> None:
-        path = tmp_path_factory.mktemp("histograms") / "h.npz"
-        histograms = {name: counted(values) for name, values in drawn.items()}
-        save_histograms(path, histograms)
-        found = load_histograms(path)
-        assert list(found) == list(histograms)
-        assert all(same(found[name], histograms[name]) for name in histograms)
-
-    def test_names_are_anything(self, tmp_path: Path) -> None:
-        names = ["a/b: c", "0/values", "größe", "names"]
-        save_histograms(tmp_path / "h.npz", {name: counted([[1.0, 2.0]]) for name in names})
-        assert list(load_histograms(tmp_path / "h.npz")) == names
-        assert [p.name for p in tmp_path.iterdir()] == ["h.npz"]
 
 
 def test_replay_gives_batch_after_batch() -> None:

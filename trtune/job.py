@@ -5,46 +5,40 @@ from __future__ import annotations
 import inspect
 import logging
 import shutil
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from trtune.calibrate.cache import check_table, load_table, save_table
-from trtune.calibrate.histogram import BINS, Histogram, PictureMaxima
+from trtune.calibrate.histogram_file import load_histograms, save_histograms
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, InputError, ModelError, TrtuneError
-from trtune.configs.files import atomic_path, hash_file, hash_json, write_text
+from trtune.configs.files import hash_file, hash_json, write_text
 from trtune.configs.load import dump_config
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Config
-from trtune.datasets.batches import Batch, BatchSource
+from trtune.datasets.batches import BatchSource
 from trtune.datasets.holdout import hold_out
 from trtune.inputs import backends_of, check_data, check_precisions, open_data
+from trtune.layers import LayerErrors, accumulated_errors, errors_alone, kept_sums
 from trtune.precision.backends.base import BuildInfo, Candidate, reusable
 from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
 from trtune.precision.calibration import (
     Calibrated,
-    alone_on,
     calibrate_model,
     carried_tensors,
     without_zero_ranges,
 )
-from trtune.precision.compare import compare_layers, fp32_gate
+from trtune.precision.compare import fp32_gate
 from trtune.precision.graph import GraphView
-from trtune.precision.lowering import lower_emulate
 from trtune.precision.metrics import ErrorSums
 from trtune.precision.model import Model, load_model
-from trtune.precision.placement import place
 from trtune.precision.plan import COMPUTE_OPS, PrecisionPlan, make_plan
-from trtune.precision.sensitivity import alone_errors
 from trtune.precision.tune import Score, Tuned, tune
 from trtune.reports.accuracy import Evaluation, StoredOutputs, collect_outputs, evaluate
 from trtune.reports.metrics import FIDELITY_METRICS, find_metric
@@ -67,14 +61,6 @@ def run_key(config: Config) -> str:
     value = config.model_dump(mode="json")
     value.pop("report")
     return hash_json(value)[:10]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerErrors:
-    """Errors by node: of its output in the quantized network, and of quantizing it alone."""
-
-    accumulated: Mapping[str, ErrorSums]
-    alone: Mapping[str, ErrorSums]
 
 
 class Job:
@@ -240,69 +226,50 @@ class Job:
         return Calibrated(table, histograms, **cost)
 
     @cached_property
-    def _pictures(self) -> tuple[Batch, ...]:
-        return hold_out(self.sources[0], self.config.calibration.holdout)
-
-    @cached_property
     def layers(self) -> LayerErrors:
         """Errors of every node of the untuned model; none if nothing in it is quantized."""
         if not self.untuned.int8_nodes:
             return LayerErrors({}, {})
-        section = self.config.compare
+        section, candidate = self.config.compare, self.candidate(self.untuned)
         key = {
             **{k: self.hashes[k] for k in ("model", "calibration_data", "evaluation_data")},
-            "candidate": Candidate(self.model, self.untuned, self.table).key,
+            "candidate": candidate.key,
             "pictures": section.pictures,
             **self.versions,
         }
-        accumulated = self._kept_sums("compare", key, self._accumulated)
+
+        def measure() -> dict[str, ErrorSums]:
+            return accumulated_errors(
+                candidate,
+                self.view,
+                self.sources[1],
+                pictures=section.pictures,
+                memory=section.memory,
+                progress=self.progress,
+            )
+
+        accumulated = kept_sums(self.folder, "compare", key, measure)
         return LayerErrors(accumulated, self.alone if section.alone else {})
 
     @cached_property
     def alone(self) -> dict[str, ErrorSums]:
         """What quantizing each int8 node of the untuned plan alone does to the output."""
+        section, candidate = self.config.calibration, self.candidate(self.untuned)
         key = {
             **{k: self.hashes[k] for k in ("model", "calibration_data")},
-            "candidate": Candidate(self.model, self.untuned, self.table).key,
-            "holdout": self.config.calibration.holdout,
-            "memory": self.config.calibration.memory,
+            "candidate": candidate.key,
+            "holdout": section.holdout,
+            "memory": section.memory,
             **self.versions,
         }
-        return self._kept_sums("alone", key, self._alone)
 
-    def _kept_sums(
-        self, stage: str, key: Mapping[str, Any], measure: Callable[[], dict[str, ErrorSums]]
-    ) -> dict[str, ErrorSums]:
-        kept = read_stage(self.folder, stage, key)
-        if kept is not None:
-            return {name: ErrorSums(**sums) for name, sums in kept.items()}
-        found = measure()
-        write_stage(self.folder, stage, key, {name: sums_dict(s) for name, s in found.items()})
-        return found
+        def measure() -> dict[str, ErrorSums]:
+            held_out = hold_out(self.sources[0], section.holdout)
+            return errors_alone(
+                candidate, self.view, held_out, memory=section.memory, progress=self.progress
+            )
 
-    def _accumulated(self) -> dict[str, ErrorSums]:
-        section = self.config.compare
-        nodes = [n for n in self.view.nodes if n.name not in self.view.shape_nodes]
-        tensors = {n.output[0]: n.name for n in nodes if n.output and n.output[0]}
-        errors = compare_layers(
-            self.model.proto,
-            lower_emulate(self.model, self.untuned, self.table),
-            list(tensors),
-            self.sources[1],
-            pictures=section.pictures,
-            memory=section.memory,
-            external_dir=self.model.external_dir,
-            progress=self.progress,
-        )
-        return {tensors[t]: sums for t, sums in errors.errors.items()}
-
-    def _alone(self) -> dict[str, ErrorSums]:
-        placement = place(self.view, self.untuned)
-        if not placement.activations:
-            return {}
-        memory = self.config.calibration.memory
-        alone = alone_on(self.model, self.view, placement, self._pictures, memory=memory)
-        return alone_errors(alone, self.view, self.untuned, self.table, progress=self.progress)
+        return kept_sums(self.folder, "alone", key, measure)
 
     @cached_property
     def ranking(self) -> list[tuple[str, str]]:
@@ -547,42 +514,3 @@ def _cost(found: Calibrated) -> dict[str, Any]:
         "inference_seconds": found.inference_seconds,
         "search_seconds": found.search_seconds,
     }
-
-
-def sums_dict(sums: ErrorSums) -> dict[str, Any]:
-    """An `ErrorSums` as plain numbers; `ErrorSums(**...)` reads it back."""
-    return {name: getattr(sums, name) for name in sums.__slots__}
-
-
-def save_histograms(path: Path, histograms: Mapping[str, Histogram]) -> None:
-    """Write histograms, their filled bins only, as an .npz file in one step."""
-    arrays: dict[str, Any] = {"names": np.array(list(histograms))}
-    for i, histogram in enumerate(histograms.values()):
-        for part, counts in (("values", histogram.counts), ("maxima", histogram.pictures.counts)):
-            filled = np.flatnonzero(counts)
-            arrays[f"{i}/{part}"] = np.stack([filled, counts[filled]])
-        arrays[f"{i}/max"] = np.array([histogram.maximum, histogram.pictures.runner_up])
-        arrays[f"{i}/item"] = np.array(histogram.pictures.item)
-    with atomic_path(path) as target, target.open("wb") as handle:
-        np.savez_compressed(handle, **arrays)
-
-
-def load_histograms(path: Path) -> dict[str, Histogram]:
-    """Read what `save_histograms` wrote. Raises OSError, ValueError or KeyError otherwise."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            names = enumerate(arrays["names"].tolist())
-            return {name: _read_histogram(arrays, i) for i, name in names}
-    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _read_histogram(arrays: Mapping[str, NDArray[Any]], i: int) -> Histogram:
-    counts = {}
-    for part in ("values", "maxima"):
-        filled, amounts = arrays[f"{i}/{part}"]
-        counts[part] = np.zeros(BINS, np.int64)
-        counts[part][filled] = amounts
-    maximum, runner_up = arrays[f"{i}/max"].tolist()
-    maxima = PictureMaxima(counts["maxima"], str(arrays[f"{i}/item"]), runner_up)
-    return Histogram(counts["values"], maximum, maxima)

@@ -101,8 +101,8 @@ def dominant_pictures(run: Path) -> list[DominantPicture]:
 
     Empty if the folder holds no histograms.
     """
+    from trtune.calibrate.histogram_file import load_histograms
     from trtune.calibrate.outliers import dominant, outliers
-    from trtune.job import load_histograms  # loads all of the pipeline
 
     try:
         return dominant(outliers(load_histograms(run / "histograms.npz")))

@@ -1,0 +1,88 @@
+"""The errors of every layer: measured once for a plan and a table, and kept in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtune.configs.progress import Progress
+from trtune.datasets.batches import Batch, BatchSource
+from trtune.precision.backends.base import Candidate
+from trtune.precision.calibration import alone_on
+from trtune.precision.compare import compare_layers
+from trtune.precision.graph import GraphView
+from trtune.precision.lowering import lower_emulate
+from trtune.precision.metrics import ErrorSums
+from trtune.precision.placement import place
+from trtune.precision.sensitivity import alone_errors
+from trtune.store import read_stage, write_stage
+
+
+@dataclass(frozen=True, slots=True)
+class LayerErrors:
+    """Errors by node: of its output in the quantized network, and of quantizing it alone."""
+
+    accumulated: Mapping[str, ErrorSums]
+    alone: Mapping[str, ErrorSums]
+
+
+def kept_sums(
+    folder: Path, stage: str, key: Mapping[str, Any], measure: Callable[[], dict[str, ErrorSums]]
+) -> dict[str, ErrorSums]:
+    """What `stage` left in `folder` for exactly `key`, else what `measure` gives, kept."""
+    kept = read_stage(folder, stage, key)
+    if kept is not None:
+        return {name: ErrorSums(**sums) for name, sums in kept.items()}
+    found = measure()
+    write_stage(folder, stage, key, {name: sums_dict(s) for name, s in found.items()})
+    return found
+
+
+def sums_dict(sums: ErrorSums) -> dict[str, Any]:
+    """An `ErrorSums` as plain numbers; `ErrorSums(**...)` reads it back."""
+    return {name: getattr(sums, name) for name in sums.__slots__}
+
+
+def accumulated_errors(
+    candidate: Candidate,
+    view: GraphView,
+    source: BatchSource,
+    *,
+    pictures: int,
+    memory: int,
+    progress: Progress,
+) -> dict[str, ErrorSums]:
+    """Error of every node's first output in the emulated network, over the first `pictures`."""
+    assert candidate.table is not None
+    nodes = [node for node in view.nodes if node.name not in view.shape_nodes]
+    tensors = {node.output[0]: node.name for node in nodes if node.output and node.output[0]}
+    errors = compare_layers(
+        candidate.model.proto,
+        lower_emulate(candidate.model, candidate.plan, candidate.table),
+        list(tensors),
+        source,
+        pictures=pictures,
+        memory=memory,
+        external_dir=candidate.model.external_dir,
+        progress=progress,
+    )
+    return {tensors[t]: sums for t, sums in errors.errors.items()}
+
+
+def errors_alone(
+    candidate: Candidate,
+    view: GraphView,
+    pictures: tuple[Batch, ...],
+    *,
+    memory: int,
+    progress: Progress,
+) -> dict[str, ErrorSums]:
+    """Error of the output on held-out `pictures` with one int8 node quantized alone, by node."""
+    placement = place(view, candidate.plan)
+    if not placement.activations:
+        return {}
+    assert candidate.table is not None
+    alone = alone_on(candidate.model, view, placement, pictures, memory=memory)
+    return alone_errors(alone, view, candidate.plan, candidate.table, progress=progress)
