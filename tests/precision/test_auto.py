@@ -19,6 +19,7 @@ from trtune.datasets.batches import Batch
 from trtune.precision.auto import (
     APART,
     Choice,
+    _those_that_matter,
     choose_by_output,
     distinct_candidates,
     relative_noise,
@@ -135,7 +136,7 @@ def choose(
         for tensor in placement.activations
     }
     readers = {tensor: {tensor: edges} for tensor, edges in placement.activations.items()}
-    return choose_by_output(alone, histograms, readers), prepared, alone
+    return choose_by_output(alone, histograms, readers, negligible=0.0), prepared, alone
 
 
 def rows(count: int, *, seed: int = 0) -> list[Rows]:
@@ -351,3 +352,13 @@ def test_an_amax_is_given_up_at_the_batch_that_shows_it_to_be_worse() -> None:
     plain = choose(linear([1.0]), pictures, batch=24)[0]["x"]
     assert found["x"].amax == plain.amax
     assert found["x"].error == pytest.approx(plain.error, rel=1e-5)
+
+
+def test_ranges_that_hardly_matter_keep_their_best_candidate() -> None:
+    errors = {"a": 0.9, "b": 0.05, "c": 0.04, "d": 0.01, "zero": 0.0}
+    choices = {n: Choice(1.0 if e else 0.0, "max", e) for n, e in errors.items()}
+    assert _those_that_matter(choices, 0.0) == ["a", "b", "c", "d"]
+    assert _those_that_matter(choices, 0.1) == ["a"]
+    assert _those_that_matter(choices, 0.0999) == ["a", "b"]
+    ruined = choices | {"b": Choice(1.0, "max", float("inf"))}
+    assert _those_that_matter(ruined, 0.1) == ["a", "b"]
