@@ -211,7 +211,7 @@ def sidecar_of(path: Path) -> Path:
 
 
 def save_table(path: Path, table: CalibrationTable, header: str = DEFAULT_HEADER) -> None:
-    """Write `table` as a TensorRT cache, and its methods and provenance beside it.
+    """Write `table` as a TensorRT cache, and what that cannot hold beside it.
 
     The sidecar holds the hash of the cache's text, and is written first: whenever the two do not
     belong together, because the process died between them or someone edited the cache, the hash
@@ -229,6 +229,7 @@ def save_table(path: Path, table: CalibrationTable, header: str = DEFAULT_HEADER
             "key": hash_json(dict(table.provenance)),
             "provenance": dict(table.provenance),
             "methods": dict(table.methods),
+            **table.imported(),
         },
     )
     write_bytes(Path(path), data)
@@ -240,7 +241,7 @@ def read_cache(path: Path) -> Cache:
 
 
 def load_table(path: Path, *, allow_unkeyed: bool = False) -> CalibrationTable:
-    """Read a cache as a table, with the methods and provenance of its sidecar.
+    """Read a cache as a table, with what its sidecar adds to the scales.
 
     A cache without one says nothing about the model and data it was made from: it is refused
     unless `allow_unkeyed`, and then has the provenance {"source": "unkeyed"}.
@@ -255,7 +256,7 @@ def load_table(path: Path, *, allow_unkeyed: bool = False) -> CalibrationTable:
     sidecar = _read_sidecar(path)
     matches = sidecar is not None and sidecar["cache_sha256"] == hash_bytes(data)
     if sidecar is not None and matches:
-        return CalibrationTable(cache.scales, sidecar["methods"], sidecar["provenance"])
+        return _with_sidecar(path, cache, sidecar)
     if allow_unkeyed:
         return CalibrationTable(cache.scales, provenance={"source": "unkeyed"})
     if sidecar is None:
@@ -266,6 +267,19 @@ def load_table(path: Path, *, allow_unkeyed: bool = False) -> CalibrationTable:
         f"{path} does not say which model and data it was made from: {why}. Calibrate again, or "
         "name the file in `calibration.cache` to use it all the same"
     )
+
+
+def _with_sidecar(path: Path, cache: Cache, sidecar: Mapping[str, Any]) -> CalibrationTable:
+    weights, reads = sidecar.get("weights", {}), sidecar.get("reads", {})
+    try:
+        return CalibrationTable(
+            cache.scales, sidecar["methods"], sidecar["provenance"], weights, reads
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CacheError(
+            f"{sidecar_of(path)} holds weight scales or reads that are none: {error}; it was "
+            "edited. Import the quantized model again"
+        ) from error
 
 
 def _read_bytes(path: Path) -> bytes:

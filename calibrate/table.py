@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -32,11 +32,18 @@ class CalibrationTable:
     bit. scale = amax / 127; amax is the largest magnitude that int8 can still tell from the next.
     `methods` says for each tensor how its amax was chosen; `provenance` is what the table was
     made from (model, data and method hashes, versions): its key.
+
+    A table that was read from a quantized model holds two things more, which are empty otherwise:
+    `weights` maps an initializer to its scales, one an output channel or one for all, where they
+    are not max|w| / 127; `reads` maps a tensor to the (node, input index) pairs that read it
+    quantized, where the model and not the rules of this package says so.
     """
 
     scales: Mapping[str, float]
     methods: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    reads: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with np.errstate(over="ignore"):  # infinity is refused below, by name
@@ -49,6 +56,8 @@ class CalibrationTable:
         object.__setattr__(self, "scales", MappingProxyType(scales))
         object.__setattr__(self, "methods", MappingProxyType(dict(self.methods)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+        object.__setattr__(self, "weights", MappingProxyType(_weights(self.weights)))
+        object.__setattr__(self, "reads", MappingProxyType(_reads(self.reads)))
 
     @classmethod
     def from_amax(
@@ -85,10 +94,19 @@ class CalibrationTable:
                 "scales": dict(self.scales),
                 "methods": dict(self.methods),
                 "provenance": dict(self.provenance),
+                **self.imported(),
             },
             indent=2,
             ensure_ascii=False,
         )
+
+    def imported(self) -> dict[str, Any]:
+        """`weights` and `reads` as values for JSON; nothing if both are empty."""
+        parts: dict[str, Any] = {
+            "weights": {name: list(scales) for name, scales in self.weights.items()},
+            "reads": {t: [list(edge) for edge in edges] for t, edges in self.reads.items()},
+        }
+        return {name: value for name, value in parts.items() if value}
 
     @classmethod
     def from_json(cls, text: str) -> CalibrationTable:
@@ -99,4 +117,25 @@ class CalibrationTable:
         True
         """
         value = json.loads(text)
-        return cls(value["scales"], value["methods"], value["provenance"])
+        return cls(
+            value["scales"],
+            value["methods"],
+            value["provenance"],
+            value.get("weights", {}),
+            value.get("reads", {}),
+        )
+
+
+def _weights(given: Mapping[str, Iterable[float]]) -> dict[str, tuple[float, ...]]:
+    """The scales as float32 values. Raises ValueError unless all are above zero."""
+    found: dict[str, tuple[float, ...]] = {}
+    for name, scales in given.items():
+        values = np.asarray(tuple(scales), np.float32)
+        if not values.size or not np.all(np.isfinite(values) & (values > 0)):
+            raise ValueError(f"weight scales of {name!r} must be finite and above zero: {values}")
+        found[name] = tuple(values.tolist())
+    return found
+
+
+def _reads(given: Mapping[str, Iterable[Sequence[Any]]]) -> dict[str, tuple[tuple[str, int], ...]]:
+    return {t: tuple((str(n), int(i)) for n, i in edges) for t, edges in given.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from trtune.configs.errors import ModelError
 from trtune.precision.graph import GraphView, Model
 from trtune.precision.normalise import captured, subgraphs
 
@@ -40,13 +42,17 @@ def weight_scales(
 
 
 def quantize_weights(
-    weights: NDArray[np.floating[Any]], scales: NDArray[np.float32], axis: int
+    weights: NDArray[np.floating[Any]],
+    scales: NDArray[np.float32],
+    axis: int,
+    *,
+    lowest: int = -QMAX,
 ) -> NDArray[np.int8]:
-    """int8 codes: w / scale rounded half to even, within -127..127; the shape of `weights`."""
+    """int8 codes: w / scale rounded half to even, within lowest..127; the shape of `weights`."""
     shape = [1] * weights.ndim
     shape[axis] = -1
     codes = np.rint(weights.astype(np.float32) / scales.reshape(shape))
-    quantized: NDArray[np.int8] = np.clip(codes, -QMAX, QMAX).astype(np.int8)
+    quantized: NDArray[np.int8] = np.clip(codes, lowest, QMAX).astype(np.int8)
     return quantized
 
 
@@ -54,11 +60,18 @@ class Rewrite:
     """Edits on a copy of a model; `finish` gives it, sorted and without unused weights.
 
     New tensors and nodes are named after what they belong to, so that the same plan and table give
-    the same bytes; a name that the model has already gets a number.
+    the same bytes; a name that the model has already gets a number. `weights` are the scales of
+    `CalibrationTable.weights`.
     """
 
-    def __init__(self, model: Model, view: GraphView) -> None:
+    def __init__(
+        self,
+        model: Model,
+        view: GraphView,
+        weights: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    ) -> None:
         self.view = view
+        self._given = weights
         self._model = model
         self._nodes = {node.name: _copy(node) for node in view.nodes}
         self._taken = _names_in(model.proto.graph)
@@ -125,16 +138,33 @@ class Rewrite:
     ) -> str:
         """The initializer `name` as int8 codes behind a DequantizeLinear; the result's name.
 
-        `scales` are those of `weight_scales` unless given; the same weight with the same axis and
-        scales is stored once.
+        `scales` are by default those of the method `weight_scales`; where a table gives some, -128
+        is a code too. The same weight with the same axis and scales is stored once.
         """
         value = self.view.constant(name)
-        scales = weight_scales(value, axis) if scales is None else scales
+        scales = self.weight_scales(name, axis) if scales is None else scales
         key = (name, axis, scales.tobytes())
         if key not in self._weights:
-            codes = quantize_weights(value, scales, axis)
+            lowest = -QMAX - 1 if name in self._given else -QMAX
+            codes = quantize_weights(value, scales, axis, lowest=lowest)
             self._weights[key] = self._constant_behind(name, "int8", codes, scales, axis)
         return self._weights[key]
+
+    def weight_scales(self, name: str, axis: int) -> NDArray[np.float32]:
+        """The scales of the initializer `name` along `axis`: the table's, or max|w| / 127.
+
+        Raises ModelError if the table gives another number of scales than there are channels.
+        """
+        value = self.view.constant(name)
+        if name not in self._given:
+            return weight_scales(value, axis)
+        given, channels = np.asarray(self._given[name], np.float32), value.shape[axis]
+        if given.size not in (1, channels):
+            raise ModelError(
+                f"the table has {given.size} scales for the weights {name!r}, which have "
+                f"{channels} output channels: it belongs to another model"
+            )
+        return np.ascontiguousarray(np.broadcast_to(given, (channels,)))
 
     def dequantized_constant(
         self, name: str, codes: NDArray[Any], scales: NDArray[np.float32]

@@ -274,3 +274,22 @@ def test_a_cache_of_another_model_counts_the_tensors_missing() -> None:
         check_table(table, ["input", "conv1_out", "conv_1_out"])
     with pytest.raises(CacheError, match=r"2 of 2 tensors .*, such as 'zzz'"):
         check_table(table, ["zzz", "yyy"])
+
+
+def test_what_came_with_a_quantized_model_stands_in_the_sidecar(tmp_path: Path) -> None:
+    table = CalibrationTable(
+        {"x": 0.5}, {"x": "qat"}, {"model": "m"}, {"w": (0.1, 0.25)}, {"x": (("conv", 0),)}
+    )
+    save_table(tmp_path / "c", table)
+    assert load_table(tmp_path / "c") == table
+    assert dump_cache(read_cache(tmp_path / "c")) == f"{HEAD}\nx: 3f000000\n"
+
+
+def test_a_sidecar_with_impossible_weight_scales_is_refused(tmp_path: Path) -> None:
+    save_table(tmp_path / "c", CalibrationTable({"x": 0.5}, weights={"w": (0.1,)}))
+    sidecar = sidecar_of(tmp_path / "c")
+    value = json.loads(sidecar.read_text("utf-8"))
+    for broken in ({"w": [0]}, {"w": 3}, [1]):
+        sidecar.write_text(json.dumps({**value, "weights": broken}), "utf-8")
+        with pytest.raises(CacheError, match="holds weight scales or reads that are none"):
+            load_table(tmp_path / "c")

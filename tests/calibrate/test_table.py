@@ -112,3 +112,23 @@ def test_a_table_keeps_its_own_frozen_copies() -> None:
 def test_methods_and_provenance_travel_with_amax() -> None:
     table = CalibrationTable.from_amax({"x": 127.0}, methods={"x": "mse"}, provenance={"k": 1})
     assert (table.methods, table.provenance) == ({"x": "mse"}, {"k": 1})
+
+
+def test_what_came_with_a_quantized_model_survives_json() -> None:
+    table = CalibrationTable(
+        {"x": 0.5}, weights={"w": (0.1, 0.25), "one": [1]}, reads={"x": (("conv", 0), ["add", 1])}
+    )
+    assert table.weights["w"] == (float(np.float32(0.1)), 0.25)
+    assert table.reads["x"] == (("conv", 0), ("add", 1))
+    assert CalibrationTable.from_json(table.to_json()) == table
+
+
+def test_other_tables_are_written_as_before() -> None:
+    value = json.loads(CalibrationTable({"x": 0.5}).to_json())
+    assert set(value) == {"scales", "methods", "provenance"}
+
+
+@pytest.mark.parametrize("scales", [(), (0.0,), (1.0, -1.0), (float("nan"),), (float("inf"),)])
+def test_weight_scales_that_are_none_are_refused(scales: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="weight scales of 'w' must be finite and above zero"):
+        CalibrationTable({}, weights={"w": scales})

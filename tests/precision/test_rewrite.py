@@ -9,6 +9,7 @@ import tinymodels
 from onnx import numpy_helper
 from tinyquant import Case, fake_weight, initializer, maker, named, op_counts, outputs
 
+from trtune.configs.errors import ModelError
 from trtune.precision.graph import GraphView, model_from_proto
 from trtune.precision.rewrite import Rewrite, quantize_weights, weight_scales
 
@@ -56,6 +57,29 @@ def test_weight_codes_times_scales_are_the_plain_computation() -> None:
         shape[axis] = -1
         values = quantize_weights(weights, scales, axis) * scales.reshape(shape)
         np.testing.assert_array_equal(values, fake_weight(weights, axis))
+
+
+def test_weights_take_the_scales_that_are_given_and_then_minus_128_is_a_code() -> None:
+    prepared = named("conv_relu")
+    value = prepared.view.constant("conv1_w")
+    given = (np.abs(value).max(axis=(1, 2, 3)) / 128).astype(np.float32)
+    scales = {"conv1_w": tuple(given.tolist()), "conv2_w": (0.01,)}
+    rewrite = Rewrite(prepared.model, prepared.view, scales)
+    np.testing.assert_array_equal(rewrite.weight_scales("conv1_w", 0), given)
+    np.testing.assert_array_equal(rewrite.weight_scales("conv2_w", 0), np.float32([0.01] * 32))
+    rewrite.reconnect(("n_conv1", 1), rewrite.quantized_weight("conv1_w", 0))
+    codes = numpy_helper.to_array(initializer(rewrite.finish(), "conv1_w/int8"))
+    assert codes.min() == -128
+    assert codes.max() == 127
+
+
+def test_a_wrong_number_of_given_weight_scales_is_refused() -> None:
+    prepared = named("conv_relu")
+    rewrite = Rewrite(prepared.model, prepared.view, {"conv1_w": (0.1, 0.2)})
+    with pytest.raises(
+        ModelError, match="2 scales for the weights 'conv1_w', which have 16 output"
+    ):
+        rewrite.quantized_weight("conv1_w", 0)
 
 
 # Edits
