@@ -17,6 +17,7 @@ import onnx
 from trtune.calibrate.table import CalibrationTable
 from trtune.precision.graph import GraphView, attribute
 from trtune.precision.plan import PrecisionPlan, weight_axis
+from trtune.precision.qat_plan import ImportedPlan
 
 MOVES = {
     *("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Identity"),
@@ -39,7 +40,10 @@ class Placement:
 
 
 def place(view: GraphView, plan: PrecisionPlan) -> Placement:
-    """The tensors that `plan` quantizes, in graph order."""
+    """The tensors that `plan` quantizes, in graph order: by the rules, or, if the plan came with a
+    model that was quantized already, where that model has its pairs."""
+    if isinstance(plan, ImportedPlan):
+        return _as_read(view, plan)
     edges: dict[str, list[Edge]] = {}
     weights: dict[Edge, tuple[str, int]] = {}
     for node in view.nodes:
@@ -50,6 +54,15 @@ def place(view: GraphView, plan: PrecisionPlan) -> Placement:
         skip = skip_edge(view, plan, node)
         if skip is not None:
             edges.setdefault(view.by_name[skip[0]].input[skip[1]], []).append(skip)
+    return Placement({t: tuple(e) for t, e in _in_graph_order(view, edges).items()}, weights)
+
+
+def _as_read(view: GraphView, plan: ImportedPlan) -> Placement:
+    edges: dict[str, list[Edge]] = {}
+    for read in plan.active_reads:
+        edges.setdefault(read.tensor, []).append((read.node, read.index))
+    nodes = [view.by_name[name] for name in plan.int8_nodes]
+    weights = {(node.name, 1): (node.input[1], weight_axis(node)) for node in nodes}
     return Placement({t: tuple(e) for t, e in _in_graph_order(view, edges).items()}, weights)
 
 
@@ -73,9 +86,22 @@ def skip_edge(view: GraphView, plan: PrecisionPlan, node: onnx.NodeProto) -> Edg
                 return None
             index = 1 if follower.input[0] == main else 0
             same = view.shapes.get(follower.input[index]) == view.shapes.get(main)
+            if isinstance(plan, ImportedPlan):
+                same = plan.reads_quantized(member, index)
             return (member, index) if same else None
         main = follower.output[0]
     return None
+
+
+def edges_of(view: GraphView, plan: PrecisionPlan, node: onnx.NodeProto) -> tuple[Edge, ...]:
+    """What is read quantized for the sake of an int8 node: its data, and the skip input behind it.
+
+    In an imported plan that may be the input of a moving operator before it.
+    """
+    if isinstance(plan, ImportedPlan):
+        return tuple((r.node, r.index) for r in plan.active_reads if node.name in r.owners)
+    skip = skip_edge(view, plan, node)
+    return ((node.name, 0), *((skip,) if skip is not None else ()))
 
 
 def shared_ranges(view: GraphView, tensors: Mapping[str, object] | set[str]) -> dict[str, str]:
