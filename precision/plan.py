@@ -13,7 +13,9 @@ from typing import Any
 import onnx
 
 from trtune.configs.errors import ConfigError, did_you_mean
+from trtune.precision.floattypes import HALVES, QDQ, half_slots
 from trtune.precision.graph import GraphView, attribute
+from trtune.precision.normalise import default_opset
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +35,14 @@ class Assignment:
     """One node's precision (int8, fp16, bf16, fp32), the reason, and its part in the network.
 
     `role` is compute (a Conv, Gemm or MatMul, which runs in the precision named), follows (runs in
-    whatever its neighbours give it) or shape (index computation, never quantized).
+    whatever its neighbours give it) or shape (index computation, never quantized). `around` is the
+    float type that an int8 node gives its result in, where that is not the plan's.
     """
 
     precision: str
     reason: str
     role: str = COMPUTE
+    around: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,24 @@ class PrecisionPlan:
         """Whether `node` is to be computed in int8."""
         assignment = self.nodes[node]
         return assignment.role == COMPUTE and assignment.precision == "int8"
+
+    @property
+    def around(self) -> str:
+        """The float type that int8 nodes give their results in."""
+        return self.default if self.default in HALVES else self.fallback
+
+    def float_type(self, node: str) -> str:
+        """fp32, fp16 or bf16: what the floats are that `node` reads and writes."""
+        assignment = self.nodes[node]
+        if assignment.precision != "int8":
+            return assignment.precision
+        return assignment.around or self.around
+
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """Which of fp16 and bf16 there are in the plan."""
+        used = {self.float_type(name) for name, a in self.nodes.items() if a.role != SHAPE}
+        return tuple(name for name in HALVES if name in used)
 
     @property
     def compute_nodes(self) -> tuple[str, ...]:
@@ -109,6 +131,7 @@ class PrecisionPlan:
         """The plan as JSON text; `from_json` reads it back to an equal plan."""
         nodes = {
             name: {"precision": a.precision, "reason": a.reason, "role": a.role}
+            | ({"around": a.around} if a.around else {})
             for name, a in self.nodes.items()
         }
         value = {
@@ -142,8 +165,10 @@ def make_plan(
 
     `pins` maps a node name, `op:TYPE` or `re:EXPRESSION` (matched against the whole node name) to
     a precision; of several that match a node the last one counts. A pin holds for the whole group
-    of the node. Pinned to int8, a node that cannot be quantized stays what it was, and the log
-    says so. Raises ConfigError for a pin that matches nothing.
+    of the node. Pinned to int8, fp16 or bf16, a node that cannot run in it stays what it was, and
+    the log says so. `fallback` is for what an int8 plan does not quantize; in a plan of another
+    default the nodes without weights run in that default too. What ONNX does not define in a half
+    type stays fp32. Raises ConfigError for a pin that matches nothing.
     """
     groups = fusion_groups(view)
     nodes = {node.name: _assignment(view, node, default, fallback) for node in view.nodes}
@@ -168,6 +193,8 @@ def _unpinnable(view: GraphView, plan: PrecisionPlan, node: str, precision: str)
     role = plan.nodes[node].role
     if role == SHAPE:
         return "it computes shapes"
+    if precision in HALVES:
+        return half_refusal(view, view.by_name[node], precision)
     if precision != "int8":
         return ""
     return refusal_of(view, view.by_name[node]) if role == COMPUTE else "it has no integer kernel"
@@ -211,12 +238,26 @@ def _matching(names: Iterable[str], expression: str) -> list[str]:
 def _assignment(view: GraphView, node: onnx.NodeProto, default: str, fallback: str) -> Assignment:
     if node.name in view.shape_nodes:
         return Assignment("fp32", "shape computation", SHAPE)
+    floats = fallback if default == "int8" else default
+    against = half_refusal(view, node, floats)
     if node.op_type not in COMPUTE_OPS:
-        return Assignment(fallback, "follows its neighbours", FOLLOWS)
+        wanted = Assignment(floats, "follows its neighbours", FOLLOWS)
+        return Assignment("fp32", against, FOLLOWS) if against else wanted
     if default != "int8":
-        return Assignment(default, "default")
+        return Assignment("fp32", against) if against else Assignment(default, "default")
     refusal = refusal_of(view, node)
-    return Assignment(fallback, refusal) if refusal else Assignment("int8", "default")
+    if not refusal:
+        return Assignment("int8", "default", around="fp32" if against else "")
+    return Assignment("fp32", f"{refusal}; {against}") if against else Assignment(floats, refusal)
+
+
+def half_refusal(view: GraphView, node: onnx.NodeProto, precision: str) -> str:
+    """Why `node` cannot run in fp16 or bf16 by its types; empty if it can, or for another type."""
+    if precision not in HALVES or node.op_type in QDQ:  # Q/DQ take what they stand between
+        return ""
+    opset = default_opset(view.proto)
+    assert opset is not None
+    return half_slots(node, view.dtypes, opset, HALVES[precision]).refusal
 
 
 def refusal_of(view: GraphView, node: onnx.NodeProto) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from tinyquant import (
 )
 
 from trtune.calibrate.table import CalibrationTable, MissingScaleError
+from trtune.configs.errors import ModelError
 from trtune.precision.backends.base import Candidate
 from trtune.precision.backends.onnxruntime import OnnxruntimeBackend
+from trtune.precision.emulation import has_halves, in_float32
 from trtune.precision.graph import GraphView, load_model, save_model
 from trtune.precision.lowering import LOWERINGS, lower_deploy, lower_emulate
 from trtune.precision.model import tensor_spec
@@ -317,6 +320,122 @@ def test_a_lowered_model_can_be_lowered_again_without_a_name_twice(lowering: str
     assert np.isfinite(outputs(twice, again.feeds)["logits"]).all()
 
 
+# Half types
+
+HALF_PLANS: dict[str, dict[str, Any]] = {
+    "fp16": {"default": "fp16"},
+    "bf16": {"default": "bf16"},
+    "int8 and fp16": {"fallback": "fp16"},
+    "int8 and bf16": {"fallback": "bf16"},
+}
+
+
+def halved(prepared: Case, **options: Any) -> onnx.ModelProto:
+    """The `emulate` lowering of a plan with half types, valid and of consistent types."""
+    plan = make_plan(prepared.view, **options)
+    found = lower_emulate(prepared.model, plan, prepared.table)
+    onnx.checker.check_model(found, full_check=True)
+    onnx.shape_inference.infer_shapes(found, check_type=True, strict_mode=True)
+    return found
+
+
+def value(proto: onnx.ModelProto, name: str) -> Any:
+    return numpy_helper.to_array(initializer(proto, name))
+
+
+@pytest.mark.parametrize("kind", HALF_PLANS)
+@pytest.mark.parametrize("name", [name for name in PLACED if name != "half_weights"])
+def test_half_types_give_about_the_same_numbers(name: str, kind: str) -> None:
+    prepared = named(name)
+    found = halved(prepared, **HALF_PLANS[kind])
+    source = prepared.model.proto
+    assert specs(found.graph.input) == specs(source.graph.input)
+    assert specs(found.graph.output) == specs(source.graph.output)
+    quantized = "int8" in kind
+    reference = emulated(prepared) if quantized else source
+    exact = outputs(reference, prepared.feeds)
+    bits = 8 if "bf16" in kind else 11
+    for tensor, values in outputs(in_float32(found), prepared.feeds).items():
+        error = np.abs(values - exact[tensor]).max() / np.abs(exact[tensor]).max()
+        # Values between two int8 codes may fall to the other side: that is a whole step.
+        assert error < (0.1 if quantized else 24 * 2.0**-bits)
+
+
+def test_an_int8_conv_has_half_inputs_a_half_bias_and_a_half_result() -> None:
+    found = halved(named("conv_relu"), fallback="fp16")
+    (opset,) = found.opset_import
+    assert opset.version == 19
+    conv = maker(found, "conv2")
+    data, weight = (maker(found, name) for name in conv.input[:2])
+    assert data.op_type == weight.op_type == "DequantizeLinear"
+    scales = [value(found, n.input[1]) for n in (data, weight)]
+    assert [s.dtype for s in scales] == [np.float16] * 2
+    assert [s.ndim for s in scales] == [0, 1]
+    assert value(found, conv.input[2]).dtype == np.float16
+    assert maker(found, data.input[0]).input[1] == data.input[1]
+    assert op_counts(found)["Cast"] == 1  # logits; the input goes into its pair in float32
+
+
+def test_scales_read_in_half_are_rounded_up_before_the_codes_are_made() -> None:
+    prepared = named("conv_relu")
+    found = halved(prepared, fallback="fp16")
+    dequantize = maker(found, maker(found, "conv2").input[1])
+    weight = value(prepared.model.proto, "conv2_w")
+    scales = np.abs(weight).max(axis=(1, 2, 3)) / np.float32(127)
+    stored = value(found, dequantize.input[1]).astype(np.float32)
+    assert (stored >= scales).all()
+    assert (stored <= scales * 1.001).all()
+    codes = np.rint(weight / stored[:, None, None, None])
+    np.testing.assert_array_equal(value(found, dequantize.input[0]), codes)
+    pair = next(n for n in found.graph.node if n.op_type == "QuantizeLinear")
+    assert pair.input[0] == "input"
+    scale = value(found, pair.input[1])
+    assert scale.dtype == np.float32  # the input is float32, and so is its pair's first half
+    assert scale == np.float32(np.float16(scale)) >= prepared.table.scale("input")
+
+
+def test_a_pinned_node_in_between_has_casts_and_no_pairs() -> None:
+    found = halved(named("residual"), fallback="fp16", pins={"n_conv2": "fp32"})
+    assert list(maker(found, "conv2").input) == ["relu1/float32", "conv2_w", "conv2_b"]
+    assert maker(found, "relu1/float32").op_type == "Cast"
+    assert list(maker(found, "sum").input) == ["conv2", "stem_relu/float32"]
+    assert maker(found, maker(found, "pooled").input[0]).op_type == "Cast"
+
+
+def test_one_tensor_dequantized_for_two_types() -> None:
+    prepared = named("concat")
+    plan = make_plan(prepared.view, fallback="fp16")
+    wide = dataclasses.replace(plan.nodes["n_left"], around="fp32")
+    plan = dataclasses.replace(plan, nodes={**plan.nodes, "n_left": wide})
+    found = lower_emulate(prepared.model, plan, prepared.table)
+    onnx.checker.check_model(found, full_check=True)
+    left, right = (maker(found, maker(found, t).input[0]) for t in ("left", "right"))
+    assert left.input[0] == right.input[0]  # one QuantizeLinear
+    assert value(found, left.input[1]) == value(found, right.input[1])
+    assert [value(found, n.input[1]).dtype.name for n in (left, right)] == ["float32", "float16"]
+
+
+def test_a_range_beyond_the_type_is_refused() -> None:
+    prepared = case(tinymodels.conv_relu(), amax={"relu1": 7e4})
+    with pytest.raises(ModelError, match="tensor 'relu1' reaches 70000, and float16 ends at 65504"):
+        halved(prepared, fallback="fp16")
+    assert halved(prepared, fallback="bf16") is not None
+
+
+def test_a_half_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="the model is float16 already"):
+        halved(named("half_weights"), fallback="fp16")
+
+
+@pytest.mark.parametrize("kind", HALF_PLANS)
+def test_deploy_computes_in_float32_what_is_not_int8(kind: str) -> None:
+    prepared = named("conv_relu")
+    plan = make_plan(prepared.view, **HALF_PLANS[kind])
+    found = lower_deploy(prepared.model, plan, prepared.table)
+    assert not has_halves(found)
+    assert np.isfinite(outputs(found, prepared.feeds)["logits"]).all()
+
+
 # External weights
 
 
@@ -340,6 +459,33 @@ def test_weights_in_another_file_are_read_from_there(lowering: str, tmp_path: Pa
         outputs(onnx.load(target), inside.feeds)["logits"],
         outputs(expected, inside.feeds)["logits"],
         atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "weight", "place"),
+    [
+        pytest.param("fp32", "conv2_w", TensorProto.EXTERNAL, id="float32 ones stay there"),
+        pytest.param("fp16", "conv2_w/float16", TensorProto.DEFAULT, id="half ones do not"),
+    ],
+)
+def test_half_weights_are_made_of_those_in_another_file(
+    precision: str, weight: str, place: int, tmp_path: Path
+) -> None:
+    onnx.save(
+        tinymodels.conv_relu(), tmp_path / "m.onnx", save_as_external_data=True, location="w.bin",
+        size_threshold=16,
+    )  # fmt: skip
+    model = load_model(tmp_path / "m.onnx", load_limit=0)
+    plan = make_plan(GraphView.of(model), fallback="fp16", pins={"n_conv2": precision})
+    inside = named("conv_relu")
+    found = lower_emulate(model, plan, inside.table)
+    assert initializer(found, weight).data_location == place
+    save_model(found, tmp_path / "out.onnx", model.external_dir)
+    expected = lower_emulate(inside.model, plan, inside.table)
+    np.testing.assert_array_equal(
+        outputs(in_float32(onnx.load(tmp_path / "out.onnx")), inside.feeds)["logits"],
+        outputs(in_float32(expected), inside.feeds)["logits"],
     )
 
 

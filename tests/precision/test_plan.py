@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import onnx
@@ -250,6 +251,98 @@ def test_a_pin_that_matches_nothing(pattern: str, words: list[str]) -> None:
 def test_match_pin_gives_graph_order() -> None:
     assert match_pin(view("residual"), "re:.*conv.*") == ["n_conv1", "n_conv2"]
     assert match_pin(view("residual"), "op:Relu") == ["n_stem_relu", "n_relu1", "n_sum_relu"]
+
+
+# Half types
+
+
+def test_a_half_default_is_for_every_node() -> None:
+    plan = make_plan(view("residual"), default="fp16")
+    assert {a.precision for a in plan.nodes.values()} == {"fp16"}
+    assert plan.nodes["n_stem"] == Assignment("fp16", "default", "compute")
+    assert plan.nodes["n_sum"] == Assignment("fp16", "follows its neighbours", "follows")
+    assert plan.halves == ("fp16",)
+    assert plan.counts() == {"int8": 0, "fp16": 4, "fp32": 0}
+
+
+def test_a_half_fallback_is_for_what_is_not_quantized() -> None:
+    plan = make_plan(view("attention"), fallback="fp16")
+    assert plan.int8_nodes == ("n_q", "n_k", "n_v", "n_proj")
+    assert plan.precision("n_scores") == plan.precision("n_probs") == "fp16"
+    assert {plan.float_type(name) for name in plan.nodes} == {"fp16"}
+
+
+def test_shapes_stay_out_of_it() -> None:
+    plan = make_plan(view("dynamic_reshape"), default="bf16")
+    assert plan.nodes["n_shape"] == Assignment("fp32", "shape computation", "shape")
+    assert plan.precision("n_flat") == "bf16"
+    assert plan.halves == ("bf16",)
+
+
+def test_what_has_no_half_type_says_why() -> None:
+    plan = make_plan(view("branches"), default="fp16")
+    assert plan.nodes["n_chosen"] == Assignment("fp32", "its body stays float32", "follows")
+    assert plan.precision("n_relu") == "fp16"
+
+
+def double_product() -> onnx.ModelProto:
+    net = Net()
+    x = net.op("Cast", net.input("x", ("N", 16)), out="d", to=TensorProto.DOUBLE)
+    net.op("MatMul", x, net.const("w", np.ones((16, 4)), np.float64), out="y", name="n")
+    return net.model({"y": (("N", 4), TensorProto.DOUBLE)})
+
+
+def test_a_product_of_doubles_is_neither_int8_nor_half() -> None:
+    graph = view_of(double_product())
+    assert make_plan(graph, fallback="fp16").nodes["n"] == Assignment(
+        "fp32", "its data input is float64; it computes no float32", "compute"
+    )
+    assert make_plan(graph, default="fp16").nodes["n"] == Assignment(
+        "fp32", "it computes no float32", "compute"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param({"fallback": "fp16"}, "fp16", id="the fallback of an int8 plan"),
+        pytest.param(
+            {"default": "bf16", "fallback": "fp32", "pins": {"n_conv1": "int8"}}, "bf16",
+            id="the default of a half plan",
+        ),
+        pytest.param({"fallback": "fp32"}, "fp32", id="float32"),
+    ],
+)  # fmt: skip
+def test_the_floats_around_an_int8_node(options: dict[str, Any], expected: str) -> None:
+    plan = make_plan(view("residual"), **options)
+    assert plan.is_int8("n_conv1")
+    assert plan.float_type("n_conv1") == plan.float_type("n_relu1") == expected
+    assert plan.precision("n_stem") == ("bf16" if expected == "bf16" else "int8")
+
+
+def test_one_int8_node_can_have_other_floats_around_it() -> None:
+    plan = make_plan(view("residual"), fallback="fp16")
+    wide = dataclasses.replace(plan.nodes["n_conv2"], around="fp32")
+    plan = dataclasses.replace(plan, nodes={**plan.nodes, "n_conv2": wide})
+    assert (plan.float_type("n_conv1"), plan.float_type("n_conv2")) == ("fp16", "fp32")
+    assert PrecisionPlan.from_json(plan.to_json()) == plan
+    written = json.loads(plan.to_json())["nodes"]
+    assert "around" not in written["n_conv1"]
+    assert written["n_conv2"]["around"] == "fp32"
+
+
+def test_pins_in_a_half_plan() -> None:
+    plan = make_plan(view("attention"), default="fp16", pins={"op:Softmax": "fp32"})
+    assert plan.nodes["n_probs"].reason == "pinned by the user: 'op:Softmax'"
+    assert plan.precision("n_scores") == "fp16"
+
+
+def test_a_pin_to_half_of_what_has_none_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "trtune.precision.plan"):
+        plan = make_plan(view("branches"), pins={"n_chosen": "fp16"})
+    assert plan.precision("n_chosen") == "fp32"
+    (message,) = caplog.messages
+    assert message.endswith("is not possible for n_chosen (its body stays float32)")
 
 
 # Fusion groups
