@@ -48,7 +48,8 @@ class Candidate:
     @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part: `model`, `plan`, `scales` (of the values, not their provenance)."""
-        scales = None if self.table is None else dict(self.table.scales)
+        table = self.table
+        scales = None if table is None else {**table.scales, **table.imported()}
         return {
             "model": self.model.sha256,
             "plan": hash_json(json.loads(self.plan.to_json())),
@@ -70,7 +71,8 @@ class BuildInfo:
     each node to what it really runs in, or "unknown" where the runtime does not tell;
     `not_honoured` says for each node that runs in something else than planned what it was.
     `seconds` is lowering and building, `log` the end of the runtime's log, `reason` why the engine
-    cannot run on this machine (empty: it can).
+    cannot run on this machine (empty: it can). `details` is what else the backend knows, as JSON
+    has it: `settings` (what the build was asked for), the GPU, the equivalent command, ...
     """
 
     backend: str
@@ -82,10 +84,12 @@ class BuildInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     log: str = ""
     reason: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precisions", MappingProxyType(dict(self.precisions)))
         object.__setattr__(self, "versions", MappingProxyType(dict(self.versions)))
+        object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,21 @@ class Backend(Protocol):
     def name(self) -> str:
         """Runtime and lowering, such as "onnxruntime/emulate"; `BuildInfo.backend`."""
 
+    @property
+    def lowering(self) -> str:
+        """The key in `LOWERINGS` of how it writes a plan: says which tensors need scales."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """What an engine depends on; TrtuneError if the runtime is not installed."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What a build is asked for beside the candidate; `BuildInfo.details["settings"]`."""
+
+    def obstacle(self) -> str:
+        """Why engines of this backend cannot run on this machine; empty if they can."""
+
     def build(self, candidate: Candidate, folder: Path) -> BuildInfo:
         """Lower and build `candidate`; `folder` then holds the engine and its engine.json.
 
@@ -172,6 +191,7 @@ def write_engine_json(folder: Path, info: BuildInfo, candidate: Candidate) -> No
             "precisions": dict(info.precisions),
             "not_honoured": list(info.not_honoured),
             "reason": info.reason,
+            "details": dict(info.details),
             "log": info.log,
         },
     )
@@ -193,14 +213,21 @@ def read_engine_json(folder: Path) -> BuildInfo:
         versions=value["versions"],
         log=value["log"],
         reason=value["reason"],
+        details=value.get("details", {}),
     )
 
 
 def reusable(
-    folder: Path, candidate: Candidate, *, backend: str, versions: Mapping[str, str]
+    folder: Path,
+    candidate: Candidate,
+    *,
+    backend: str,
+    versions: Mapping[str, str],
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> BuildInfo | None:
     """What is already built in `folder`, if it is of exactly this candidate, backend and versions.
 
+    `settings` are those of the backend, if it has any (`details["settings"]` of what it built).
     None if there is nothing, or if anything differs; the log then says which part. An engine file
     that is missing or was changed since counts as different.
     """
@@ -210,11 +237,13 @@ def reusable(
         value = json.loads((folder / ENGINE_JSON).read_text(encoding="utf-8"))
         info = read_engine_json(folder)
         found = {**value["hashes"], "backend": info.backend, "versions": dict(info.versions)}
+        found["settings"] = info.details.get("settings", {})
         digest = value["file_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.info("%s cannot be read (%s): building again", folder / ENGINE_JSON, error)
         return None
     wanted = {**candidate.hashes, "backend": backend, "versions": dict(versions)}
+    wanted["settings"] = dict(settings)
     changed = [part for part in wanted if found.get(part) != wanted[part]]
     if info.path and not (info.path.is_file() and hash_file(info.path) == digest):
         changed.append("engine file")
