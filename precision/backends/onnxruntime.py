@@ -36,6 +36,7 @@ from trtune.precision.backends.base import (
     write_engine_json,
 )
 from trtune.precision.backends.readback import not_honoured, read_precisions
+from trtune.precision.emulation import in_float32
 from trtune.precision.graph import Model, save_model
 from trtune.precision.model import SAVE_LIMIT, tensor_spec
 from trtune.precision.normalise import tensor_bytes, without_weights
@@ -278,6 +279,15 @@ class OnnxruntimeBackend:
         """What the built model depends on."""
         return {name: version(name) for name in ("onnx", "onnxruntime", "trtune")}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Nothing: threads change how fast a model runs, not what is written."""
+        return {}
+
+    def obstacle(self) -> str:
+        """Empty: a CPU is everywhere."""
+        return ""
+
     def build(self, candidate: Candidate, folder: Path) -> BuildInfo:
         """Lower `candidate` into `folder/model.onnx`, check it, and read back what runs in what.
 
@@ -327,7 +337,13 @@ class OnnxruntimeBackend:
             raise TrtuneError(f"{folder} holds no model file; build it again")
         integer = self.lowering == "deploy"
         return OrtEngine(
-            lambda: make_session(path, threads=self.threads, integer_kernels=integer), self.name
+            lambda: make_session(
+                _runnable(path),
+                threads=self.threads,
+                integer_kernels=integer,
+                external_dir=path.parent,
+            ),
+            self.name,
         )
 
     def doctor(self) -> Usable:
@@ -352,6 +368,13 @@ def _check_lowered(model: Model, proto: onnx.ModelProto, backend: str) -> None:
             raise TrtuneError(
                 f"the lowering for {backend} changed the {role}s of {model.path}: {was} to {now}"
             )
+
+
+def _runnable(path: Path) -> Path | onnx.ModelProto:
+    """The model at `path`, with what is half in it computed as a GPU does."""
+    light = onnx.load(path, load_external_data=False)
+    emulated = in_float32(light)
+    return path if emulated is light else emulated
 
 
 def optimized_graph(path: Path) -> onnx.ModelProto:
