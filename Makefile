@@ -32,7 +32,7 @@ define install
 	    echo 'could not make .venv; on Debian and Ubuntu: apt install python3-venv' >&2; exit 2; }; \
 	  printf '%s\n' "$(CURDIR)" > .venv/made-in; \
 	fi; \
-	echo 'installing trtune[$(1)] into .venv (the first time this downloads some 300 MB)'; \
+	echo 'installing trtune[$(1)] into .venv (the first time this downloads some 600 MB)'; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(1)]' && printf '%s\n' "$$key" > "$$stamp"
 endef
 

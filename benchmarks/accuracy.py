@@ -35,6 +35,13 @@ class Case:
     overrides: tuple[str, ...] = ()
 
 
+FLOAT = (
+    *("resnet20_cifar10", "mobilenetv2_cifar10", "efficientnet_b0_cifar10", "vit_cifar10"),
+    *("mobilenetv2_imagenet", "squeezenet1.1_imagenet"),
+)
+FP16 = ("precision.default=fp16", "precision.target={metric: top1, max_drop: 0.002}")
+HALF_AROUND = ("precision.fallback=fp16",)
+
 CASES = (
     Case("efficientnet_b0_cifar10", "entropy, no pins",
          ("calibration.method=entropy", "precision.target=null")),
@@ -44,6 +51,13 @@ CASES = (
     Case("mobilenetv2_cifar10", "entropy, at most 0.5 points lost, 4 pins"),
     Case("resnet20_cifar10", "entropy, at most 0.5 points lost, 4 pins"),
     Case("vit_cifar10", "entropy, at most 0.5 points lost, 4 pins"),
+    Case("mobilenetv2_imagenet_deploy", "auto, at most 0.5 points lost on both"),
+    Case("yolox_nano_coco", "entropy, 20 dB"),
+    Case("resnet20_cifar10_qat", "QAT as it is"),
+    Case("mobilenetv2_cifar10_qat", "QAT as it is"),
+    Case("mobilenetv2_imagenet_qat_uint8", "QAT made symmetric, top-1 of 82.5"),
+    *(Case(name, "FP16, at most 0.2 points lost", FP16) for name in FLOAT),
+    *(Case(name, "INT8 with FP16 around it", HALF_AROUND) for name in FLOAT[:4]),
 )  # fmt: skip
 
 PEERS = (("ort", "MinMax"), ("modelopt", "max"), ("modelopt", "entropy"))

@@ -49,8 +49,10 @@ def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, An
     from trtune.precision.graph import GraphView, load_model
     from trtune.precision.plan import make_plan
 
-    overrides = [f"data.calibration.take={pictures}", "data.calibration.batch=32"]
-    config = load_config(HERE / "configs" / f"{name}.yaml", overrides=overrides)
+    path = HERE / "configs" / f"{name}.yaml"
+    take = min(pictures, load_config(path).data.calibration.take or pictures)
+    overrides = [f"data.calibration.take={take}", "data.calibration.batch=32"]
+    config = load_config(path, overrides=overrides)
     model = load_model(Path(config.model.path))
     view = GraphView.of(model)
     batches = [

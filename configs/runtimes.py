@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trtune.configs.values import Bytes, ComputeCapability, Count, Natural, Section, key_error
+from trtune.configs.values import Bytes, ComputeCapability, Count, Natural, Real, Section, key_error
 
 
 class OnnxRuntime(Section):
@@ -33,11 +33,17 @@ class TensorRTRTX(Section):
         default=(), description='GPUs to build for, such as ["8.9"]; empty: the one in this machine'
     )
     workspace: Bytes | None = Field(
-        default=None, description="scratch memory of a build; null: no limit"
+        default=None, description="scratch memory of a build; null: the compiler's own limit"
     )
     optimization_level: Annotated[Natural, Field(le=5)] | None = Field(
         default=None,
         description="0 builds fastest, 5 searches longest; null: TensorRT's own default",
+    )
+    timeout: Annotated[Real, Field(gt=0)] = Field(
+        default=1800.0, description="seconds after which a build is ended"
+    )
+    tf32: bool = Field(
+        default=False, description="let what is planned in fp32 be computed in TF32 (19 bits)"
     )
 
     @property
@@ -65,7 +71,7 @@ class TensorRT(Section):
         description="weak typing: a pin that cannot be honoured fails the build, or yields",
     )
     workspace: Bytes | None = Field(
-        default=None, description="scratch memory of a build; null: no limit"
+        default=None, description="scratch memory of a build; null: TensorRT's own limit"
     )
     timing_cache: str | None = Field(
         default=None, description="file with kernel timings, read if it is there and written again"
@@ -75,6 +81,21 @@ class TensorRT(Section):
         description="0 builds fastest, 5 searches longest; null: TensorRT's own default",
     )
     device: Natural = Field(default=0, description="index of the GPU")
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = Field(
+        default="none", description="GPUs that the engine runs on beside the one it is built on"
+    )
+    version_compatible: bool = Field(
+        default=False, description="an engine that later TensorRT of the same major version runs"
+    )
+    tactic_sources: tuple[str, ...] | None = Field(
+        default=None, description="libraries to take kernels from; null: TensorRT's own choice"
+    )
+    dla_core: Natural | None = Field(
+        default=None, description="run on this DLA core what it can take; null: on the GPU"
+    )
+    tf32: bool = Field(
+        default=False, description="let what is planned in fp32 be computed in TF32 (19 bits)"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TensorRT:

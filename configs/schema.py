@@ -41,6 +41,7 @@ UNLABELLED_METRICS = ("sqnr_db", "cosine")
 
 Method = Literal["entropy", "entropy-s7310", "percentile", "mse", "max", "auto"]
 PrecisionName = Literal["int8", "fp16", "bf16", "fp32"]
+Default = Literal["int8", "fp16", "bf16", "fp32", "qat"]
 ReportFormat = Literal["md", "html", "csv", "json"]
 
 
@@ -170,10 +171,16 @@ class Target(Section):
 class Precision(Section):
     """Which node runs in which precision, and how far the tuner may go."""
 
-    default: PrecisionName = Field(
-        default="int8", description="precision of every node that allows it"
+    default: Default = Field(
+        default="int8",
+        description="precision of every node that allows it; qat: as the Q/DQ in the model say",
     )
-    fallback: Literal["fp32", "fp16"] = Field(
+    allow_requantize: bool = Field(
+        default=False,
+        description="qat: also take what only TensorFlow and onnxruntime have (uint8, zero "
+        "points), made symmetric; that changes the numbers, and the report shows what it costs",
+    )
+    fallback: Literal["fp32", "fp16", "bf16"] = Field(
         default="fp32", description="precision of the nodes that are not quantized"
     )
     pin: Mapping[str, PrecisionName] = Field(
@@ -184,6 +191,12 @@ class Precision(Section):
         default=None, description="what must be reached; null: quantize and report, without tuning"
     )
     max_pins: Natural = Field(default=16, description="most nodes that the tuner may pin")
+
+    @model_validator(mode="after")
+    def _for_qat(self) -> Precision:
+        if self.allow_requantize and self.default != "qat":
+            raise key_error("allow_requantize", "is for a model with Q/DQ: set default: qat")
+        return self
 
     @field_validator("pin")
     @classmethod

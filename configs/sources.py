@@ -106,6 +106,9 @@ class DataSet(Section):
         description="images: a CSV with the columns file,label; arrays and python: the name of an "
         "array; idx: a file. auto: folder names, or the array labels, label or y. null: no labels",
     )
+    label_offset: int = Field(
+        default=0, description="added to every label: 1 for a model with a background class first"
+    )
     inputs: Mapping[str, str] = Field(
         default={}, description="model input -> name of the array (arrays and python)"
     )

@@ -69,13 +69,15 @@ def calibrate_model(
     percentile: float = 99.99,
     holdout: int = 24,
     memory: int = DEFAULT_MEMORY,
+    also: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Calibrated:
     """Scales for every tensor that `plan` quantizes, from one pass over `source`.
 
     `method` is a key of `AMAX_METHODS`, or `auto`: histograms of all but `holdout` pictures, and
-    the amax that hurts the output least on those. Raises DataError for too few pictures.
+    the amax that hurts the output least on those. Histograms are made of the tensors `also` too,
+    in the same pass. Raises DataError for too few pictures.
     """
     started = time.perf_counter()
     tensors = carried_tensors(view, plan, lowerings)
@@ -83,8 +85,9 @@ def calibrate_model(
     ranges = list(dict.fromkeys(roots.values()))
     held = hold_out(source, holdout) if method == AUTO and ranges else ()
     seen = seen_pictures(source, held, batch_size(model.inputs, 1))
+    wanted = [*ranges, *(tensor for tensor in also if tensor not in ranges)]
     found = collect(
-        model.proto, ranges, seen, memory=memory, external_dir=model.external_dir, progress=progress
+        model.proto, wanted, seen, memory=memory, external_dir=model.external_dir, progress=progress
     )
     search = time.perf_counter()
     if held:
@@ -93,7 +96,8 @@ def calibrate_model(
         edges = _edges(placement, roots)
         choices = choose_by_output(alone, found.histograms, edges, progress=progress)
     else:
-        choices = _chosen_alike(found.histograms, method, percentile)
+        chosen = {name: found.histograms[name] for name in ranges}
+        choices = _chosen_alike(chosen, method, percentile)
     return Calibrated(
         _table({tensor: choices[root] for tensor, root in roots.items()}, provenance),
         found.histograms,

@@ -22,6 +22,7 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.precision.graph import GraphView, Model
 from trtune.precision.placement import MOVES, Edge, place
 from trtune.precision.plan import COMPUTE, PrecisionPlan
+from trtune.precision.qat_plan import ImportedPlan
 from trtune.precision.rewrite import Rewrite, weight_scales
 
 KEEPS_SIGN = {
@@ -47,8 +48,11 @@ def deploy_tensors(view: GraphView, plan: PrecisionPlan) -> tuple[str, ...]:
 def lower_deploy(model: Model, plan: PrecisionPlan, table: CalibrationTable) -> onnx.ModelProto:
     """A copy of `model` that onnxruntime's CPU provider runs with integer kernels.
 
-    Inputs and outputs keep name, type and shape. Raises MissingScaleError.
+    Inputs and outputs keep name, type and shape. Pairs stand where these kernels want them, also
+    where `plan` came with a quantized model. Raises MissingScaleError.
     """
+    if isinstance(plan, ImportedPlan):
+        plan = plan.by_rules()
     lowering = _Deploy(model, GraphView.of(model), plan, table)
     lowering.quantize_activations()
     lowering.quantize_weights()

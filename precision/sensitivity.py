@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numba
@@ -27,7 +27,7 @@ from trtune.precision.backends.onnxruntime import make_session
 from trtune.precision.graph import GraphView, Model
 from trtune.precision.metrics import ErrorSums
 from trtune.precision.normalise import captured
-from trtune.precision.placement import Edge, Placement, place, skip_edge
+from trtune.precision.placement import Edge, Placement, edges_of, place
 from trtune.precision.plan import PrecisionPlan
 from trtune.precision.rewrite import quantize_weights, weight_scales
 
@@ -54,21 +54,33 @@ def _fake_quantize(values: Any, step: Any, result: Any) -> None:
         result[i] = min(max(np.rint(values[i] / step), low), high) * step
 
 
-def fake_quantize_weights(weights: Array, axis: int) -> NDArray[np.float32]:
-    """`weights` as their int8 codes say, per channel along `axis`; same shape, float32."""
+def fake_quantize_weights(
+    weights: Array, axis: int, given: Sequence[float] | None = None
+) -> NDArray[np.float32]:
+    """`weights` as their int8 codes say, per channel along `axis`; same shape, float32.
+
+    `given` are the scales, one a channel or one for all; by default max|w| / 127.
+    """
+    lowest = -127 if given is None else -128
     scales = weight_scales(weights, axis)
+    if given is not None:
+        scales = np.broadcast_to(np.asarray(given, np.float32), scales.shape)
     shape = [1] * weights.ndim
     shape[axis] = -1
-    codes = quantize_weights(weights, scales, axis).astype(np.float32)
+    codes = quantize_weights(weights, scales, axis, lowest=lowest).astype(np.float32)
     return codes * scales.reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is quantized: `edges` read their tensor quantized, `weights` are replaced."""
+    """What is quantized: `edges` read their tensor quantized, `weights` are replaced.
+
+    `scales` are those of weights that have others than max|w| / 127.
+    """
 
     edges: tuple[Edge, ...]
     weights: tuple[tuple[Edge, str, int], ...] = ()
+    scales: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 class Alone:
@@ -107,7 +119,8 @@ class Alone:
             copies[name].input[index] = renamed[tensor]
         weights = {}
         for (name, index), weight, axis in change.weights:
-            value = fake_quantize_weights(self._view.constant(weight), axis)
+            given = change.scales.get(weight)
+            value = fake_quantize_weights(self._view.constant(weight), axis, given)
             weights[f"{weight}/changed"] = value
             copies[name].input[index] = f"{weight}/changed"
         proto = self._submodel(list(copies.values()), weights)
@@ -250,12 +263,8 @@ def alone_errors(
     weights = {edge[0]: (edge, name, axis) for edge, (name, axis) in placement.weights.items()}
 
     def measure(name: str) -> ErrorSums:
-        node = view.by_name[name]
-        edges: list[Edge] = [(name, 0)]
-        skip = skip_edge(view, plan, node)
-        if skip is not None:
-            edges.append(skip)
-        run = alone.session(Change(tuple(edges), (weights[name],)))
+        edges = edges_of(view, plan, view.by_name[name])
+        run = alone.session(Change(edges, (weights[name],), table.weights))
         tensors = {view.by_name[n].input[i] for n, i in edges}
         sums = ErrorSums()
         for batch in range(alone.batches):

@@ -84,6 +84,7 @@ LAYER_COLUMNS = (
     LayerColumn("node", "node"),
     LayerColumn("op", "op"),
     LayerColumn("precision", "precision"),
+    LayerColumn("runs in", "runs_in"),
     LayerColumn("reason", "reason"),
     LayerColumn("shape", "shape"),
     LayerColumn("MACs", "macs", count),

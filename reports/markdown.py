@@ -32,7 +32,8 @@ def report_markdown(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         f"**{escape(headline(record))}**",
         escape(verdict(record)),
         table_markdown(result_table(record)),
-        *_section("Pins that were not honoured", _not_honoured(record)),
+        *_section("Not honoured", _not_honoured(record)),
+        *_section("Engines", _engines(record)),
         *_section("Notes", [f"- {escape(note)}" for note in record.notes]),
         *_section("Tuning", _tuning(record)),
         *_section("Error per layer", _errors(record, layers)),
@@ -100,6 +101,17 @@ def _not_honoured(record: RunRecord) -> list[str]:
     ]
 
 
+def _engines(record: RunRecord) -> list[str]:
+    """The command that builds each engine with NVIDIA's own tool, and what its backend says."""
+    lines = []
+    for v in record.variants:
+        if v.command or v.notes:
+            what = code(v.command or str(v.path))
+            lines.append(f"- {escape(v.name)} on {escape(v.backend)}: {what}")
+            lines += [f"  - {escape(note)}" for note in v.notes]
+    return lines
+
+
 def _tuning(record: RunRecord) -> list[str]:
     if not record.tuning:
         return []
@@ -165,14 +177,15 @@ def _layers(layers: Sequence[LayerRow]) -> list[str]:
     if not layers:
         return []
     rows = [
-        [code(r.node), r.op, r.precision, escape(r.reason), count(r.macs), count(r.parameters),
-         number(r.amax), decibels(r.alone_sqnr_db), decibels(r.accumulated_sqnr_db)]
+        [code(r.node), r.op, r.precision, r.runs_in, escape(r.reason), count(r.macs),
+         count(r.parameters), number(r.amax), decibels(r.alone_sqnr_db),
+         decibels(r.accumulated_sqnr_db)]
         for r in layers
     ]  # fmt: skip
-    columns = ("node", "op", "precision", "reason", "MACs", "parameters", "amax", "alone",
-               "accumulated")  # fmt: skip
+    columns = ("node", "op", "precision", "runs in", "reason", "MACs", "parameters", "amax",
+               "alone", "accumulated")  # fmt: skip
     summary = f"<details><summary>{plural(len(layers), 'layer')}</summary>"
-    return [summary, "", _pipes(columns, rows, text_columns=4), "", "</details>"]
+    return [summary, "", _pipes(columns, rows, text_columns=5), "", "</details>"]
 
 
 def _reproduce(record: RunRecord) -> list[str]:

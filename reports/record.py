@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+ORIGINAL = "original"
+"""The variant that is the user's quantized file as it stands."""
+
 
 class _Value(BaseModel):
     # JSON has no infinity; the SQNR of equal outputs is one, and null would not be read back
@@ -13,12 +16,22 @@ class _Value(BaseModel):
 
 
 class Latency(_Value):
-    """Milliseconds of one inference of `batch` samples, after warm-up, on the unmarked model."""
+    """Milliseconds of one inference of `batch` samples, after warm-up, on the unmarked model.
+
+    On a GPU they are of the computation alone; `end_to_end` is the median with the copies to and
+    from it, `throughput` samples a second queued one behind another, and `note` why no CUDA graph
+    was launched.
+    """
 
     median: float
     p95: float
     runs: int
     batch: int
+    p99: float | None = None
+    end_to_end: float | None = None
+    throughput: float | None = None
+    cuda_graph: bool | None = None
+    note: str = ""
 
 
 class Baseline(_Value):
@@ -30,10 +43,15 @@ class Baseline(_Value):
 
 
 class Variant(_Value):
-    """One model on one backend: `fp32`, `int8` (untuned) or `tuned`.
+    """One model on one backend: `fp32`, `int8` (or another untuned one) or `tuned`.
+
+    Of a model that was quantized already there is `original`, the file as it stands; `fp32` is then
+    what it is without its quantization, and the untuned variant is called `qat`.
 
     `value` is that of the target's metric and `drop` what it lost against FP32; `top1` is measured
-    beside it where there are labels.
+    beside it where there are labels. `nodes` counts what is planned, `account` what the runtime
+    itself says (with "unknown" where it does not). `reason` says why it could not run here,
+    `command` builds the same engine with NVIDIA's tool, `notes` is what the backend has to say.
     """
 
     name: str
@@ -47,10 +65,13 @@ class Variant(_Value):
     latency_note: str | None = None
     size_bytes: int | None = None
     nodes: dict[str, int] = Field(default_factory=dict)
+    account: dict[str, int] = Field(default_factory=dict)
     pinned: list[str] = Field(default_factory=list)
     not_honoured: list[str] = Field(default_factory=list)
     path: str | None = None
     reason: str | None = None
+    command: str | None = None
+    notes: list[str] = Field(default_factory=list)
 
 
 class TuningStep(_Value):
@@ -159,7 +180,8 @@ class LayerRow(_Value):
 
     `accumulated_*` compare the node's output in the whole quantized network with FP32; `alone_*`
     compare the network's output when only this node is quantized. Errors are null where they were
-    not measured; `sqnr_db` values are decibels, `amax` is of the node's quantized input.
+    not measured; `sqnr_db` values are decibels, `amax` is of the node's quantized input. `runs_in`
+    is the precision in each runtime's own account, such as "tensorrt_rtx: int8".
     """
 
     node: str
@@ -169,6 +191,7 @@ class LayerRow(_Value):
     parameters: int
     precision: str
     reason: str
+    runs_in: str = ""
     tensor: str = ""
     amax: float | None = None
     method: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trtune.reports.record import RunRecord, Variant
+from trtune.reports.record import ORIGINAL, RunRecord, Variant
 
 DASH = "—"
 MINUS = "\N{MINUS SIGN}"
@@ -205,7 +205,7 @@ def find_variant(record: RunRecord, name: str, backend: str | None = None) -> Va
 def untuned(record: RunRecord, backend: str | None = None) -> Variant | None:
     """The variant before tuning: the first with a value that is neither fp32 nor tuned."""
     for variant in record.variants:
-        if variant.name in ("fp32", "tuned") or backend not in (None, variant.backend):
+        if variant.name in ("fp32", "tuned", ORIGINAL) or backend not in (None, variant.backend):
             continue
         if variant.value is not None:
             return variant

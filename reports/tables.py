@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,10 @@ def result_table(record: RunRecord) -> Table:
         "latency (p95)": lambda v: _latency_cell(v, notes),
         "speed-up": lambda v: _times(speedup(record, v)),
         "size": lambda v: size_text(v.size_bytes),
-        "layers": _nodes_cell,
+        "layers": lambda v: _precisions(v.nodes),
+        "runtime's own account": lambda v: _precisions(v.account),
         "pins": lambda v: str(len(v.pinned)) if v.name != "fp32" else DASH,
-        "ignored pins": lambda v: str(len(v.not_honoured)) if v.not_honoured else DASH,
+        "not honoured": lambda v: str(len(v.not_honoured)) if v.not_honoured else DASH,
     }
     columns |= {title: cell for title, cell in others.items() if title not in columns}
     rows = [tuple(cell(v) for cell in columns.values()) for v in record.variants]
@@ -164,8 +165,9 @@ def _latency_cell(variant: Variant, notes: _Footnotes) -> str:
     return text + (note or notes.mark(f"median of {latency.runs} runs, batch {latency.batch}"))
 
 
-def _nodes_cell(variant: Variant) -> str:
-    parts = [f"{variant.nodes[p]} {p.upper()}" for p in PRECISIONS if variant.nodes.get(p)]
+def _precisions(counts: Mapping[str, int]) -> str:
+    shown = [*PRECISIONS, *sorted(set(counts) - set(PRECISIONS))]
+    parts = [f"{counts[p]} {p.upper()}" for p in shown if counts.get(p)]
     return " + ".join(parts) or DASH
 
 

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import tinymodels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinyproject import BOTH, job_of, write_project
+from tinyproject import job_of, write_project
 
 from trtune.assemble import (
     PLOTTED,
-    fp32_bytes,
     histogram_plot,
     histogram_plots,
-    latencies_of,
     layer_rows,
     peak_rss,
-    top1_of,
 )
 from trtune.calibrate.histogram import Counter, Histogram
-from trtune.reports.accuracy import Evaluation
 
 
 def histogram_of(values: list[float]) -> Histogram:
@@ -109,49 +103,6 @@ class TestLayerRows:
         )
         assert rows["n_conv2"].tensor == "relu1"
         assert rows["n_conv1"].precision == "int8"
-
-
-class TestLatency:
-    def test_it_is_kept_for_as_long_as_nothing_changes(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        folder = write_project(tmp_path)
-        caplog.set_level(logging.INFO)
-        found = []
-        for latency in ("{warmup: 0, runs: 3}", "{warmup: 0, runs: 3}", "{warmup: 1, runs: 3}"):
-            job = job_of(folder, BOTH, f"report.latency={latency}")
-            plans = {"int8": job.untuned}
-            for backend in job.backends:
-                infos = {"int8": job.build(backend, job.untuned, job.engine_folder(backend))}
-                found.append(latencies_of(job, backend, plans, infos))
-        emulate, deploy = found[::2], found[1::2]
-        assert emulate == [{}, {}, {}]
-        assert set(deploy[0]) == {"fp32", "int8"}
-        assert deploy[0] == deploy[1]
-        assert "latency-onnxruntime-deploy: not reused, latency changed" in caplog.messages
-
-    def test_none_is_measured_if_the_config_says_so(self, tmp_path: Path) -> None:
-        job = job_of(write_project(tmp_path), BOTH, "report.latency=null")
-        assert latencies_of(job, job.backends[1], {}, {}) == {}
-
-
-def test_the_size_of_fp32_counts_weights_in_files_of_their_own(tmp_path: Path) -> None:
-    folder = write_project(tmp_path)
-    whole = fp32_bytes(job_of(folder))
-    assert whole == (folder / "net.onnx").stat().st_size
-    onnx.save(
-        onnx.load(folder / "net.onnx"), folder / "net.onnx",
-        save_as_external_data=True, location="net.data", size_threshold=0,
-    )  # fmt: skip
-    outside = fp32_bytes(job_of(folder))
-    assert (folder / "net.onnx").stat().st_size < outside < whole
-
-
-@pytest.mark.parametrize(
-    ("metric", "value"), [("top1", 0.5), ("top5", None), (None, None), ("mine:f", None)]
-)
-def test_top1_is_what_was_counted_as_that(metric: str | None, value: float | None) -> None:
-    assert top1_of(Evaluation(metric, 0.5, 10)) == value
 
 
 def test_peak_memory_is_in_bytes() -> None:

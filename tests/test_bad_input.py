@@ -202,18 +202,18 @@ def cut(name: str, end: int) -> Callable[[Path], None]:
             id="infinity in an evaluation picture",
         ),
         pytest.param(
-            nothing, ["backends=[{name: tensorrt}]"], ConfigError,
-            "backends.0.name: 'tensorrt' is not available in this version of trtune, which runs "
-            "onnxruntime (lowerings emulate and deploy). The emulate model is explicit Q/DQ as "
-            "TensorRT reads it: build it with trtexec --onnx=model.onnx --stronglyTyped, and take "
-            "this backend out of the config",
-            id="a runtime of a later version",
+            nothing,
+            ["backends=[{name: onnxruntime, lowering: deploy}]", "precision.default=fp16"],
+            ConfigError,
+            "backends.0.lowering: deploy runs in int8 and fp32 alone, and precision.default is "
+            "fp16; use emulate, or fp32 there",
+            id="a precision that a lowering lacks",
         ),
         pytest.param(
-            nothing, ["precision.default=fp16"], ConfigError,
-            "precision.default: 'fp16' is not available in this version of trtune; use int8 or "
-            "fp32",
-            id="a precision of a later version",
+            nothing, ["precision.default=qat"], ModelError,
+            "{folder}/net.onnx holds no QuantizeLinear or DequantizeLinear, so there is nothing to "
+            "import; use `precision.default: int8` to quantize it",
+            id="a model without quantization, to be imported",
         ),
         pytest.param(
             nothing, ["precision.target={metric: 'absent:f', min: 1}"], DataError,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tinymodels
 from PIL import Image
-from tinyproject import config_of, fixed, job_of, write_project
+from tinyproject import BOTH, config_of, fixed, job_of, write_project
 
 from trtune.configs.errors import ConfigError, DataError
+from trtune.configs.progress import silent
 from trtune.datasets.batches import Batch
 from trtune.inputs import (
     backends_of,
@@ -21,7 +23,17 @@ from trtune.inputs import (
     open_data,
     repeat_to,
 )
-from trtune.precision.model import load_model
+from trtune.precision.backends.rtx import RtxBackend
+from trtune.precision.model import Model, load_model
+
+needs_rtx = pytest.mark.skipif(
+    find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
+)
+
+
+def nowhere() -> Model:
+    """The model of backends that do not look at the data."""
+    raise AssertionError("no backend here needs the model")
 
 
 @pytest.fixture
@@ -124,23 +136,44 @@ class TestBackends:
             project, "backends=[{name: onnxruntime, lowering: deploy, threads: 2}, "
             "{name: onnxruntime}]",
         )  # fmt: skip
-        backends = backends_of(config)
-        assert [(b.name, b.threads) for b in backends] == [
+        backends = backends_of(config, nowhere, silent)
+        assert [(b.name, getattr(b, "threads", 0)) for b in backends] == [
             ("onnxruntime/deploy", 2),
             ("onnxruntime/emulate", None),
         ]
 
-    @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
-    def test_a_runtime_of_a_later_version(self, project: Path, name: str) -> None:
-        config = config_of(project, f"backends=[{{name: onnxruntime}}, {{name: {name}}}]")
-        with pytest.raises(ConfigError) as failure:
-            backends_of(config)
-        assert str(failure.value) == (
-            f"backends.1.name: '{name}' is not available in this version of trtune, which runs "
-            "onnxruntime (lowerings emulate and deploy). The emulate model is explicit Q/DQ as "
-            "TensorRT reads it: build it with trtexec --onnx=model.onnx --stronglyTyped, and take "
-            "this backend out of the config"
+    @needs_rtx
+    def test_one_that_builds_but_cannot_run_here_is_taken(self, project: Path) -> None:
+        config = config_of(
+            project,
+            "model.shapes={input: {min: [1, 3, 8, 8], opt: [4, 3, 8, 8], max: [8, 3, 8, 8]}}",
+            'backends=[{name: tensorrt_rtx, compute_capabilities: ["8.9"], workspace: 1GiB, '
+            "optimization_level: 2, timeout: 60}]",
         )
+        (backend,) = backends_of(config, nowhere, silent)
+        assert isinstance(backend, RtxBackend)
+        assert backend.settings["workspace"] == 1 << 30
+        assert backend.settings["optimization_level"] == 2
+        assert backend.settings["shapes"]["input"]["opt"] == [4, 3, 8, 8]
+        assert backend.timeout == 60
+
+    @needs_rtx
+    def test_without_a_gpu_rtx_has_to_be_told_what_to_build_for(
+        self, project: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", str(project))
+        with pytest.raises(ConfigError, match=r"no NVIDIA GPU was found here; name what to build"):
+            backends_of(config_of(project, "backends=[{name: tensorrt_rtx}]"), nowhere, silent)
+
+    @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
+    def test_one_that_is_not_installed_is_refused_with_the_command(self, project: Path) -> None:
+        config = config_of(project, "backends=[{name: onnxruntime}, {name: tensorrt}]")
+        with pytest.raises(ConfigError) as failure:
+            backends_of(config, nowhere, silent)
+        text = str(failure.value)
+        assert text.startswith("backends.1 (tensorrt) does not work here: ")
+        assert "pip install 'trtune[trt10]'" in text
+        assert text.endswith("or take this backend out of the config")
 
 
 class TestPrecisions:
@@ -153,17 +186,32 @@ class TestPrecisions:
             ("precision.pin={'op:Conv': fp32, n_conv1: bf16}", "precision.pin.n_conv1", "bf16"),
         ],
     )
-    def test_one_of_a_later_version(
+    def test_deploy_has_no_half(
         self, project: Path, override: str, key: str, precision: str
     ) -> None:
         with pytest.raises(ConfigError) as failure:
-            check_precisions(config_of(project, override))
+            check_precisions(config_of(project, BOTH, override))
         assert str(failure.value) == (
-            f"{key}: '{precision}' is not available in this version of trtune; use int8 or fp32"
+            f"backends.1.lowering: deploy runs in int8 and fp32 alone, and {key} is {precision}; "
+            "use emulate, or fp32 there"
         )
+        assert check_precisions(config_of(project, override)) is None
 
-    def test_int8_and_fp32_are_there(self, project: Path) -> None:
-        assert check_precisions(config_of(project, "precision.pin={n_conv1: fp32}")) is None
+    def test_int8_and_fp32_are_everywhere(self, project: Path) -> None:
+        assert check_precisions(config_of(project, BOTH, "precision.pin={n_conv1: fp32}")) is None
+
+
+def test_labels_are_counted_from_another_number(project: Path) -> None:
+    section = config_of(project).data.evaluation
+    model = load_model(project / "net.onnx")
+    plain = open_data(section, model)
+    shifted = open_data(section.model_copy(update={"label_offset": 1}), model)
+    assert shifted.count == plain.count
+    assert shifted.identity != plain.identity
+    for before, after in zip(plain, shifted, strict=True):
+        assert (before.labels is None) == (after.labels is None)
+        if before.labels is not None and after.labels is not None:
+            assert (after.labels == before.labels + 1).all()
 
 
 @pytest.mark.parametrize(

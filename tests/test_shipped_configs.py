@@ -11,10 +11,17 @@ from realdata import DATA
 
 from trtune.configs.errors import ConfigError
 from trtune.configs.load import json_schema, load_config
+from trtune.configs.progress import silent
 from trtune.inputs import backends_of, check_precisions
+from trtune.precision.model import Model
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted([*ROOT.glob("benchmarks/configs/*.yaml"), *ROOT.glob("examples/**/*.yaml")])
+
+
+def unused() -> Model:
+    """The model of backends that do not look at the data."""
+    raise AssertionError("no backend here needs the model")
 
 
 def test_they_are_found() -> None:
@@ -35,7 +42,7 @@ class TestConfig:
         assert config.name.startswith(path.stem)
         assert Path(config.model.path).parent in (tmp_path / "models", path.parent)
         check_precisions(config)
-        assert [backend.name for backend in backends_of(config)]
+        assert [backend.name for backend in backends_of(config, unused, silent)]
 
     def test_what_it_names_is_there(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if DATA is not None:

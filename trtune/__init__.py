@@ -17,6 +17,8 @@ Everything the command line does is one call here:
     print(trtune.inspect("model.onnx").problems)
     trtune.init_config("model.onnx", "model.yaml")
     trtune.convert_cache("old.cache", "10.14.1", "new.cache")
+    trtune.migrate("model.onnx", "old.cache", "migrated", pins="layers.txt")
+    trtune.strip_qdq("qat.onnx", "fp32.onnx", "qat.cache")
     print(trtune.diagnose()["onnxruntime/emulate"].usable)
 
 What a user can do something about is raised as a `TrtuneError`. Nothing is imported before it is
@@ -49,7 +51,16 @@ if TYPE_CHECKING:
     from trtune.precision.backends.base import BuildInfo
     from trtune.precision.inspect import Inspection
     from trtune.reports.record import LayerRow, RunRecord
-    from trtune.tools import convert_cache, init_config, inspect
+    from trtune.tools import (
+        cache_from_qdq,
+        convert_cache,
+        init_config,
+        insert_qdq,
+        inspect,
+        inspect_engine,
+        migrate,
+        strip_qdq,
+    )
 
 __version__ = "0.1.0"
 
@@ -68,7 +79,10 @@ _WHERE = MappingProxyType(
         "trtune.precision.backends.base": ("BuildInfo",),
         "trtune.precision.inspect": ("Inspection",),
         "trtune.reports.record": ("LayerRow", "RunRecord"),
-        "trtune.tools": ("convert_cache", "init_config", "inspect"),
+        "trtune.tools": (
+            *("cache_from_qdq", "convert_cache", "init_config", "insert_qdq", "inspect"),
+            *("inspect_engine", "migrate", "strip_qdq"),
+        ),
     }
 )
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
@@ -89,17 +103,22 @@ __all__ = [
     "TrtuneError",
     "__version__",
     "build",
+    "cache_from_qdq",
     "calibrate",
     "compare",
     "convert_cache",
     "diagnose",
     "init_config",
+    "insert_qdq",
     "inspect",
+    "inspect_engine",
     "json_schema",
     "load_config",
+    "migrate",
     "report",
     "run",
     "run_folder",
+    "strip_qdq",
     "tune",
 ]
 

@@ -4,47 +4,35 @@ from __future__ import annotations
 
 import platform
 import resource
-import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trtune.calibrate.histogram import Histogram, bin_edges
 from trtune.calibrate.outliers import dominant, outliers
-from trtune.configs.schema import Latency as LatencySection
-from trtune.inputs import first_batch, repeat_to
 from trtune.job import Job, run_key
-from trtune.precision.backends.base import BuildInfo, device_name
-from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
+from trtune.precision.halves import flushed_weights
 from trtune.precision.metrics import ErrorSums
-from trtune.precision.normalise import tensor_bytes
 from trtune.precision.placement import place, shared_ranges
 from trtune.precision.plan import PrecisionPlan
-from trtune.reports.accuracy import Evaluation
-from trtune.reports.latency import measure_together
+from trtune.precision.qdq_findings import summary
 from trtune.reports.record import (
     Baseline,
     CalibrationRecord,
     DominantPicture,
     HistogramPlot,
-    Latency,
     LayerRow,
     Outlier,
     RunRecord,
     TuningStep,
-    Variant,
 )
 from trtune.reports.summary import metric_label, metric_text
-from trtune.store import read_stage, write_stage
+from trtune.variants import is_emulation, make_variants
 
 PLOTTED = 9
 SHOWN_OUTLIERS = 60
-EMULATED = "emulation of TensorRT's arithmetic: its CPU time says nothing about speed"
 
 
 def layer_rows(job: Job, plan: PrecisionPlan) -> list[LayerRow]:
@@ -55,6 +43,7 @@ def layer_rows(job: Job, plan: PrecisionPlan) -> list[LayerRow]:
         for tensor, edges in place(view, job.untuned).activations.items()
         for edge in edges
     }
+    account = runtime_account(job, plan)
     rows = []
     for node in view.nodes:
         assignment = plan.nodes[node.name]
@@ -70,6 +59,9 @@ def layer_rows(job: Job, plan: PrecisionPlan) -> list[LayerRow]:
                 parameters=view.parameters(node.name),
                 precision=assignment.precision,
                 reason=assignment.reason,
+                runs_in="; ".join(
+                    f"{b}: {runs[node.name]}" for b, runs in account.items() if node.name in runs
+                ),
                 tensor=tensor,
                 amax=table.amax(tensor) if table is not None and known else None,
                 method=table.methods.get(tensor, "") if table is not None and known else "",
@@ -78,6 +70,16 @@ def layer_rows(job: Job, plan: PrecisionPlan) -> list[LayerRow]:
             )
         )
     return rows
+
+
+def runtime_account(job: Job, plan: PrecisionPlan) -> dict[str, dict[str, str]]:
+    """Backend -> node -> what it runs in, as the runtime that built `plan` tells it."""
+    found = {}
+    for backend in job.backends:
+        info = job.built(backend, plan, job.engine_folder(backend))
+        if info is not None and not is_emulation(backend):
+            found[backend.name] = dict(info.precisions)
+    return found
 
 
 def _accumulated(sums: ErrorSums | None) -> dict[str, float | None]:
@@ -140,6 +142,8 @@ def histogram_plots(job: Job) -> list[HistogramPlot]:
     plots: dict[str, HistogramPlot] = {}
     for node in sorted(job.layers.alone, key=lambda n: (job.layers.alone[n].sqnr_db, n)):
         tensor = job.view.by_name[node].input[0]
+        if tensor not in table.scales:  # a node in half precision
+            continue
         histogram = histograms.get(roots.get(tensor, tensor))
         if histogram is not None and histogram.maximum > 0 and tensor not in plots:
             plots[tensor] = histogram_plot(
@@ -167,145 +171,6 @@ def histogram_plot(tensor: str, histogram: Histogram, amax: float, method: str) 
     )
 
 
-def make_variants(job: Job) -> list[Variant]:
-    """fp32, int8 and tuned for every backend, each with what it is worth and what it takes."""
-    plans = {"int8": job.untuned, "tuned": job.tuned.plan}
-    found: list[Variant] = []
-    for backend in job.backends:
-        infos: dict[str, BuildInfo] = {}
-        changed = job.tuned.plan.to_json() != job.untuned.to_json()
-        for name, plan in plans.items():
-            folder = job.engine_folder(backend, untuned=name == "int8" and changed)
-            infos[name] = job.build(backend, plan, folder)
-        if not changed:  # what an earlier run, on other data, had to tune
-            shutil.rmtree(job.engine_folder(backend, untuned=True), ignore_errors=True)
-        latencies = latencies_of(job, backend, plans, infos)
-        found.append(_fp32_variant(job, backend, latencies))
-        for name, plan in plans.items():
-            value, _ = job.measured(backend, plan, f"evaluate {backend.name}")
-            found.append(_variant(job, backend, name, plan, value, infos[name], latencies))
-    return found
-
-
-def _fp32_variant(
-    job: Job, backend: OnnxruntimeBackend, latencies: Mapping[str, Latency]
-) -> Variant:
-    value = None if job.is_fidelity else job.baseline.value
-    return Variant(
-        name="fp32",
-        backend=backend.name,
-        value=value,
-        drop=None if value is None else 0.0,
-        top1=top1_of(job.baseline),
-        latency_ms=latencies.get("fp32"),
-        latency_note=EMULATED if backend.lowering == "emulate" else None,
-        size_bytes=fp32_bytes(job),
-        nodes={"int8": 0, "fp16": 0, "fp32": len(job.untuned.compute_nodes)},
-        path=Path(job.config.model.path).name,
-    )
-
-
-def _variant(
-    job: Job,
-    backend: OnnxruntimeBackend,
-    name: str,
-    plan: PrecisionPlan,
-    value: Evaluation,
-    info: BuildInfo,
-    latencies: Mapping[str, Latency],
-) -> Variant:
-    base, reached = job.baseline.value, job.value_of(value)
-    label = job.config.precision.default if name == "int8" else name
-    return Variant(
-        name=label,
-        backend=backend.name,
-        value=reached,
-        drop=None if job.is_fidelity or reached is None or base is None else base - reached,
-        top1=top1_of(value),
-        sqnr_db=value.sqnr_db,
-        agreement=value.agreement,
-        latency_ms=latencies.get(name),
-        latency_note=EMULATED if backend.lowering == "emulate" else None,
-        size_bytes=info.size_bytes,
-        nodes=plan.counts(),
-        pinned=list(plan.pinned),
-        not_honoured=list(info.not_honoured),
-        path=str(info.path.relative_to(job.folder)) if info.path else None,
-    )
-
-
-def fp32_bytes(job: Job) -> int:
-    """Size of the user's model, whose weights may lie in files beside it."""
-    weights = sum(tensor_bytes(tensor) for tensor in job.model.proto.graph.initializer)
-    return max(Path(job.config.model.path).stat().st_size, weights)
-
-
-def top1_of(found: Evaluation) -> float | None:
-    """top-1 if that is what was counted."""
-    return found.value if found.metric == "top1" else None
-
-
-def latencies_of(
-    job: Job,
-    backend: OnnxruntimeBackend,
-    plans: Mapping[str, PrecisionPlan],
-    infos: Mapping[str, BuildInfo],
-) -> dict[str, Latency]:
-    """Latency of the unmarked models; none for emulation, whose speed means nothing."""
-    section = job.config.report.latency
-    if section is None or backend.lowering == "emulate":
-        return {}
-    stage = f"latency-{backend.name.replace('/', '-')}"
-    key = {
-        "engines": {name: job.candidate(plan).key for name, plan in plans.items()},
-        "latency": section.model_dump(mode="json"),
-        "threads": backend.threads,
-        "device": device_name(),
-        **job.versions,
-    }
-    kept = read_stage(job.folder, stage, key)
-    if kept is not None:
-        return {name: Latency(**latency) for name, latency in kept.items()}
-    found = _measured_latencies(job, backend, infos, section)
-    write_stage(job.folder, stage, key, {name: found[name].model_dump() for name in found})
-    return found
-
-
-def _measured_latencies(
-    job: Job,
-    backend: OnnxruntimeBackend,
-    infos: Mapping[str, BuildInfo],
-    section: LatencySection,
-) -> dict[str, Latency]:
-    """Measured in turn, so that what else the machine does hits all alike."""
-    size = job.fixed_batch or section.batch
-    feeds = repeat_to(first_batch(job.sources[1], "data.evaluation"), size)
-    proto, external = job.model.proto, job.model.external_dir
-    with ExitStack() as stack:
-        engines = {
-            "fp32": stack.enter_context(
-                OrtEngine(
-                    lambda: make_session(proto, threads=backend.threads, external_dir=external)
-                )
-            )
-        }
-        for name, info in infos.items():
-            if info.path is not None:
-                engines[name] = stack.enter_context(backend.load(info.path.parent))
-        runs = {name: _call(engine, feeds) for name, engine in engines.items()}
-        return measure_together(
-            runs,
-            warmup=section.warmup,
-            runs=section.runs,
-            batch=size,
-            progress=job.progress,
-        )
-
-
-def _call(engine: OrtEngine, feeds: Mapping[str, Any]) -> Any:
-    return lambda: engine.infer(feeds)
-
-
 def tuning_steps(job: Job) -> list[TuningStep]:
     """Every evaluated set of pins, in order."""
     return [
@@ -329,7 +194,7 @@ def run_record(job: Job, *, command: str, started: str, seconds: float) -> RunRe
     """The record of a finished run."""
     variants = make_variants(job)
     target = job.config.precision.target
-    quantized = bool(job.untuned.int8_nodes)
+    quantized = job.is_lowered
     return RunRecord(
         schema=1,
         name=job.config.name,
@@ -367,6 +232,9 @@ def run_record(job: Job, *, command: str, started: str, seconds: float) -> RunRe
 
 def _notes(job: Job) -> list[str]:
     notes = list(job.model.notes)
+    if job.imported is not None:
+        notes += summary(job.imported.findings)
+    notes += _flushed(job)
     if job.config.data.evaluation == job.config.data.calibration:
         notes.append("accuracy was measured on the calibration pictures: name data.evaluation")
     for name in job.untuned.compute_nodes:
@@ -379,6 +247,20 @@ def _notes(job: Job) -> list[str]:
         shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         notes.append(f"left out of data.evaluation, unreadable: {len(left_out)} ({shown})")
     return [*notes, *_target_notes(job)]
+
+
+def _flushed(job: Job) -> list[str]:
+    """What becomes of small weights in half precision."""
+    found = flushed_weights(job.view, job.untuned) if job.untuned.halves else {}
+    zeroed = sum(flushed.zeroed for flushed in found.values())
+    total = sum(flushed.total for flushed in found.values())
+    if not zeroed:
+        return []
+    worst = max(found, key=lambda name: found[name].zeroed)
+    return [
+        f"{zeroed} of {total} weights are too small for half precision and become 0, most of them "
+        f"in {worst}"
+    ]
 
 
 def _target_notes(job: Job) -> list[str]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trtune import __version__
+from trtune.cli_options import SETTINGS, ConfigFile, Force, Json, ModelFile, Out, Overrides, Verbose
+from trtune.cli_quantized import migrate, qdq_app
 from trtune.console import session
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ STATUSES = (
     "Exit status: 0 done and target met, 3 done but target missed, 2 the input is wrong, "
     "1 anything else, 130 interrupted."
 )
-SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,23 +40,11 @@ cache_app = typer.Typer(
     help="Read, convert and compare TensorRT calibration caches.",
 )
 app.add_typer(cache_app, name="cache")
+app.add_typer(qdq_app, name="qdq")
+app.command(epilog="Example: trtune migrate --cache old.cache --model m.onnx --pins layers.txt")(
+    migrate
+)
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.")]
-ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a key of the config: a.b=value. Repeatable."
-    ),
-]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where run folders go.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Say what is done; show tracebacks of bugs.")
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="The result as JSON on stdout, all else on stderr.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite the file if it is there.")]
 RUNS = Path("runs")
 
 
@@ -193,10 +182,16 @@ def report(
 
 @app.command(epilog="Example: trtune inspect model.onnx -v")
 def inspect(model: ModelFile, verbose: Verbose = False, as_json: Json = False) -> None:
-    """Show what an ONNX model holds, which nodes can be quantized and why the others cannot."""
+    """Show what an ONNX model holds, which nodes can be quantized and why the others cannot; of an
+    engine plan, how it was built and what it runs in."""
     with session(verbose=verbose, as_json=as_json) as terminal:
         from trtune import show, tools
 
+        if tools.is_engine(model):
+            info = tools.inspect_engine(model)
+            value = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
+            terminal.result(value, *show.engine(info, every_node=verbose))
+            return
         found = tools.inspect(model)
         terminal.result(found.to_dict(), *show.inspection(found, every_node=verbose))
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trtune.configs.errors import ConfigError, DataError
+from trtune.configs.progress import Progress
+from trtune.configs.runtimes import TensorRT, TensorRTRTX
 from trtune.configs.schema import Config
 from trtune.configs.sources import DataSet
 from trtune.configs.sources import Preprocess as PreprocessSection
 from trtune.datasets import open_source
 from trtune.datasets.batches import Batch, BatchSource, require_labels
+from trtune.datasets.labels import Shifted
 from trtune.datasets.preprocess import Preprocess
+from trtune.precision.backends.base import Backend
 from trtune.precision.backends.onnxruntime import OnnxruntimeBackend
+from trtune.precision.floattypes import HALVES
 from trtune.precision.model import Model
 
 log = logging.getLogger(__name__)
@@ -22,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def open_data(data: DataSet, model: Model) -> BatchSource:
     """The batches that a `data` section describes, for the inputs of `model`."""
-    return open_source(
+    source = open_source(
         data.source,
         data.path,
         inputs=model.inputs,
@@ -37,6 +45,7 @@ def open_data(data: DataSet, model: Model) -> BatchSource:
         input_names=data.inputs,
         args=data.args,
     )
+    return Shifted(source, data.label_offset) if data.label_offset else source
 
 
 def _preprocess(section: PreprocessSection | None) -> Preprocess | None:
@@ -81,35 +90,94 @@ def check_data(
         require_labels(evaluation, target.metric)
 
 
-def backends_of(config: Config) -> list[OnnxruntimeBackend]:
-    """The backends that the config lists.
+def backends_of(config: Config, model: Callable[[], Model], progress: Progress) -> list[Backend]:
+    """The backends that the config lists; `model` gives the model when data has to be opened.
 
-    Raises ConfigError for what this version cannot do, before anything is computed.
+    Raises ConfigError for one that does not work on this machine, before anything is computed.
     """
-    backends = []
+    shapes = {name: shape.model_dump() for name, shape in config.model.shapes.items()}
+    backends: list[Backend] = []
     for index, section in enumerate(config.backends):
-        if section.name != "onnxruntime":
+        backend: Backend
+        if section.name == "onnxruntime":
+            backend = OnnxruntimeBackend(section.lowering, threads=section.threads)
+        elif section.name == "tensorrt_rtx":
+            backend = _rtx(section, shapes, config.data.evaluation.batch)
+        else:
+            source = partial(_calibration_data, config, model)
+            backend = _tensorrt(section, shapes, config.data.evaluation.batch, source, progress)
+        state = backend.doctor()
+        if not state.usable:
+            remedy = f"{state.remedy}, or take" if state.remedy else "take"
             raise ConfigError(
-                f"backends.{index}.name: {section.name!r} is not available in this version of "
-                "trtune, which runs onnxruntime (lowerings emulate and deploy). The emulate model "
-                "is explicit Q/DQ as TensorRT reads it: build it with trtexec --onnx=model.onnx "
-                "--stronglyTyped, and take this backend out of the config"
+                f"backends.{index} ({section.label}) does not work here: {state.reason}; {remedy} "
+                "this backend out of the config"
             )
-        backends.append(OnnxruntimeBackend(section.lowering, threads=section.threads))
+        backends.append(backend)
     return backends
 
 
+def _calibration_data(config: Config, model: Callable[[], Model]) -> BatchSource:
+    return open_data(config.data.calibration, model())
+
+
+def _rtx(section: TensorRTRTX, shapes: Mapping[str, Any], batch: int) -> Backend:
+    from trtune.precision.backends.rtx import RtxBackend
+
+    backend = RtxBackend(
+        compute_capabilities=section.compute_capabilities,
+        workspace=section.workspace,
+        optimization_level=section.optimization_level,
+        shapes=shapes,
+        batch=batch,
+        timeout=section.timeout,
+        tf32=section.tf32,
+    )
+    backend.targets()  # neither named nor a GPU here: say so now
+    return backend
+
+
+def _tensorrt(
+    section: TensorRT,
+    shapes: Mapping[str, Any],
+    batch: int,
+    source: Callable[[], BatchSource],
+    progress: Progress,
+) -> Backend:
+    from trtune.precision.backends.tensorrt import TensorRTBackend
+    from trtune.precision.backends.trtbuild import Settings
+
+    settings = Settings(
+        typing=section.typing,
+        calibrator=section.calibrator,
+        constraints=section.constraints,
+        workspace=section.workspace,
+        timing_cache=Path(section.timing_cache) if section.timing_cache else None,
+        optimization_level=section.optimization_level,
+        device=section.device,
+        hardware_compatibility=section.hardware_compatibility,
+        version_compatible=section.version_compatible,
+        tactic_sources=section.tactic_sources,
+        dla_core=section.dla_core,
+        tf32=section.tf32,
+    )
+    return TensorRTBackend(settings, shapes=shapes, batch=batch, batches=source, progress=progress)
+
+
 def check_precisions(config: Config) -> None:
-    """Raise ConfigError for precisions that this version cannot lower."""
-    chosen: dict[str, Any] = {
-        "precision.default": config.precision.default,
-        "precision.fallback": config.precision.fallback,
-        **{f"precision.pin.{name}": p for name, p in config.precision.pin.items()},
+    """Raise ConfigError for a backend that cannot run what the config plans."""
+    section = config.precision
+    chosen = {
+        "precision.default": section.default,
+        **({"precision.fallback": section.fallback} if section.default == "int8" else {}),
+        **{f"precision.pin.{name}": precision for name, precision in section.pin.items()},
     }
-    for key, precision in chosen.items():
-        if precision not in ("int8", "fp32"):
+    half = next((key for key, precision in chosen.items() if precision in HALVES), None)
+    for index, backend in enumerate(config.backends):
+        if half and backend.name == "onnxruntime" and backend.lowering == "deploy":
             raise ConfigError(
-                f"{key}: {precision!r} is not available in this version of trtune; use int8 or fp32"
+                f"backends.{index}.lowering: deploy runs in int8 and fp32 alone, and {half} is "
+                f"{chosen[half]}; use emulate, or fp32 there"
             )
 
 

@@ -7,17 +7,17 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from trtune.calibrate.cache import check_table, load_table, save_table
-from trtune.calibrate.histogram_file import load_histograms, save_histograms
+from trtune.calibrate.cache import save_table
 from trtune.calibrate.table import CalibrationTable
-from trtune.configs.errors import CacheError, InputError, ModelError, TrtuneError
+from trtune.calibrating import CACHE_FILE, calibrated_in
+from trtune.configs.errors import InputError, TrtuneError
 from trtune.configs.files import hash_file, hash_json, write_text
 from trtune.configs.load import dump_config
 from trtune.configs.progress import Progress
@@ -26,19 +26,19 @@ from trtune.datasets.batches import BatchSource
 from trtune.datasets.holdout import hold_out
 from trtune.inputs import backends_of, check_data, check_precisions, open_data
 from trtune.layers import LayerErrors, accumulated_errors, errors_alone, kept_sums
-from trtune.precision.backends.base import BuildInfo, Candidate, reusable
+from trtune.precision.backends.base import Backend, BuildInfo, Candidate, reusable
 from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
-from trtune.precision.calibration import (
-    Calibrated,
-    calibrate_model,
-    carried_tensors,
-    without_zero_ranges,
-)
+from trtune.precision.calibration import Calibrated, without_zero_ranges
 from trtune.precision.compare import fp32_gate
+from trtune.precision.floattypes import HALVES
 from trtune.precision.graph import GraphView
+from trtune.precision.halves import keep_fp32, refuse_half_model
 from trtune.precision.metrics import ErrorSums
 from trtune.precision.model import Model, load_model
-from trtune.precision.plan import COMPUTE_OPS, PrecisionPlan, make_plan
+from trtune.precision.plan import PrecisionPlan, make_plan
+from trtune.precision.qat import Imported, import_quantized
+from trtune.precision.qat_insert import completed
+from trtune.precision.qat_plan import ImportedPlan
 from trtune.precision.tune import Score, Tuned, tune
 from trtune.reports.accuracy import Evaluation, StoredOutputs, collect_outputs, evaluate
 from trtune.reports.metrics import FIDELITY_METRICS, find_metric
@@ -47,7 +47,6 @@ from trtune.store import Evaluations, read_stage, write_stage
 
 log = logging.getLogger(__name__)
 
-CACHE_FILE = "calibration.cache"
 PACKAGES = ("trtune", "onnx", "onnxruntime", "numpy", "polygraphy")
 
 
@@ -70,16 +69,36 @@ class Job:
         self.config, self.progress = config, progress
         self.folder = run_folder(config, out)
         check_precisions(config)
-        self.backends = backends_of(config)
+        self.backends = backends_of(config, lambda: self.model, progress)
         self.evaluations = Evaluations(self.folder)
         self.builds = 0
         self.reused_calibration = False
         write_text(self.folder / "config.yaml", dump_config(config))
 
     @cached_property
+    def imported(self) -> Imported | None:
+        """The user's quantized model taken apart, where the config says that it is one."""
+        section = self.config.precision
+        if section.default != "qat":
+            return None
+        return import_quantized(
+            Path(self.config.model.path),
+            allow_requantize=section.allow_requantize,
+            fallback=section.fallback,
+            pins=section.pin,
+        )
+
+    @cached_property
     def model(self) -> Model:
-        """The normalised FP32 model."""
+        """The normalised FP32 model; of a quantized one what it is without its quantization."""
+        if self.imported is not None:
+            return self.imported.model
         return load_model(Path(self.config.model.path))
+
+    @property
+    def file(self) -> Model:
+        """The user's file as it stands, normalised."""
+        return self.model if self.imported is None else self.imported.original
 
     @cached_property
     def view(self) -> GraphView:
@@ -125,29 +144,60 @@ class Job:
 
     def gate(self) -> None:
         """Check that the normalised FP32 model gives what the user's file gives."""
-        key = {"model": self.model.sha256, "data": self.hashes["calibration_data"], **self.versions}
+        key = {"model": self.file.sha256, "data": self.hashes["calibration_data"], **self.versions}
         if read_stage(self.folder, "gate", key) is None:
             path = Path(self.config.model.path)
-            fp32_gate(path, self.model.proto, self.sources[0], external_dir=self.model.external_dir)
+            fp32_gate(path, self.file.proto, self.sources[0], external_dir=self.file.external_dir)
             write_stage(self.folder, "gate", key, True)
 
     @cached_property
-    def untuned(self) -> PrecisionPlan:
-        """The plan before tuning."""
+    def planned(self) -> PrecisionPlan:
+        """The plan by the rules and the user's pins, before anything was measured."""
         section = self.config.precision
+        if self.imported is not None:
+            return self.imported.plan
         plan = make_plan(
             self.view, default=section.default, fallback=section.fallback, pins=section.pin
         )
-        if plan.int8_nodes:
-            plan = without_zero_ranges(self.view, plan, self.table)
+        if plan.int8_nodes or plan.halves:
+            refuse_half_model(self.view)
         elif section.default == "int8":
             log.warning("nothing is quantizable in this model with these pins: it stays fp32")
         return plan
 
     @cached_property
+    def untuned(self) -> PrecisionPlan:
+        """The plan before tuning: `planned`, less what the measured ranges forbid."""
+        plan = self.planned
+        if plan.int8_nodes:
+            plan = without_zero_ranges(self.view, plan, self.table)
+        if plan.halves:
+            plan = keep_fp32(self.view, plan, self.calibrated.histograms)
+        return plan
+
+    @cached_property
+    def fp32_plan(self) -> PrecisionPlan:
+        """Everything in FP32."""
+        return make_plan(self.view, default="fp32")
+
+    @cached_property
+    def judges(self) -> list[Backend]:
+        """The backends that plans are measured on: those that run here.
+
+        If none does, onnxruntime's emulation of their arithmetic.
+        """
+        running = [backend for backend in self.backends if not backend.obstacle()]
+        return running or [OnnxruntimeBackend("emulate")]
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether anything in the untuned plan is not FP32."""
+        return bool(self.untuned.int8_nodes or self.untuned.halves)
+
+    @cached_property
     def lowerings(self) -> tuple[str, ...]:
         """The lowerings that the config's backends use."""
-        return tuple(sorted({backend.lowering for backend in self.backends}))
+        return tuple(sorted({b.lowering for b in (*self.backends, *self.judges)}))
 
     @cached_property
     def table(self) -> CalibrationTable:
@@ -156,79 +206,60 @@ class Job:
 
     @cached_property
     def calibrated(self) -> Calibrated:
-        """The table and what it cost."""
-        section = self.config.calibration
-        # Every quantizable node counts, so that pins never make a kept table useless.
-        plan = make_plan(self.view)
-        tensors = carried_tensors(self.view, plan, self.lowerings)
-        if not tensors:
-            raise ModelError(_nothing_quantizable(self.model, plan))
-        key = {
-            "model": self.model.sha256,
-            "data": self.hashes["calibration_data"],
-            "method": section.method,
-            "percentile": section.percentile if section.method == "percentile" else None,
-            "holdout": section.holdout if section.method == "auto" else None,
-            "tensors": hash_json(tensors),
-            **self.versions,
-        }
-        path = self.folder / CACHE_FILE
-        if section.cache is not None:
-            table = named_table(Path(section.cache), self.model, trust=section.trust_cache)
-            check_table(table, tensors)
-            save_table(path, table)
-            return Calibrated(table, {}, 0, 0, 0.0, 0.0, 0.0)
-        kept = self._kept_calibration(key)
-        if kept is not None:
-            self.reused_calibration = True
-            return kept
-        for stale in (path, path.with_name(path.name + ".json")):
-            stale.unlink(missing_ok=True)
-        found = calibrate_model(
+        """The table, the histograms, and what they cost."""
+        imported = self.imported
+        planned = self.planned
+        if isinstance(planned, ImportedPlan):
+            planned = planned.by_rules()
+        if imported is not None and "deploy" not in self.lowerings and not planned.halves:
+            save_table(self.folder / CACHE_FILE, imported.table)
+            return Calibrated(imported.table, {}, 0, 0, 0.0, 0.0, 0.0)
+        found, self.reused_calibration = calibrated_in(
+            self.folder,
+            self.config.calibration,
             self.model,
             self.view,
-            plan,
             self.sources[0],
+            planned,
             lowerings=self.lowerings,
-            method=section.method,
-            percentile=section.percentile,
-            holdout=section.holdout,
-            memory=section.memory,
-            provenance=key,
+            made_from={
+                "model": self.model.sha256,
+                "data": self.hashes["calibration_data"],
+                **self.versions,
+            },
             progress=self.progress,
         )
-        log.info(
-            "calibrated %d tensors on %d pictures in %.1f s (runtime %.1f s, search %.1f s)",
-            len(found.table.scales),
-            found.pictures,
-            found.seconds,
-            found.inference_seconds,
-            found.search_seconds,
-        )
-        save_histograms(self.folder / "histograms.npz", found.histograms)
-        save_table(path, found.table)
-        write_stage(self.folder, "calibrate", key, _cost(found))
-        return found
+        if imported is None:
+            return found
+        return replace(found, table=completed(imported.table, found.table))
 
-    def _kept_calibration(self, key: Mapping[str, Any]) -> Calibrated | None:
-        cost = read_stage(self.folder, "calibrate", key)
-        if cost is None:
+    @cached_property
+    def original(self) -> Evaluation | None:
+        """The value of the user's quantized file as it stands, in onnxruntime."""
+        if self.imported is None:
             return None
-        try:
-            table = load_table(self.folder / CACHE_FILE)
-            histograms = load_histograms(self.folder / "histograms.npz")
-        except (CacheError, OSError, ValueError, KeyError) as error:
-            log.warning("the kept calibration cannot be used (%s): calibrating again", error)
-            return None
-        if dict(table.provenance) != dict(key):
-            log.info("calibrate: not reused, %s is of another calibration", CACHE_FILE)
-            return None
-        return Calibrated(table, histograms, **cost)
+        key = {**self._measured_on, "model": self.file.sha256, "candidate": "file"}
+        path = self.file
+        session = partial(make_session, path.proto, external_dir=path.external_dir)
+
+        def measure() -> Evaluation:
+            with OrtEngine(session) as engine:
+                return evaluate(
+                    engine.infer,
+                    self.sources[1],
+                    metric=self._counted,
+                    reference=self.reference,
+                    fixed_batch=self.fixed_batch,
+                    progress=self.progress,
+                    what="the file as it stands",
+                )
+
+        return self._evaluation(key, measure)
 
     @cached_property
     def layers(self) -> LayerErrors:
-        """Errors of every node of the untuned model; none if nothing in it is quantized."""
-        if not self.untuned.int8_nodes:
+        """Errors of every node of the untuned model; none if all of it is FP32."""
+        if not self.is_lowered:
             return LayerErrors({}, {})
         section, candidate = self.config.compare, self.candidate(self.untuned)
         key = {
@@ -253,7 +284,7 @@ class Job:
 
     @cached_property
     def alone(self) -> dict[str, ErrorSums]:
-        """What quantizing each int8 node of the untuned plan alone does to the output."""
+        """What each int8 or half node of the untuned plan alone does to the output."""
         section, candidate = self.config.calibration, self.candidate(self.untuned)
         key = {
             **{k: self.hashes[k] for k in ("model", "calibration_data")},
@@ -368,20 +399,28 @@ class Job:
         self.evaluations.put(key, {name: getattr(found, name) for name in fields})
         return found
 
-    def engine_folder(self, backend: OnnxruntimeBackend, *, untuned: bool = False) -> Path:
-        """Where a backend's engine stands; the untuned one below it where tuning changed it."""
-        folder = self.folder / backend.name.replace("/", "-")
-        return folder / "untuned" if untuned else folder
+    def engine_folder(self, backend: Backend, below: str = "") -> Path:
+        """Where a backend's engine stands; `below` that the untuned one where tuning changed it."""
+        return self.folder / backend.name.replace("/", "-") / below
 
-    def build(self, backend: OnnxruntimeBackend, plan: PrecisionPlan, folder: Path) -> BuildInfo:
+    def built(self, backend: Backend, plan: PrecisionPlan, folder: Path) -> BuildInfo | None:
+        """What stands in `folder`, if it is the engine of `backend` for `plan`."""
+        return reusable(
+            folder,
+            self.candidate(plan),
+            backend=backend.name,
+            versions=backend.versions,
+            settings=backend.settings,
+        )
+
+    def build(self, backend: Backend, plan: PrecisionPlan, folder: Path) -> BuildInfo:
         """The engine for `plan` in `folder`, built unless it is there already."""
-        candidate = self.candidate(plan)
-        kept = reusable(folder, candidate, backend=backend.name, versions=backend.versions)
+        kept = self.built(backend, plan, folder)
         if kept is not None:
             return kept
         self.builds += 1
         self.progress(f"build {backend.name}", 0, 1)
-        info = backend.build(candidate, folder)
+        info = backend.build(self.candidate(plan), folder)
         self.progress(f"build {backend.name}", 1, 1)
         return info
 
@@ -389,14 +428,13 @@ class Job:
         """`plan` with this model and table."""
         return Candidate(self.model, plan, self.table if plan.int8_nodes else None)
 
-    def measured(
-        self, backend: OnnxruntimeBackend, plan: PrecisionPlan, what: str
-    ) -> tuple[Evaluation, bool]:
+    def measured(self, backend: Backend, plan: PrecisionPlan, what: str) -> tuple[Evaluation, bool]:
         """The value of `plan` on `backend`, from the unmarked model, and whether it was known."""
         key = {
             **self._measured_on,
             "candidate": self.candidate(plan).key,
             "backend": backend.name,
+            "settings": dict(backend.settings),
         }
         known = self.evaluations.get(key) is not None
 
@@ -436,14 +474,14 @@ class Job:
         threshold, cached, note = self.threshold, True, ""
         first: Evaluation | None = None
         met = True
-        for backend in self.backends:
+        for backend in self.judges:
             found, known = self.measured(backend, plan, f"evaluate {backend.name}")
             first, cached = first or found, cached and known
             # The rounding of a difference of two fractions must not miss a target.
             value = self.value_of(found)
             met = value is not None and (threshold is None or value >= threshold - 1e-9)
             if not met:
-                several = len(self.backends) > 1
+                several = len(self.judges) > 1
                 note = f"missed on {backend.name}: {number(value)}" if several else ""
                 break
         assert first is not None
@@ -453,14 +491,14 @@ class Job:
     @cached_property
     def tuned(self) -> Tuned:
         """The tuned plan; the untuned one if it meets the target or there is none."""
-        tunable = self.threshold is not None and self.untuned.int8_nodes
+        tunable = self.threshold is not None and self.is_lowered
         section = self.config.precision
         return tune(
             self.untuned,
             self.ranking if tunable else [],
             self.score,
             max_pins=section.max_pins,
-            precision=section.fallback,
+            precision="fp32" if section.default in HALVES else section.fallback,
         )
 
 
@@ -478,39 +516,7 @@ def replay(stored: StoredOutputs) -> Callable[[Mapping[str, Any]], dict[str, NDA
     return run
 
 
-def named_table(path: Path, model: Model, *, trust: bool) -> CalibrationTable:
-    """The cache that the config names. One whose key says another model needs `trust`."""
-    table = load_table(path, allow_unkeyed=True)
-    made_from = table.provenance.get("model")
-    if made_from not in (None, model.sha256) and not trust:
-        raise CacheError(
-            f"{path} was made from another model (its key says {str(made_from)[:12]}, this one is "
-            f"{model.sha256[:12]}); calibrate again, or set calibration.trust_cache to use it"
-        )
-    log.info("calibration cache %s used as the config says", path)
-    return replace(table, provenance={**table.provenance, "file": path.name})
-
-
 def source_hash(metric: Any) -> str | None:
     """Hash of the file of a user's own metric, so that editing it measures again; else None."""
     file = inspect.getsourcefile(metric) if inspect.isfunction(metric) else None
     return hash_file(Path(file)) if file and Path(file).is_file() else None
-
-
-def _nothing_quantizable(model: Model, plan: PrecisionPlan) -> str:
-    reasons = [f"{name!r}: {plan.nodes[name].reason}" for name in plan.compute_nodes]
-    why = "; ".join([*reasons[:3], *(["..."] if len(reasons) > 3 else [])])
-    return (
-        f"{model.path}: nothing in it can be quantized, so there is nothing to calibrate "
-        f"({why or 'it has no ' + ', '.join(COMPUTE_OPS)}); `trtune inspect` shows its nodes"
-    )
-
-
-def _cost(found: Calibrated) -> dict[str, Any]:
-    return {
-        "pictures": found.pictures,
-        "passes": found.passes,
-        "seconds": found.seconds,
-        "inference_seconds": found.inference_seconds,
-        "search_seconds": found.search_seconds,
-    }

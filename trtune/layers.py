@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress
-from trtune.datasets.batches import Batch, BatchSource
+from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch
+from trtune.datasets.holdout import join
 from trtune.precision.backends.base import Candidate
-from trtune.precision.calibration import alone_on
+from trtune.precision.calibration import PICTURES_AT_ONCE, alone_on
 from trtune.precision.compare import compare_layers
+from trtune.precision.emulation import in_float32
 from trtune.precision.graph import GraphView
+from trtune.precision.halfalone import half_alone_errors, half_nodes
 from trtune.precision.lowering import lower_emulate
 from trtune.precision.metrics import ErrorSums
 from trtune.precision.placement import place
@@ -55,12 +59,12 @@ def accumulated_errors(
     progress: Progress,
 ) -> dict[str, ErrorSums]:
     """Error of every node's first output in the emulated network, over the first `pictures`."""
-    assert candidate.table is not None
     nodes = [node for node in view.nodes if node.name not in view.shape_nodes]
     tensors = {node.output[0]: node.name for node in nodes if node.output and node.output[0]}
+    table = candidate.table or CalibrationTable({})
     errors = compare_layers(
         candidate.model.proto,
-        lower_emulate(candidate.model, candidate.plan, candidate.table),
+        in_float32(lower_emulate(candidate.model, candidate.plan, table)),
         list(tensors),
         source,
         pictures=pictures,
@@ -79,10 +83,19 @@ def errors_alone(
     memory: int,
     progress: Progress,
 ) -> dict[str, ErrorSums]:
-    """Error of the output on held-out `pictures` with one int8 node quantized alone, by node."""
+    """Error of the output on held-out `pictures` with one int8 or half node alone, by node."""
+    found: dict[str, ErrorSums] = {}
     placement = place(view, candidate.plan)
-    if not placement.activations:
-        return {}
-    assert candidate.table is not None
-    alone = alone_on(candidate.model, view, placement, pictures, memory=memory)
-    return alone_errors(alone, view, candidate.plan, candidate.table, progress=progress)
+    if placement.activations and candidate.table is not None:
+        alone = alone_on(candidate.model, view, placement, pictures, memory=memory)
+        found = alone_errors(alone, view, candidate.plan, candidate.table, progress=progress)
+    if half_nodes(candidate.plan):
+        size = batch_size(candidate.model.inputs, PICTURES_AT_ONCE)
+        batches = [
+            fit_batch(batch, batch_size(candidate.model.inputs, len(batch)))
+            for batch in join(pictures, size)
+        ]
+        found |= half_alone_errors(
+            candidate.model, view, candidate.plan, batches, progress=progress
+        )
+    return found

@@ -17,8 +17,18 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.datasets.batches import InputSpec
 from trtune.precision.backends.base import BuildInfo, Usable
 from trtune.precision.inspect import Inspection, NodeRow
+from trtune.precision.qdq_findings import Finding, summary
 from trtune.reports.record import LayerRow
-from trtune.reports.summary import DASH, count, decibels, number, plural, ratio_text, size_text
+from trtune.reports.summary import (
+    DASH,
+    count,
+    decibels,
+    number,
+    plural,
+    ratio_text,
+    seconds_text,
+    size_text,
+)
 from trtune.reports.tables import Table, worst_layers
 from trtune.reports.terminal import render_table
 
@@ -142,6 +152,40 @@ def _node_row(node: NodeRow) -> tuple[str, ...]:
 def _bullets(title: str, lines: Sequence[str], style: str = "") -> Iterator[RenderableType]:
     if lines:
         yield titled(title, *(Text(f"• {line}", style=style) for line in lines))
+
+
+def engine(info: BuildInfo, *, every_node: bool = False) -> Iterator[RenderableType]:
+    """How an engine was built, where it runs, and what its nodes run in."""
+    where = near(info.path) if info.path else ""
+    yield Text.assemble((where, "bold"), f"  {info.backend}, {size_text(info.size_bytes)}")
+    versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
+    yield f"built in {seconds_text(info.seconds)} with {versions}"
+    known = {k: v for k, v in info.details.items() if isinstance(v, (str, int, float, list)) and v}
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in known.items()}
+    yield table_of(("", ""), list(shown.items()), text_columns=2)
+    amounts = Counter(info.precisions.values())
+    yield "runs in " + (", ".join(f"{p.upper()} ({n})" for p, n in amounts.items()) or DASH)
+    if every_node:
+        yield table_of(("node", "runs in"), list(info.precisions.items()), text_columns=2)
+    yield from _bullets("Not as planned", info.not_honoured, "yellow")
+    if info.reason:
+        yield f"It cannot run here: {info.reason}"
+
+
+def findings(
+    path: Path, found: Sequence[Finding], *, every: bool = False
+) -> Iterator[RenderableType]:
+    """What the linter says of a quantized model: a line a kind, or with `every` a row a node."""
+    blocking = sum(finding.blocks for finding in found)
+    repaired = sum(finding.repaired for finding in found)
+    total = plural(len(found), "finding")
+    yield f"{near(path)}: {total}, {repaired} repaired, {blocking} in the way"
+    if every:
+        columns = ("node", "kind", "severity", "found", "TensorRT", "remedy")
+        rows = [(f.node, f.kind, f.severity, f.found, f.tensorrt, f.remedy) for f in found]
+        yield table_of(columns, rows, text_columns=6)
+    else:
+        yield from _bullets("Findings", summary(found))
 
 
 def backend_table(found: Mapping[str, Usable]) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,40 +18,75 @@ from trtune.calibrate.cache import (
     save_table,
     sidecar_of,
 )
+from trtune.calibrating import CACHE_FILE
 from trtune.configs.errors import CacheError, InputError, ModelError
 from trtune.configs.files import write_text
 from trtune.configs.template import init_text
+from trtune.precision.backends.base import ENGINE_JSON, BuildInfo, read_engine_json
+from trtune.precision.backends.onnxruntime import MODEL_FILE
 from trtune.precision.graph import GraphView
 from trtune.precision.inspect import Inspection, inspect_model
-from trtune.precision.model import load_model
+from trtune.precision.lowering import lower_emulate
+from trtune.precision.migrate import Migrated, migrate_files, to_cache
+from trtune.precision.model import load_model, save_model
 from trtune.precision.plan import make_plan
+from trtune.precision.qat import (
+    import_quantized,
+    insert_file,
+    lint_model,
+    load_quantized,
+    strip_file,
+)
+from trtune.precision.qdq_findings import summary
+from trtune.precision.qdq_strip import Stripped
 
 if TYPE_CHECKING:
     from trtune.calibrate.outliers import DominantPicture
 
 PLAN_SUFFIXES = (".plan", ".engine", ".trt")
+FALLBACKS = ("fp32", "fp16", "bf16")
 
 
 def inspect(path: Path | str) -> Inspection:
     """What the ONNX file at `path` holds, and for every node what the untuned plan makes of it.
 
-    Raises ModelError if it cannot be read, or is an engine plan.
-
-    >>> inspect("resnet.engine")
-    Traceback (most recent call last):
-        ...
-    trtune.configs.errors.ModelError: resnet.engine: inspecting an engine plan needs the \
-TensorRT backends, which this version of trtune does not have; give the ONNX file
+    Of a model with Q/DQ the problems say also what TensorRT would not take of them. Raises
+    ModelError if it cannot be read.
     """
     path = Path(path)
-    if path.suffix in PLAN_SUFFIXES:
-        raise ModelError(
-            f"{path}: inspecting an engine plan needs the TensorRT backends, which this version of "
-            "trtune does not have; give the ONNX file"
-        )
-    model = load_model(path)
+    model, notes = load_quantized(path)
     plan = make_plan(GraphView.of(model))
-    return inspect_model(model, {name: (a.precision, a.reason) for name, a in plan.nodes.items()})
+    planned = {name: (a.precision, a.reason) for name, a in plan.nodes.items()}
+    found = inspect_model(model, planned)
+    if not found.quantize_nodes and not notes:
+        return found
+    return replace(found, problems=(*found.problems, *summary(lint_model(path))))
+
+
+def is_engine(path: Path | str) -> bool:
+    """Whether `path` is called as engine plans are."""
+    return Path(path).suffix in PLAN_SUFFIXES
+
+
+def inspect_engine(path: Path | str) -> BuildInfo:
+    """What stands beside the engine plan at `path` of how it was built and what it runs in.
+
+    Raises ModelError if there is no plan, or no engine.json that belongs to it: a plan itself tells
+    nothing without its TensorRT and its GPU.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    try:
+        info = read_engine_json(path.parent)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path}: a plan tells nothing by itself, and there is no {ENGINE_JSON} beside it that "
+            "can be read; build it with `trtune build`, or give the ONNX file"
+        ) from error
+    if info.path != path.parent / path.name:
+        raise ModelError(f"{path.parent / ENGINE_JSON} is about {info.path}, not about {path}")
+    return info
 
 
 def init_config(
@@ -94,6 +130,89 @@ def convert_cache(
     else:
         save_table(target, table, converted.header)
     return converted
+
+
+def strip_qdq(
+    model: Path | str,
+    target: Path | str,
+    cache: Path | str,
+    *,
+    requantize: bool = False,
+    overwrite: bool = False,
+) -> Stripped:
+    """Write the FP32 model in the quantized `model` to `target` and its scales to `cache`.
+
+    Raises ModelError if its quantization cannot be taken as it is, InputError if a file is there
+    already, unless `overwrite`.
+    """
+    target, cache = Path(target), Path(cache)
+    for path in (target, cache):
+        _may_write(path, overwrite=overwrite)
+    return strip_file(Path(model), target, cache, allow_requantize=requantize)
+
+
+def insert_qdq(
+    model: Path | str, cache: Path | str, target: Path | str, *, overwrite: bool = False
+) -> None:
+    """Write the FP32 `model` with the scales of `cache` as Q/DQ to `target`.
+
+    Raises ModelError or CacheError if they cannot be read or do not belong together.
+    """
+    _may_write(Path(target), overwrite=overwrite)
+    insert_file(Path(model), Path(cache), Path(target))
+
+
+def cache_from_qdq(
+    model: Path | str,
+    version: str,
+    target: Path | str,
+    *,
+    requantize: bool = False,
+    overwrite: bool = False,
+) -> tuple[Cache, tuple[str, ...]]:
+    """Write the scales in the Q/DQ of `model` as a cache of a TensorRT version.
+
+    Also gives the weighted nodes that TensorRT leaves in float with it.
+    """
+    wanted, target = parse_version(version), Path(target)
+    _may_write(target, overwrite=overwrite)
+    found = import_quantized(Path(model), allow_requantize=requantize)
+    cache, left = to_cache(GraphView.of(found.model), found.table, wanted)
+    write_text(target, dump_cache(cache))
+    sidecar_of(target).unlink(missing_ok=True)
+    return cache, left
+
+
+def migrate(
+    model: Path | str,
+    cache: Path | str,
+    folder: Path | str,
+    *,
+    pins: Path | str | None = None,
+    fallback: str = "fp32",
+    overwrite: bool = False,
+) -> Migrated:
+    """Write what `cache` and `pins` mean with explicit quantization into `folder`.
+
+    model.onnx holds the Q/DQ, plan.json the precisions with their reasons, calibration.cache the
+    scales that are used, report.md what was matched and what changes.
+    Raises InputError for files that cannot be read or do not fit.
+    """
+    model, cache, folder = Path(model), Path(cache), Path(folder)
+    if fallback not in FALLBACKS:
+        known = ", ".join(FALLBACKS)
+        raise InputError(f"--fallback {fallback!r} is none of {known}")
+    for name in (MODEL_FILE, "plan.json", "report.md", CACHE_FILE):
+        _may_write(folder / name, overwrite=overwrite)
+    loaded, found = migrate_files(model, cache, Path(pins) if pins else None, fallback=fallback)
+    save_model(
+        lower_emulate(loaded, found.plan, found.table), folder / MODEL_FILE, loaded.external_dir
+    )
+    write_text(folder / "plan.json", found.plan.to_json())
+    save_table(folder / CACHE_FILE, found.table)
+    lines = [f"# {Path(model).name} with the scales of {Path(cache).name}", ""]
+    write_text(folder / "report.md", "\n".join([*lines, *(f"- {x}" for x in found.lines()), ""]))
+    return found
 
 
 def dominant_pictures(run: Path) -> list[DominantPicture]:

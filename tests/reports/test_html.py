@@ -76,7 +76,7 @@ def test_one_file_with_every_part(record: RunRecord, layers: list[LayerRow]) -> 
         "Picture 321 sets the range of 45 tensors, up to 4457 times the median",
         "1 picture could not be read and was skipped: broken_17.png",
         "emulation of TensorRT arithmetic: its CPU time says nothing about speed",
-        "Pins not honoured by tensorrt (int8)",
+        "Not honoured by tensorrt (int8)",
         record.command,
         record.notes[0],
         record.hashes["model"],

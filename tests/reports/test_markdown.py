@@ -42,7 +42,7 @@ def test_the_report_has_every_part(record: RunRecord, layers: list[LayerRow]) ->
     text = report_markdown(record, layers)
     titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert titles == [
-        "Pins that were not honoured", "Notes", "Tuning", "Error per layer", "Calibration",
+        "Not honoured", "Notes", "Tuning", "Error per layer", "Calibration",
         "Every layer", "Reproduce",
     ]  # fmt: skip
     html = rendered(text)

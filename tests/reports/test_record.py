@@ -38,7 +38,7 @@ def test_run_json_has_the_keys_of_the_contract(record: RunRecord) -> None:
         "name", "backend", "value", "drop", "sqnr_db", "agreement", "latency_ms", "size_bytes",
         "nodes", "pinned", "not_honoured",
     } <= value["variants"][0].keys()  # fmt: skip
-    assert {"median", "p95", "runs", "batch"} == value["variants"][0]["latency_ms"].keys()
+    assert {"median", "p95", "runs", "batch"} <= value["variants"][0]["latency_ms"].keys()
     assert {"step", "pinned", "value", "builds", "seconds"} <= value["tuning"][0].keys()
 
 

@@ -108,7 +108,7 @@ def test_a_variant_that_could_not_run_gives_its_reason(record: RunRecord) -> Non
     table = result_table(record)
     assert column(record, "top-1")[-1] == "—³"
     assert table.footnotes[2] == "built, but there is no NVIDIA GPU here to run it"
-    assert column(record, "ignored pins") == ["—"] * 6 + ["1"]
+    assert column(record, "not honoured") == ["—"] * 6 + ["1"]
     assert column(record, "layers")[:3] == ["82 FP32", "82 INT8", "80 INT8 + 2 FP32"]
 
 
