@@ -33,13 +33,15 @@ def init_text(
     *,
     data_path: str = DATA_PATH,
     name: str | None = None,
+    default: str = "int8",
 ) -> str:
     """A commented config for the model at `model_path`, as text.
 
     `model_path` and `data_path` are written as given, so they are relative to where the text will
     be saved. `inputs` are `(name, shape, numpy dtype name)`; a str or None in a shape is a free
     dimension. One float or uint8 input of 1 or 3 channels reads pictures, anything else arrays.
-    `load_config` accepts the text once `data_path` is there.
+    `load_config` accepts the text once `data_path` is there. `default` is that of `precision`: qat
+    for a model that is quantized already.
     """
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(model_path).stem).strip("-._") or "model"
     picture = _as_picture(inputs)
@@ -63,7 +65,10 @@ def init_text(
         "  # evaluation: {skip: 256}        # what accuracy is measured on; without it, the same",
         *_SETTINGS,
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace(_DEFAULT, f"  default: {default:<24}", 1) + "\n"
+
+
+_DEFAULT = "  default: int8                    "
 
 
 _SETTINGS = (
@@ -73,8 +78,8 @@ _SETTINGS = (
     "  # cache: calibration.cache       # read this TensorRT cache instead of calibrating",
     "",
     "precision:",
-    "  default: int8                    # int8, fp16, bf16, fp32",
-    "  fallback: fp32                   # what is not int8: fp32, fp16",
+    f"{_DEFAULT}# int8, fp16, bf16, fp32, qat (Q/DQ in the model)",
+    "  fallback: fp32                   # what is not int8: fp32, fp16, bf16",
     '  # pin: {"conv_2": fp32, "op:Softmax": fp32, "re:.*/se/.*": fp16}',
     "  target: {metric: sqnr_db, min: 20}     # output against FP32; needs no labels",
     "  # target: {metric: top1, max_drop: 0.005}",

@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class Score:
     """The value of a plan (higher is better) and whether the target is met.
 
-    `cached` says that it was known already and nothing was built; `note` what else there is to
-    say, such as which of several runtimes missed.
+    `cached` says that it was known already, `builds` how many engines were built for it; `note`
+    what else there is to say, such as which of several runtimes missed.
     """
 
     value: float
@@ -25,6 +25,7 @@ class Score:
     sqnr_db: float | None = None
     cached: bool = False
     note: str = ""
+    builds: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from realdata import DATA, needs_data
 
+from trtune.configs.errors import ModelError
 from trtune.configs.load import load_config
 from trtune.pipeline import run
 from trtune.reports.record import RunRecord, Variant
@@ -102,3 +103,44 @@ def test_auto_and_few_pins_reach_the_target_on_mobilenet(
     assert record.status == "met"
     assert 1 <= len(tuned.pinned) <= 4
     assert tuned.not_honoured == []
+
+
+def test_a_qat_model_keeps_every_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = result("resnet20_cifar10_qat", tmp_path, monkeypatch, "data.evaluation.take=500")
+    original, imported = variant(record, "original"), variant(record, "qat")
+    assert record.status == "met"
+    assert imported.value == original.value
+    assert imported.sqnr_db == original.sqnr_db
+    assert imported.nodes == {"int8": 22, "fp16": 0, "fp32": 0}
+
+
+def test_tensorflows_uint8_is_refused_and_with_leave_made_symmetric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, few = "mobilenetv2_imagenet_qat_uint8", "data.evaluation.take=200"
+    with pytest.raises(ModelError, match="findings stand in the way") as failure:
+        result(name, tmp_path, monkeypatch, few, "precision.allow_requantize=false")
+    assert "allow_requantize: true" in str(failure.value)
+    record = result(name, tmp_path, monkeypatch, few)
+    original, imported = variant(record, "original"), variant(record, "qat")
+    assert original.value is not None
+    assert imported.value is not None
+    assert imported.value >= original.value - 0.01
+    assert imported.value != original.value or imported.sqnr_db != original.sqnr_db
+    assert record.notes
+
+
+def test_half_precision_keeps_the_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = result(
+        "mobilenetv2_cifar10",
+        tmp_path,
+        monkeypatch,
+        "data.evaluation.take=500",
+        "precision.default=fp16",
+        "precision.target={metric: top1, max_drop: 0.002}",
+    )
+    half = variant(record, "fp16")
+    assert record.status == "met"
+    assert half.nodes == {"int8": 0, "fp16": 53, "fp32": 0}
+    assert half.sqnr_db is not None
+    assert half.sqnr_db > 50

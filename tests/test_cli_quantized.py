@@ -158,3 +158,10 @@ class TestInspect:
         assert json.loads(invoke("inspect", "engine.plan", "--json").stdout)["size_bytes"] == 4
         Path("other.plan").write_bytes(b"plan")
         assert "not about other.plan" in invoke("inspect", "other.plan", status=2).stderr
+
+
+def test_init_takes_a_quantized_model_as_it_is(folder: Path) -> None:
+    invoke("init", "qat.onnx")
+    assert "default: qat" in Path("qat.yaml").read_text()
+    invoke("init", "float.onnx")
+    assert "default: int8" in Path("float.yaml").read_text()

@@ -294,6 +294,15 @@ SLOWLY = ("run", "c.yaml", "--set",
           "data.calibration={source: python, path: 'slow.py:batches', labels: null}")  # fmt: skip
 
 
+def test_several_runs_side_by_side_go_to_a_file(ran: Path) -> None:
+    (run,) = Path("runs").iterdir()
+    shown = invoke("report", run, run, "-o", "both.html").stdout
+    assert "side by side: both.html" in shown
+    assert Path("both.html").read_text().count(run.name.rpartition("-")[0]) >= 2
+    invoke("report", run, run, "-o", "both.md")
+    assert Path("both.md").read_text().startswith("#")
+
+
 class TestProgram:
     def test_what_a_users_function_prints_does_not_spoil_the_json(self, project: Path) -> None:
         done = start(project, *SLOWLY, "--json")

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import onnx
 import pytest
 from tinyproject import BOTH, config_of, job_of, write_project
 
+from trtune.calibrate.table import CalibrationTable
 from trtune.pipeline import run
+from trtune.precision.backends.base import BuildInfo, Candidate, Usable, write_engine_json
 from trtune.precision.backends.cuda import GpuTiming, Spread
+from trtune.precision.backends.onnxruntime import OrtEngine, make_session
+from trtune.precision.graph import save_model
+from trtune.precision.lowering import lower_emulate
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.record import Latency
 from trtune.reports.tables import read_layers
@@ -136,3 +145,95 @@ class TestBuildOnly:
             ("tuned", "tensorrt_rtx", None),
         ]
         assert record.tuning[0].sqnr_db is not None
+
+
+class OnGpu(OrtEngine):
+    """onnxruntime in the place of an engine that times itself."""
+
+    def latency(self, feeds: Mapping[str, Any], *, warmup: int, runs: int) -> GpuTiming:
+        assert self.infer(feeds)
+        return GpuTiming(Spread(2.0, 3.0, 4.0), None, 100.0, warmup, runs, graph=True)
+
+    def layer_times(self, feeds: Mapping[str, Any]) -> dict[str, float]:
+        return {"n_conv1 + n_relu1": 0.5, "Reformatting": 0.1}
+
+
+class Elsewhere:
+    """A backend that runs here and is not onnxruntime to the pipeline: all its models are built."""
+
+    name, lowering = "elsewhere", "emulate"
+    versions: Mapping[str, str] = MappingProxyType({"elsewhere": "1.0"})
+    settings: Mapping[str, Any] = MappingProxyType({"level": 3})
+
+    def __init__(self) -> None:
+        self.built: list[str] = []
+
+    def obstacle(self) -> str:
+        return ""
+
+    def doctor(self) -> Usable:
+        return Usable(True)
+
+    def build(self, candidate: Candidate, folder: Path) -> BuildInfo:
+        table = candidate.table or CalibrationTable({})
+        path = folder / "engine.plan"
+        save_model(lower_emulate(candidate.model, candidate.plan, table), path)
+        names = list(candidate.plan.nodes)
+        layer = {"Name": f"{names[0]} + {names[1]}", "LayerType": "Convolution"}
+        (folder / "layers.json").write_text(json.dumps({"Layers": [layer]}))
+        info = BuildInfo(
+            self.name, path, path.stat().st_size,
+            {n: candidate.plan.precision(n) for n in candidate.plan.compute_nodes},
+            versions=self.versions,
+            details={"settings": dict(self.settings), "command": "build it", "notes": ["a note"]},
+        )  # fmt: skip
+        write_engine_json(folder, info, candidate)
+        self.built.append(folder.name)
+        return info
+
+    def load(self, folder: Path) -> OnGpu:
+        return OnGpu(lambda: make_session(folder / "engine.plan"))
+
+
+class TestRunsHere:
+    """A backend with engines of its own that run: every variant is built, measured and timed."""
+
+    @pytest.fixture
+    def backend(self, monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
+        found = Elsewhere()
+        monkeypatch.setattr("trtune.job.backends_of", lambda config, model, progress: [found])
+        return found
+
+    def test_fp32_is_an_engine_too(self, tmp_path: Path, backend: Elsewhere) -> None:
+        folder = write_project(tmp_path)
+        config = config_of(
+            folder, "report.latency={warmup: 1, runs: 3}", "report.formats=[csv]",
+            "precision.pin={n_conv2: fp32}",
+        )  # fmt: skip
+        record = run(config, out=folder / "runs")
+        assert [v.name for v in record.variants] == ["fp32", "int8", "tuned"]
+        fp32, int8, tuned = record.variants
+        assert fp32.sqnr_db == float("inf")
+        assert int8.sqnr_db == tuned.sqnr_db
+        assert fp32.account == {"fp32": 3}
+        assert int8.account == {"int8": 2, "fp32": 1}
+        assert (int8.command, int8.notes) == ("build it", ["a note"])
+        for variant in record.variants:
+            assert variant.latency_ms is not None
+            assert (variant.latency_ms.median, variant.latency_ms.throughput) == (2.0, 100.0)
+            assert variant.latency_note is None
+        rows = {r.node: r for r in read_layers(next((folder / "runs").glob("*/layers.csv")))}
+        assert rows["n_conv1"].time_ms == 0.5
+        assert rows["n_conv2"].time_ms is None
+        assert rows["n_conv2"].runs_in == "elsewhere: fp32"
+
+    def test_the_second_run_builds_and_measures_nothing(
+        self, tmp_path: Path, backend: Elsewhere
+    ) -> None:
+        folder = write_project(tmp_path)
+        config = config_of(folder, "report.latency={warmup: 1, runs: 3}")
+        first = run(config, out=folder / "runs")
+        built = list(backend.built)
+        again = run(config, out=folder / "runs")
+        assert backend.built == built
+        assert again.variants == first.variants

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def layer_rows(job: Job, plan: PrecisionPlan) -> list[LayerRow]:
                 tensor=tensor,
                 amax=table.amax(tensor) if table is not None and known else None,
                 method=table.methods.get(tensor, "") if table is not None and known else "",
+                time_ms=job.layer_times.get(node.name),
                 **_accumulated(errors.accumulated.get(node.name)),
                 **_alone(errors.alone.get(node.name)),
             )
@@ -179,7 +181,7 @@ def tuning_steps(job: Job) -> list[TuningStep]:
             action=step.action,
             pinned=list(step.pinned),
             value=step.score.value,
-            builds=0 if step.score.cached else 1,
+            builds=step.score.builds,
             seconds=round(step.seconds, 3),
             sqnr_db=step.score.sqnr_db,
             met=step.score.met,
@@ -190,8 +192,8 @@ def tuning_steps(job: Job) -> list[TuningStep]:
     ]
 
 
-def run_record(job: Job, *, command: str, started: str, seconds: float) -> RunRecord:
-    """The record of a finished run."""
+def run_record(job: Job, *, command: str, started: str, began: float) -> RunRecord:
+    """The record of a run that began at `began` (of `time.perf_counter`) and ends here."""
     variants = make_variants(job)
     target = job.config.precision.target
     quantized = job.is_lowered
@@ -220,7 +222,7 @@ def run_record(job: Job, *, command: str, started: str, seconds: float) -> RunRe
         notes=_notes(job),
         command=command,
         started=started,
-        seconds=round(seconds, 3),
+        seconds=round(time.perf_counter() - began, 3),
         versions={
             **job.versions,
             "python": platform.python_version(),

@@ -119,7 +119,10 @@ def build(
     config: ConfigFile,
     backend: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Only this backend: onnxruntime, or onnxruntime/deploy."),
+        typer.Option(
+            metavar="NAME",
+            help="Only this backend: tensorrt_rtx, onnxruntime, onnxruntime/deploy, ...",
+        ),
     ] = None,
     overrides: Overrides = None,
     out: Out = RUNS,
@@ -155,26 +158,34 @@ def compare(
         terminal.result([row.model_dump() for row in rows], *show.layer_tables(rows), where)
 
 
-@app.command(epilog="Example: trtune report runs/a-1f2e3d runs/b-4c5b6a")
+@app.command(epilog="Example: trtune report runs/a-1f2e3d runs/b-4c5b6a -o both.html")
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run folders, or their run.json.")
     ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="All side by side in one .html or .md file."
+        ),
+    ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Write the reports of finished runs again from run.json; several are put side by side."""
     with session(verbose=verbose, as_json=as_json) as terminal:
-        from trtune import pipeline
+        from trtune import pipeline, show
         from trtune.reports.terminal import render_result, render_several
 
         folders = [path if path.is_dir() else path.parent for path in map(_existing, runs)]
-        records = pipeline.report(folders)
+        records = pipeline.report(folders, together=output)
         shown: list[Any] = []
         for folder, record in zip(folders, records, strict=True):
             shown += [render_result(record), _where_report_is(folder), ""]
         if len(records) > 1:
             shown.append(render_several(records))
+        if output is not None:
+            shown.append(f"side by side: {show.near(output)}")
         terminal.result(
             [record.model_dump(mode="json", by_alias=True) for record in records], *shown
         )

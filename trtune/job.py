@@ -72,6 +72,7 @@ class Job:
         self.backends = backends_of(config, lambda: self.model, progress)
         self.evaluations = Evaluations(self.folder)
         self.builds = 0
+        self.layer_times: dict[str, float] = {}
         self.reused_calibration = False
         write_text(self.folder / "config.yaml", dump_config(config))
 
@@ -471,7 +472,7 @@ class Job:
 
     def score(self, plan: PrecisionPlan) -> Score:
         """How `plan` does on the first backend, and whether the target holds on all of them."""
-        threshold, cached, note = self.threshold, True, ""
+        threshold, cached, note, before = self.threshold, True, "", self.builds
         first: Evaluation | None = None
         met = True
         for backend in self.judges:
@@ -486,7 +487,14 @@ class Job:
                 break
         assert first is not None
         value = self.value_of(first)
-        return Score(float("-inf") if value is None else value, met, first.sqnr_db, cached, note)
+        return Score(
+            float("-inf") if value is None else value,
+            met,
+            first.sqnr_db,
+            cached,
+            note,
+            self.builds - before,
+        )
 
     @cached_property
     def tuned(self) -> Tuned:

@@ -21,6 +21,8 @@ from trtune.configs.progress import Progress, silent
 from trtune.configs.schema import Config
 from trtune.job import Job, run_folder
 from trtune.precision.backends.base import BuildInfo
+from trtune.reports.html import several_html
+from trtune.reports.markdown import several_markdown
 from trtune.reports.record import LayerRow, RunRecord
 from trtune.reports.tables import read_layers, write_layers
 from trtune.reports.writer import read_record, write_report
@@ -64,8 +66,7 @@ def run_record_of(job: Job, command: str, started: str, began: float) -> RunReco
     _ = job.tuned
     write_text(job.folder / "plan.json", job.tuned.plan.to_json())
     write_stage(job.folder, "tune", job.tuning_key, {"done": True})
-    seconds = time.perf_counter() - began
-    return run_record(job, command=command, started=started, seconds=seconds)
+    return run_record(job, command=command, started=started, began=began)
 
 
 def _prepared(config: Config, out: Path | str, progress: Progress) -> Job:
@@ -154,11 +155,15 @@ def tune(
 
 
 def report(
-    runs: Sequence[Path | str], *, formats: Sequence[str] = ("md", "html")
+    runs: Sequence[Path | str],
+    *,
+    formats: Sequence[str] = ("md", "html"),
+    together: Path | str | None = None,
 ) -> list[RunRecord]:
     """Render the reports of finished runs again, from `run.json` and `layers.csv` alone.
 
-    `runs` are run folders or their run.json. Raises DataError for one that is not.
+    `runs` are run folders or their run.json. `together` is a file for all of them side by side,
+    Markdown if it ends in .md, else HTML. Raises DataError for a run that is none.
 
     >>> report(["runs/mobilenet-0123456789"])[0].status     # doctest: +SKIP
     """
@@ -170,4 +175,7 @@ def report(
         rows = read_layers(layers) if layers.is_file() else []
         write_report(folder, record, rows, formats=tuple(formats))
         records.append(record)
+    if together is not None:
+        draw = several_markdown if Path(together).suffix == ".md" else several_html
+        write_text(Path(together), draw(records))
     return records

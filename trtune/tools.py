@@ -28,7 +28,7 @@ from trtune.precision.graph import GraphView
 from trtune.precision.inspect import Inspection, inspect_model
 from trtune.precision.lowering import lower_emulate
 from trtune.precision.migrate import Migrated, migrate_files, to_cache
-from trtune.precision.model import load_model, save_model
+from trtune.precision.model import save_model
 from trtune.precision.plan import make_plan
 from trtune.precision.qat import (
     import_quantized,
@@ -101,8 +101,11 @@ def init_config(
     model = Path(model)
     target = Path(f"{model.stem}.yaml") if config is None else Path(config)
     _may_write(target, overwrite=overwrite)
-    inputs = [(spec.name, spec.shape, spec.dtype) for spec in load_model(model).inputs]
-    write_text(target, init_text(_seen_from(model, target.parent), inputs))
+    loaded, _ = load_quantized(model)
+    inputs = [(spec.name, spec.shape, spec.dtype) for spec in loaded.inputs]
+    quantized = any(node.op_type == "QuantizeLinear" for node in loaded.proto.graph.node)
+    seen = _seen_from(model, target.parent)
+    write_text(target, init_text(seen, inputs, default="qat" if quantized else "int8"))
     return target
 
 

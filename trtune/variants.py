@@ -15,7 +15,10 @@ from trtune.inputs import first_batch, repeat_to
 from trtune.job import Job
 from trtune.precision.backends.base import UNKNOWN, Backend, BuildInfo, device_name
 from trtune.precision.backends.cuda import GpuTiming
+from trtune.precision.backends.inspector import parse_layers
+from trtune.precision.backends.layertimes import node_times
 from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
+from trtune.precision.backends.tensorrt import LAYERS_FILE
 from trtune.precision.normalise import tensor_bytes
 from trtune.precision.plan import PrecisionPlan
 from trtune.reports.accuracy import Evaluation
@@ -33,6 +36,9 @@ class TimesItself(Protocol):
 
     def latency(self, feeds: Mapping[str, NDArray[Any]], *, warmup: int, runs: int) -> GpuTiming:
         """The times of one inference on `feeds`."""
+
+    def layer_times(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+        """Milliseconds of each of the engine's layers."""
 
 
 def make_variants(job: Job) -> list[Variant]:
@@ -179,17 +185,21 @@ def latencies_of(
         **backend.versions,
     }
     kept = read_stage(job.folder, stage, key)
-    if kept is not None:
-        return {name: Latency(**latency) for name, latency in kept.items()}
-    found = _measured_latencies(job, backend, infos, section)
-    write_stage(job.folder, stage, key, {name: found[name].model_dump() for name in found})
-    return found
+    if kept is None:
+        found, layers = _measured_latencies(job, backend, infos, section)
+        kept = {"models": {n: found[n].model_dump() for n in found}, "layers": layers}
+        write_stage(job.folder, stage, key, kept)
+    job.layer_times.update(kept["layers"])
+    return {name: Latency(**latency) for name, latency in kept["models"].items()}
 
 
 def _measured_latencies(
     job: Job, backend: Backend, infos: Mapping[str, BuildInfo], section: LatencySection
-) -> dict[str, Latency]:
-    """Measured in turn, so that what else the machine does hits all alike; on a GPU by events."""
+) -> tuple[dict[str, Latency], dict[str, float]]:
+    """Latencies of the models, and milliseconds of the tuned one's nodes where an engine tells.
+
+    Measured in turn, so that what else the machine does hits all alike; on a GPU by events.
+    """
     size = job.fixed_batch or section.batch
     feeds = repeat_to(first_batch(job.sources[1], "data.evaluation"), size)
     proto, external = job.model.proto, job.model.external_dir
@@ -204,19 +214,32 @@ def _measured_latencies(
             if info.path is not None:
                 engines[name] = stack.enter_context(backend.load(info.path.parent))
         if all(isinstance(engine, TimesItself) for engine in engines.values()):
-            return {
-                name: on_gpu(
-                    engine.latency(feeds, warmup=section.warmup, runs=section.runs), batch=size
-                )
+            times = {
+                name: engine.latency(feeds, warmup=section.warmup, runs=section.runs)
                 for name, engine in engines.items()
             }
-        return measure_together(
+            layers = _node_times(job, infos[TUNED], engines[TUNED], feeds)
+            return {name: on_gpu(each, batch=size) for name, each in times.items()}, layers
+        found = measure_together(
             {name: _call(engine, feeds) for name, engine in engines.items()},
             warmup=section.warmup,
             runs=section.runs,
             batch=size,
             progress=job.progress,
         )
+        return found, {}
+
+
+def _node_times(
+    job: Job, info: BuildInfo, engine: TimesItself, feeds: Mapping[str, NDArray[Any]]
+) -> dict[str, float]:
+    """Milliseconds of each node, if the build left an account of the engine's layers."""
+    layers = None if info.path is None else info.path.with_name(LAYERS_FILE)
+    if layers is None or not layers.is_file():
+        return {}
+    names = [node.name for node in job.view.nodes]
+    account = parse_layers(layers.read_text(encoding="utf-8"), frozenset(names))
+    return node_times(engine.layer_times(feeds), account, names)[0]
 
 
 def on_gpu(timing: GpuTiming, *, batch: int) -> Latency:
