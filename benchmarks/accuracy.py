@@ -39,7 +39,11 @@ FLOAT = (
     *("resnet20_cifar10", "mobilenetv2_cifar10", "efficientnet_b0_cifar10", "vit_cifar10"),
     *("mobilenetv2_imagenet", "squeezenet1.1_imagenet"),
 )
-FP16 = ("precision.default=fp16", "precision.target={metric: top1, max_drop: 0.002}")
+FP16 = (
+    "precision.default=fp16",
+    "precision.target={metric: top1, max_drop: 0.002}",
+    "backends=[{name: onnxruntime}]",
+)
 HALF_AROUND = ("precision.fallback=fp16",)
 
 CASES = (

@@ -162,7 +162,7 @@ class DataSet(Section):
         return self
 
 
-_ALWAYS_INHERITED = ("batch", "preprocess", "on_error")
+_ALWAYS_INHERITED = ("batch", "preprocess", "label_offset", "on_error")
 _INHERITED_WITH_SOURCE = ("path", "inputs")
 
 
@@ -171,7 +171,8 @@ def inherit(evaluation: Mapping[str, Any], calibration: Mapping[str, Any]) -> di
 
     Never take, skip, sample and seed: they say which pictures. What belongs to one source or one
     path is not carried to another: labels of pictures and idx (a file) and args of a function
-    stay behind when `path` differs, all but batch, preprocess and on_error when `source` does.
+    stay behind when `path` differs, all but batch, preprocess, label_offset and on_error when
+    `source` does.
     """
     keys = list(_ALWAYS_INHERITED)
     source = calibration.get("source")

@@ -93,6 +93,7 @@ LAYER_COLUMNS = (
     LayerColumn("method", "method"),
     LayerColumn("alone", "alone_sqnr_db", decibels),
     LayerColumn("accumulated", "accumulated_sqnr_db", decibels),
+    LayerColumn("runtime", "runtime_sqnr_db", decibels),
     LayerColumn("ms", "time_ms", number),
 )
 

@@ -15,6 +15,7 @@ import pytest
 from tinyproject import BOTH, config_of, job_of, write_project
 
 from trtune.calibrate.table import CalibrationTable
+from trtune.configs.errors import TrtuneError
 from trtune.pipeline import run
 from trtune.precision.backends.base import BuildInfo, Candidate, Usable, write_engine_json
 from trtune.precision.backends.cuda import GpuTiming, Spread
@@ -226,6 +227,19 @@ class TestRunsHere:
         assert rows["n_conv1"].time_ms == 0.5
         assert rows["n_conv2"].time_ms is None
         assert rows["n_conv2"].runs_in == "elsewhere: fp32"
+        assert rows["n_logits"].runtime_sqnr_db == float("inf")  # onnxruntime against itself
+        assert rows["n_logits"].runtime.startswith("elsewhere, ")
+
+    def test_an_engine_that_differs_in_fp32_already_stops_the_run(
+        self, tmp_path: Path, backend: Elsewhere, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = write_project(tmp_path)
+        infer = OnGpu.infer
+        monkeypatch.setattr(
+            OnGpu, "infer", lambda self, feeds: {n: 1.1 * y for n, y in infer(self, feeds).items()}
+        )
+        with pytest.raises(TrtuneError, match="logits"):
+            run(config_of(folder), out=folder / "runs")
 
     def test_the_second_run_builds_and_measures_nothing(
         self, tmp_path: Path, backend: Elsewhere

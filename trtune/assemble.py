@@ -8,12 +8,14 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from trtune.calibrate.histogram import Histogram, bin_edges
 from trtune.calibrate.outliers import dominant, outliers
 from trtune.job import Job, run_key
+from trtune.precision.engine_compare import inner_kind
 from trtune.precision.halves import flushed_weights
 from trtune.precision.metrics import ErrorSums
 from trtune.precision.placement import place, shared_ranges
@@ -45,6 +47,9 @@ def layer_rows(job: Job, plan: PrecisionPlan) -> list[LayerRow]:
         for edge in edges
     }
     account = runtime_account(job, plan)
+    engine = next(iter(job.engines), None)
+    runtime = job.runtime_errors(engine, plan) if engine else {}
+    how = f"{engine.name}, {inner_kind(engine)}" if engine else ""
     rows = []
     for node in view.nodes:
         assignment = plan.nodes[node.name]
@@ -69,6 +74,7 @@ def layer_rows(job: Job, plan: PrecisionPlan) -> list[LayerRow]:
                 time_ms=job.layer_times.get(node.name),
                 **_accumulated(errors.accumulated.get(node.name)),
                 **_alone(errors.alone.get(node.name)),
+                **_runtime(runtime.get(node.name), how),
             )
         )
     return rows
@@ -84,7 +90,7 @@ def runtime_account(job: Job, plan: PrecisionPlan) -> dict[str, dict[str, str]]:
     return found
 
 
-def _accumulated(sums: ErrorSums | None) -> dict[str, float | None]:
+def _accumulated(sums: ErrorSums | None) -> dict[str, Any]:
     if sums is None:
         return {}
     return {
@@ -96,13 +102,24 @@ def _accumulated(sums: ErrorSums | None) -> dict[str, float | None]:
     }
 
 
-def _alone(sums: ErrorSums | None) -> dict[str, float | None]:
+def _alone(sums: ErrorSums | None) -> dict[str, Any]:
     if sums is None:
         return {}
     return {
         "alone_sqnr_db": sums.sqnr_db,
         "alone_cosine": sums.cosine,
         "alone_relative_l2": sums.relative_l2,
+    }
+
+
+def _runtime(sums: ErrorSums | None, how: str) -> dict[str, Any]:
+    if sums is None:
+        return {}
+    return {
+        "runtime": how,
+        "runtime_sqnr_db": sums.sqnr_db,
+        "runtime_relative_l2": sums.relative_l2,
+        "runtime_max_abs": sums.max_abs,
     }
 
 

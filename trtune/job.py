@@ -25,7 +25,14 @@ from trtune.configs.schema import Config
 from trtune.datasets.batches import BatchSource
 from trtune.datasets.holdout import hold_out
 from trtune.inputs import backends_of, check_data, check_precisions, open_data
-from trtune.layers import LayerErrors, accumulated_errors, errors_alone, kept_sums
+from trtune.layers import (
+    LayerErrors,
+    accumulated_errors,
+    engine_errors,
+    errors_alone,
+    gate_errors,
+    kept_sums,
+)
 from trtune.precision.backends.base import Backend, BuildInfo, Candidate, reusable
 from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
 from trtune.precision.calibration import Calibrated, without_zero_ranges
@@ -195,6 +202,11 @@ class Job:
         """Whether anything in the untuned plan is not FP32."""
         return bool(self.untuned.int8_nodes or self.untuned.halves)
 
+    @property
+    def engines(self) -> list[Backend]:
+        """The backends that run here and are not onnxruntime."""
+        return [b for b in self.judges if not isinstance(b, OnnxruntimeBackend)]
+
     @cached_property
     def lowerings(self) -> tuple[str, ...]:
         """The lowerings that the config's backends use."""
@@ -302,6 +314,54 @@ class Job:
             )
 
         return kept_sums(self.folder, "alone", key, measure)
+
+    def gate_engine(self, backend: Backend) -> dict[str, ErrorSums]:
+        """Errors of the FP32 engine against onnxruntime; TrtuneError if it is another network."""
+        folder = self.engine_folder(backend, "fp32")
+
+        def measure() -> dict[str, ErrorSums]:
+            self.build(backend, self.fp32_plan, folder)
+            return gate_errors(
+                self.model,
+                backend,
+                folder,
+                self.sources[1],
+                pictures=self.config.compare.pictures,
+            )
+
+        key = self._compared_on(backend, self.fp32_plan)
+        return kept_sums(self.folder, f"gate-{backend.name.replace('/', '-')}", key, measure)
+
+    def runtime_errors(self, backend: Backend, plan: PrecisionPlan) -> dict[str, ErrorSums]:
+        """By node, the engine for `plan` against its Q/DQ model in onnxruntime."""
+        folder, section = self.engine_folder(backend), self.config.compare
+
+        def measure() -> dict[str, ErrorSums]:
+            self.build(backend, plan, folder)
+            return engine_errors(
+                self.candidate(plan),
+                self.view,
+                backend,
+                folder,
+                self.sources[1],
+                scratch=self.folder / ".compare",
+                pictures=section.pictures,
+                memory=section.memory,
+                progress=self.progress,
+            )
+
+        key = self._compared_on(backend, plan)
+        return kept_sums(self.folder, f"runtime-{backend.name.replace('/', '-')}", key, measure)
+
+    def _compared_on(self, backend: Backend, plan: PrecisionPlan) -> dict[str, Any]:
+        return {
+            **{k: self.hashes[k] for k in ("model", "evaluation_data")},
+            "candidate": self.candidate(plan).key,
+            "pictures": self.config.compare.pictures,
+            "settings": dict(backend.settings),
+            **self.versions,
+            **backend.versions,
+        }
 
     @cached_property
     def ranking(self) -> list[tuple[str, str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,22 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch
 from trtune.datasets.holdout import join
-from trtune.precision.backends.base import Candidate
+from trtune.precision.backends.base import Backend, Candidate
+from trtune.precision.backends.onnxruntime import OrtEngine, make_session
 from trtune.precision.calibration import PICTURES_AT_ONCE, alone_on
 from trtune.precision.compare import compare_layers
 from trtune.precision.emulation import in_float32
+from trtune.precision.engine_compare import (
+    engine_gate,
+    gate_limits,
+    opens_inner,
+    runtime_errors,
+)
 from trtune.precision.graph import GraphView
 from trtune.precision.halfalone import half_alone_errors, half_nodes
 from trtune.precision.lowering import lower_emulate
 from trtune.precision.metrics import ErrorSums
+from trtune.precision.model import Model
 from trtune.precision.placement import place
 from trtune.precision.sensitivity import alone_errors
 from trtune.store import read_stage, write_stage
@@ -49,6 +58,12 @@ def sums_dict(sums: ErrorSums) -> dict[str, Any]:
     return {name: getattr(sums, name) for name in sums.__slots__}
 
 
+def compared_tensors(view: GraphView) -> dict[str, str]:
+    """The first output of every node that does not compute shapes, and the node's name."""
+    nodes = [node for node in view.nodes if node.name not in view.shape_nodes]
+    return {node.output[0]: node.name for node in nodes if node.output and node.output[0]}
+
+
 def accumulated_errors(
     candidate: Candidate,
     view: GraphView,
@@ -59,8 +74,7 @@ def accumulated_errors(
     progress: Progress,
 ) -> dict[str, ErrorSums]:
     """Error of every node's first output in the emulated network, over the first `pictures`."""
-    nodes = [node for node in view.nodes if node.name not in view.shape_nodes]
-    tensors = {node.output[0]: node.name for node in nodes if node.output and node.output[0]}
+    tensors = compared_tensors(view)
     table = candidate.table or CalibrationTable({})
     errors = compare_layers(
         candidate.model.proto,
@@ -73,6 +87,69 @@ def accumulated_errors(
         progress=progress,
     )
     return {tensors[t]: sums for t, sums in errors.errors.items()}
+
+
+def gate_errors(
+    model: Model, backend: Backend, folder: Path, source: BatchSource, *, pictures: int
+) -> dict[str, ErrorSums]:
+    """Errors of the FP32 engine that `backend` built in `folder` against onnxruntime, by output.
+
+    Raises TrtuneError if it is not the FP32 model.
+    """
+    limit, noise = gate_limits(backend.settings)
+    reference = OrtEngine(lambda: make_session(model.proto, external_dir=model.external_dir))
+    with reference as exact, backend.load(folder) as engine:
+        return engine_gate(
+            exact,
+            engine,
+            source,
+            pictures=pictures,
+            backend=backend.name,
+            limit=limit,
+            noise=noise,
+        )
+
+
+def engine_errors(
+    candidate: Candidate,
+    view: GraphView,
+    backend: Backend,
+    folder: Path,
+    source: BatchSource,
+    *,
+    scratch: Path,
+    pictures: int,
+    memory: int,
+    progress: Progress,
+) -> dict[str, ErrorSums]:
+    """Error of every node's first output in the engine against the emulated network.
+
+    `folder` holds the engine of `candidate`; those that show inner tensors are built in `scratch`,
+    which is removed. Nodes whose output is inside a fused layer of the engine are left out.
+    """
+    table = candidate.table or CalibrationTable({})
+    proto = in_float32(lower_emulate(candidate.model, candidate.plan, table))
+    made = {name for node in proto.graph.node for name in node.output}
+    tensors = {t: node for t, node in compared_tensors(view).items() if t in made}
+
+    def reference(marked: Sequence[str]) -> OrtEngine:
+        where = candidate.model.external_dir
+        return OrtEngine(lambda: make_session(proto, outputs=marked, external_dir=where))
+
+    try:
+        found = runtime_errors(
+            reference,
+            backend.load(folder),
+            opens_inner(backend, candidate, scratch),
+            list(tensors),
+            source,
+            pictures=pictures,
+            memory=memory,
+            progress=progress,
+        )
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {tensors[name]: sums for name, sums in found.errors.items() if name in tensors}
 
 
 def errors_alone(

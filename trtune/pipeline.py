@@ -62,6 +62,8 @@ def run(
 def run_record_of(job: Job, command: str, started: str, began: float) -> RunRecord:
     """Do the stages in the order that shows what is wrong soonest, and keep the plan."""
     _ = job.baseline  # labels that do not fit show here, before calibration
+    for backend in job.engines:
+        job.gate_engine(backend)
     _ = job.layers
     _ = job.tuned
     write_text(job.folder / "plan.json", job.tuned.plan.to_json())

@@ -17,7 +17,7 @@ from trtune.configs.files import hash_json, write_json
 log = logging.getLogger(__name__)
 
 STAGES = "stages"
-LEFTOVERS = (".tuning", ".writing-*", ".building-*")
+LEFTOVERS = (".tuning", ".compare", ".writing-*", ".building-*")
 """Folders of half-done work, which only a process that was killed leaves behind."""
 
 

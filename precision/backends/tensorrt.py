@@ -51,11 +51,13 @@ from trtune.precision.backends.trtbuild import (
     Settings,
     add_profile,
     build_failure,
+    can_show_unfused,
     configure,
     create_network,
     make_builder,
     make_logger,
     parse_model,
+    show_unfused,
 )
 from trtune.precision.backends.trtcommand import strong_options, trtexec_command, weak_options
 from trtune.precision.backends.trtplan import Cuda, check_plan, gpu_facts
@@ -76,6 +78,8 @@ MODEL_FILE = "model.onnx"
 LAYERS_FILE = "layers.json"
 LOG_FILE = "build.log"
 CACHE_FILE = "calibration.cache"
+DEBUG_TENSORS = "debug tensors"
+"""What `marked` is in the engine.json of an engine that shows what fusion left whole."""
 
 
 @dataclass(slots=True)
@@ -95,6 +99,7 @@ class _Build:
     options: tuple[str, ...] = ()
     calibrator: Calibrator | None = None
     pinned: bool = False
+    debug: bool = False
 
     def note(self, text: str) -> None:
         """Tell the user, the engine's record and the log."""
@@ -168,11 +173,35 @@ class TensorRTBackend:
 
         Raises TrtuneError if that is impossible: build.log then holds TensorRT's words.
         """
+        return self._built(candidate, folder, debug=False)
+
+    @property
+    def shows_unfused(self) -> bool:
+        """Whether `build_for_comparison` works: from TensorRT 10.11 on."""
+        return can_show_unfused(self._load_module())
+
+    def build_for_comparison(self, candidate: Candidate, folder: Path) -> BuildInfo:
+        """`build`, but of an engine whose `debug_tensors` gives what fusion left whole.
+
+        It is for looking into: accuracy and latency are those of the engine that `build` makes.
+        engine.json says so (`marked`, also in the settings, so that nothing else reuses it).
+
+        Raises what `build` raises, and TrtuneError before TensorRT 10.11.
+        """
+        trt = self._load_module()
+        if not can_show_unfused(trt):
+            raise TrtuneError(
+                f"TensorRT {trt.__version__} cannot show inner tensors: that came with 10.11. "
+                "Mark them as outputs instead"
+            )
+        return self._built(candidate, folder, debug=True)
+
+    def _built(self, candidate: Candidate, folder: Path, *, debug: bool) -> BuildInfo:
         start = time.perf_counter()
         trt = self._load_module()
         profiles = make_profiles(candidate.model.inputs, self._shapes, batch=self._batch)
         typed_weakly = is_weak(trt, self._settings, candidate)
-        work = _Build(trt, candidate, folder, self._settings, profiles)
+        work = _Build(trt, candidate, folder, self._settings, profiles, debug=debug)
         for text in carried_over(trt, self._settings, candidate, weakly=typed_weakly):
             work.note(text)
         for name in (ENGINE_JSON, PLAN_FILE, CACHE_FILE, LAYERS_FILE):
@@ -200,6 +229,8 @@ class TensorRTBackend:
         network = create_network(trt, builder, strongly_typed=not typed_weakly)
         model = _lowered(work, typed_weakly)
         parse_model(trt, network, logger, model, work.candidate.model.opset)
+        if work.debug:
+            show_unfused(trt, network)
         config = builder.create_builder_config()
         for text in configure(trt, builder, config, settings):
             work.note(text)
@@ -275,9 +306,10 @@ class TensorRTBackend:
         path = work.folder / PLAN_FILE
         found = parse_layers(layers, frozenset(work.planned))
         precisions = node_precisions(found, tuple(work.planned))
+        marked = {"marked": DEBUG_TENSORS} if work.debug else {}
         work.details.update(
             typing="weak" if typed_weakly else "strong",
-            settings=self.settings,
+            settings={**self.settings, **marked},
             profiles={name: profile.to_json() for name, profile in work.profiles.items()},
             command=trtexec_command(
                 Path(MODEL_FILE),
@@ -287,6 +319,7 @@ class TensorRTBackend:
                 typing=work.options,
             ),
             notes=work.notes,
+            **marked,
             **gpu_facts(self._cuda.find(self._settings.device)),
         )
         info = BuildInfo(

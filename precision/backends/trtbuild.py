@@ -144,6 +144,23 @@ def parse_model(trt: Any, network: Any, logger: Any, path: Path, opset: int) -> 
     )
 
 
+def can_show_unfused(trt: Any) -> bool:
+    """Whether this version can show inner tensors without keeping layers apart: from 10.11 on."""
+    return hasattr(trt.INetworkDefinition, "mark_unfused_tensors_as_debug_tensors")
+
+
+def show_unfused(trt: Any, network: Any) -> None:
+    """Let the engine of `network` show every tensor that fusion leaves whole.
+
+    Raises TrtuneError if TensorRT refuses.
+    """
+    if not network.mark_unfused_tensors_as_debug_tensors():
+        raise TrtuneError(
+            f"TensorRT {trt.__version__} refuses to show the inner tensors of this network; "
+            "build.log holds what it said"
+        )
+
+
 def configure(trt: Any, builder: Any, config: Any, settings: Settings) -> list[str]:
     """Put `settings` into a builder config, but for profiles and the timing cache.
 
