@@ -39,7 +39,10 @@ endef
 demo:
 	$(call install,examples)
 	@test -f $(DIGITS)/data/calibration.npz && test -f $(DIGITS)/data/test.npz || $(BIN)/python $(DIGITS)/prepare.py
-	$(BIN)/trtune run $(DIGITS)/digits.yaml --out runs
+	@if $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("tensorrt_rtx"))'; \
+	then set -x; $(BIN)/trtune run $(DIGITS)/digits.yaml --out runs; \
+	else echo 'TensorRT-RTX has no package for this machine: onnxruntime alone'; \
+	  $(BIN)/trtune run $(DIGITS)/digits.yaml --out runs --set 'backends=[{name: onnxruntime}]'; fi
 
 # Bare pytest: `python -m pytest` would put the root, and with it a top-level `datasets`, on the path.
 test:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from typer.testing import CliRunner, Result
 
 from trtune.calibrate.cache import dump_cache, load_table, read_cache
 from trtune.cli import app
+from trtune.precision.backends.base import Candidate
+from trtune.precision.backends.rtx import RtxBackend
+from trtune.precision.migrate import migrate_files
 
 
 def invoke(*args: object, status: int = 0) -> Result:
@@ -113,6 +117,18 @@ class TestMigrate:
         assert "pin n_conv2:fp32" in report
         assert read_cache(Path("m/calibration.cache")).scales["input"] == np.float32(0.01)
         assert "relu3" in result.stdout
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+    def test_what_it_carries_over_is_built_as_planned(self, cache: Path, tmp_path: Path) -> None:
+        pins = tmp_path / "layers.txt"
+        pins.write_text("--layerPrecisions=n_conv2:fp32")
+        model, found = migrate_files(Path("float.onnx"), cache, pins)
+        backend = RtxBackend(compute_capabilities=("8.9",))
+        info = backend.build(Candidate(model, found.plan, found.table), tmp_path / "engine")
+        nodes = found.plan.compute_nodes
+        assert {n: info.precisions[n] for n in nodes} == {n: found.plan.precision(n) for n in nodes}
+        assert info.not_honoured == ()
 
     def test_as_json(self, cache: Path) -> None:
         result = invoke("migrate", "--cache", cache, "--model", "float.onnx", "--json")
