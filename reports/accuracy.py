@@ -159,9 +159,9 @@ def evaluate(
     compared with the reference; without it the first output is scored and all are compared.
     Sums are float64; memory does not depend on the number of samples.
 
-    Raises DataError if labels are missing or not a class of the model, or the source is empty;
-    ModelError if the output is missing or is not class scores where they are needed; TrtuneError
-    if the reference's outputs are not finite; ValueError if `metric` is unknown, or needs a
+    Raises DataError if labels are missing or not a class of the model, if the source is empty, or
+    if the reference's outputs are not finite, naming the item; ModelError if the output is missing
+    or is not class scores where they are needed; ValueError if `metric` is unknown, or needs a
     reference and there is none.
     """
     if isinstance(metric, str) and metric not in METRICS:
@@ -299,7 +299,7 @@ def _compare(
             sums = sums.add(expected[name], outputs[name])
         except NotFiniteError as error:
             item = batch.items[error.index * len(batch) // expected[name].size]
-            raise TrtuneError(
+            raise DataError(
                 f"the FP32 model's output {name!r} holds {error.value} for {item!r}; nothing can "
                 "be compared with that. Check that item and the model"
             ) from error
