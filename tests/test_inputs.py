@@ -22,7 +22,9 @@ from trtune.inputs import (
     first_batch,
     open_data,
     repeat_to,
+    require_usable,
 )
+from trtune.pipeline import build, calibrate, compare, run
 from trtune.precision.backends.rtx import RtxBackend
 from trtune.precision.model import Model, load_model
 
@@ -168,12 +170,14 @@ class TestBackends:
     @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
     def test_one_that_is_not_installed_is_refused_with_the_command(self, project: Path) -> None:
         config = config_of(project, "backends=[{name: onnxruntime}, {name: tensorrt}]")
+        backends = backends_of(config, nowhere, silent)
         with pytest.raises(ConfigError) as failure:
-            backends_of(config, nowhere, silent)
+            require_usable(backends)
         text = str(failure.value)
-        assert text.startswith("backends.1 (tensorrt) does not work here: ")
+        assert text.startswith("backend 'tensorrt' does not work here: ")
         assert "pip install 'trtune[trt10]'" in text
-        assert text.endswith("or take this backend out of the config")
+        assert text.endswith("or take it out of the config")
+        assert "TensorRT" in backends[1].obstacle()
 
 
 class TestPrecisions:
@@ -227,3 +231,15 @@ def test_repeat_to(size: int, rows: list[int]) -> None:
     feeds = repeat_to(batch, size)
     np.testing.assert_array_equal(feeds["x"], batch.feeds["x"][rows])
     assert feeds["x"].flags.c_contiguous
+
+
+@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_what_is_not_installed_is_needed_only_to_build(project: Path) -> None:
+    config = config_of(project, "backends=[{name: onnxruntime}, {name: tensorrt}]")
+    assert calibrate(config, out=project / "runs").scales
+    assert compare(config, out=project / "runs")
+    build(config, out=project / "runs", backend="onnxruntime")
+    with pytest.raises(ConfigError, match="'tensorrt' does not work here"):
+        build(config, out=project / "runs")
+    with pytest.raises(ConfigError, match="'tensorrt' does not work here"):
+        run(config, out=project / "runs")

@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import numpy as np
 
 from trtune.calibrate.histogram import Histogram, bin_edges
 from trtune.calibrate.outliers import dominant, outliers
+from trtune.configs.errors import TrtuneError
 from trtune.job import Job, run_key
+from trtune.precision.backends.base import ENGINE_JSON
 from trtune.precision.engine_compare import inner_kind
 from trtune.precision.halves import flushed_weights
 from trtune.precision.metrics import ErrorSums
@@ -84,9 +87,13 @@ def runtime_account(job: Job, plan: PrecisionPlan) -> dict[str, dict[str, str]]:
     """Backend -> node -> what it runs in, as the runtime that built `plan` tells it."""
     found = {}
     for backend in job.backends:
-        info = job.built(backend, plan, job.engine_folder(backend))
-        if info is not None and not is_emulation(backend):
-            found[backend.name] = dict(info.precisions)
+        folder = job.engine_folder(backend)
+        if is_emulation(backend) or not (folder / ENGINE_JSON).is_file():
+            continue
+        with suppress(TrtuneError):  # without its runtime nobody can say that it is current
+            info = job.built(backend, plan, folder)
+            if info is not None:
+                found[backend.name] = dict(info.precisions)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,11 @@ def check_data(
 def backends_of(config: Config, model: Callable[[], Model], progress: Progress) -> list[Backend]:
     """The backends that the config lists; `model` gives the model when data has to be opened.
 
-    Raises ConfigError for one that does not work on this machine, before anything is computed.
+    Raises ConfigError for settings that one cannot have. Whether it works here: `require_usable`.
     """
     shapes = {name: shape.model_dump() for name, shape in config.model.shapes.items()}
     backends: list[Backend] = []
-    for index, section in enumerate(config.backends):
+    for section in config.backends:
         backend: Backend
         if section.name == "onnxruntime":
             backend = OnnxruntimeBackend(section.lowering, threads=section.threads)
@@ -106,15 +106,20 @@ def backends_of(config: Config, model: Callable[[], Model], progress: Progress) 
         else:
             source = partial(_calibration_data, config, model)
             backend = _tensorrt(section, shapes, config.data.evaluation.batch, source, progress)
+        backends.append(backend)
+    return backends
+
+
+def require_usable(backends: Iterable[Backend]) -> None:
+    """Raise ConfigError for a backend that cannot build on this machine, with what to do."""
+    for backend in backends:
         state = backend.doctor()
         if not state.usable:
             remedy = f"{state.remedy}, or take" if state.remedy else "take"
             raise ConfigError(
-                f"backends.{index} ({section.label}) does not work here: {state.reason}; {remedy} "
-                "this backend out of the config"
+                f"backend {backend.name!r} does not work here: {state.reason}; {remedy} it out of "
+                "the config"
             )
-        backends.append(backend)
-    return backends
 
 
 def _calibration_data(config: Config, model: Callable[[], Model]) -> BatchSource:

@@ -19,6 +19,7 @@ from trtune.configs.errors import ConfigError, did_you_mean
 from trtune.configs.files import write_text
 from trtune.configs.progress import Progress, silent
 from trtune.configs.schema import Config
+from trtune.inputs import require_usable
 from trtune.job import Job, run_folder
 from trtune.precision.backends.base import BuildInfo
 from trtune.reports.html import several_html
@@ -51,7 +52,7 @@ def run(
     with logged_to(run_folder(config, out)):
         began = time.perf_counter()
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        job = _prepared(config, out, progress)
+        job = _prepared(config, out, progress, builds=True)
         record = run_record_of(job, command, started, began)
         rows = layer_rows(job, job.tuned.plan)
         formats = dict.fromkeys([*config.report.formats, "json"])
@@ -71,8 +72,10 @@ def run_record_of(job: Job, command: str, started: str, began: float) -> RunReco
     return run_record(job, command=command, started=started, began=began)
 
 
-def _prepared(config: Config, out: Path | str, progress: Progress) -> Job:
+def _prepared(config: Config, out: Path | str, progress: Progress, *, builds: bool = False) -> Job:
     job = Job(config, out, progress)
+    if builds:
+        require_usable(job.backends)
     _ = job.sources  # model and data are looked at before anything takes time
     job.gate()
     return job
@@ -111,6 +114,7 @@ def build(
                 f"--backend {backend!r} is none of the config's backends "
                 f"({', '.join(labels)}){did_you_mean(str(backend), labels)}"
             )
+        require_usable(chosen)
         plan = job.tuned.plan if read_stage(job.folder, "tune", job.tuning_key) else job.untuned
         write_text(job.folder / "plan.json", plan.to_json())
         return [job.build(b, plan, job.engine_folder(b)) for b in chosen]
@@ -149,7 +153,7 @@ def tune(
     with logged_to(run_folder(config, out)):
         began = time.perf_counter()
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        job = _prepared(config, out, progress)
+        job = _prepared(config, out, progress, builds=True)
         record = run_record_of(job, command, started, began)
         rows = layer_rows(job, job.tuned.plan)
         write_report(job.folder, record, rows, formats=("json", "csv"))

@@ -165,8 +165,9 @@ class TensorRTBackend:
         return {**self._settings.as_json(), "shapes": shapes, "batch": self._batch, "data": data}
 
     def obstacle(self) -> str:
-        """Empty: TensorRT builds only where the engine also runs."""
-        return ""
+        """Why there is no TensorRT or GPU here; it builds only where the engine also runs."""
+        state = self.doctor()
+        return "" if state.usable else state.reason
 
     def build(self, candidate: Candidate, folder: Path) -> BuildInfo:
         """Build `folder/engine.plan`, and beside it what it was made from and what was said.
