@@ -74,14 +74,14 @@ def test_what_is_not_there_cannot_be_read_set_or_called(major: int) -> None:
 @BOTH
 def test_read_only_properties_refuse(major: int) -> None:
     config = config_of(double(major))
-    with pytest.raises(AttributeError, match="setter"):
+    with pytest.raises(AttributeError, match=r"setter|can.t set"):
         config.num_optimization_profiles = 2
 
 
 def test_a_tensors_type_is_read_only_from_11_on() -> None:
     old, trt = (double(major) for major in (10, 11))
     new(old.ITensor, kind="FLOAT").dtype = old.DataType.HALF
-    with pytest.raises(AttributeError, match="setter"):
+    with pytest.raises(AttributeError, match=r"setter|can.t set"):
         new(trt.ITensor, kind="FLOAT").dtype = trt.DataType.HALF
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -222,12 +223,19 @@ class OrtEngine:
             raise ValueError("the engine is closed; use it in a `with` block")
         wanted = {spec.name: _fitting(spec, feeds) for spec in self._inputs}
         try:
-            return dict(self._runner.infer(wanted, check_inputs=False))
+            found = dict(self._runner.infer(wanted, check_inputs=False))
         except ORT_ERRORS as error:
             shapes = ", ".join(f"{name} {array.shape}" for name, array in wanted.items())
             raise DataError(
                 f"onnxruntime cannot run the model on {shapes}: {_one_line(error)}"
             ) from error
+        # An output that is an input may be the caller's own array (before onnxruntime 1.24).
+        return {
+            name: array.copy()
+            if name in wanted and np.may_share_memory(array, wanted[name])
+            else array
+            for name, array in found.items()
+        }
 
 
 def _spec(role: str, arg: ort.NodeArg) -> InputSpec:
