@@ -228,6 +228,8 @@ def _calibration_fact(record: RunRecord) -> list[Fact]:
     calibration = record.calibration
     if calibration is None:
         return []
+    if not calibration.pictures:
+        return [Fact("scales", str(calibration.tensors), f"from {calibration.method}")]
     note = f"{plural(calibration.pictures, 'picture')}, {calibration.method}"
     value = "reused" if calibration.reused else seconds_text(calibration.seconds)
     return [Fact("calibration", value, note)]

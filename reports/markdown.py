@@ -150,6 +150,8 @@ def _errors(record: RunRecord, layers: Sequence[LayerRow]) -> list[str]:
 
 
 def _calibration(calibration: CalibrationRecord | None, record: RunRecord) -> list[str]:
+    if calibration is not None and not calibration.pictures:
+        return [f"{plural(calibration.tensors, 'scale')} from {escape(calibration.method)}."]
     if calibration is None:
         return []
     lines = [

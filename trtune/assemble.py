@@ -132,14 +132,14 @@ def _runtime(sums: ErrorSums | None, how: str) -> dict[str, Any]:
 
 def calibration_record(job: Job) -> CalibrationRecord:
     """What calibration did, and which pictures set its ranges."""
-    found, section = job.calibrated, job.config.calibration
+    found = job.calibrated
     ranked = outliers(found.histograms)
     methods: dict[str, int] = {}
     for method in found.table.methods.values():
         name = method.split(" x ")[0]
         methods[name] = methods.get(name, 0) + 1
     return CalibrationRecord(
-        method=section.method if section.cache is None else f"cache {Path(section.cache).name}",
+        method=_method(job),
         pictures=found.pictures,
         seconds=found.seconds,
         inference_seconds=found.inference_seconds,
@@ -153,6 +153,14 @@ def calibration_record(job: Job) -> CalibrationRecord:
         outliers=[Outlier(**asdict(o)) for o in ranked[:SHOWN_OUTLIERS]],
         methods=methods,
     )
+
+
+def _method(job: Job) -> str:
+    """Where the scales come from, in words."""
+    if job.imported is not None:
+        return "Q/DQ in the model"
+    section = job.config.calibration
+    return section.method if section.cache is None else f"cache {Path(section.cache).name}"
 
 
 def peak_rss() -> int:
