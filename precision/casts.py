@@ -21,7 +21,13 @@ from trtune.configs.errors import ModelError, TrtuneError
 from trtune.precision.floattypes import HALVES, QDQ, Half, Slots, half_slots, to_half
 from trtune.precision.graph import GraphView, Model, attribute
 from trtune.precision.model import model_from_proto
-from trtune.precision.normalise import captured, default_opset, subgraphs, without_weights
+from trtune.precision.normalise import (
+    captured,
+    copy_of,
+    default_opset,
+    names_in,
+    without_weights,
+)
 from trtune.precision.plan import PrecisionPlan
 
 QDQ_HALF_OPSET = 19
@@ -167,7 +173,7 @@ class _Typing:
         if node.op_type == "DequantizeLinear" and self._dtypes[node.output[0]] == "float32":
             self._dequantize(node)
             return
-        made = _copy(node)
+        made = copy_of(node)
         for index, name in enumerate(node.input):
             if self._dtypes.get(name) == "float32":
                 made.input[index] = self._read(node, index, name)
@@ -222,7 +228,7 @@ class _Typing:
         tensor = node.output[0]
         kinds = self._wanted.get(tensor, []) if self._opset >= QDQ_HALF_OPSET else []
         for index, kind in enumerate(kinds or ["fp32"]):
-            made = _copy(node)
+            made = copy_of(node)
             made.input[1] = self._as_type(node.input[1], kind)
             if index:
                 made.name = self._fresh(f"{tensor}/DequantizeLinear")
@@ -320,19 +326,3 @@ def _converted(value: NDArray[Any], half: Half, name: str) -> NDArray[Any]:
             "(`precision.pin`)"
         )
     return found
-
-
-def names_in(graph: onnx.GraphProto) -> set[str]:
-    """Names of all tensors and nodes of `graph` and of the graphs inside it."""
-    found = {entry.name for entry in (*graph.input, *graph.initializer)}
-    for node in graph.node:
-        found.update((node.name, *node.output))
-        for body in subgraphs(node):
-            found |= names_in(body)
-    return found
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    return copy

@@ -13,10 +13,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 from trtune.configs.errors import ModelError
-from trtune.precision.casts import names_in, without_graph
+from trtune.precision.casts import without_graph
 from trtune.precision.floattypes import HALF_WORDS, HALVES
 from trtune.precision.graph import GraphView
-from trtune.precision.normalise import infer_shapes, subgraphs
+from trtune.precision.normalise import infer_shapes, names_in, subgraphs
 from trtune.precision.placement import MOVES
 
 EXACT = MOVES | {

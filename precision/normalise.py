@@ -41,6 +41,23 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from attribute.graphs
 
 
+def names_in(graph: onnx.GraphProto) -> set[str]:
+    """Names of all tensors and nodes of `graph` and of the graphs inside it."""
+    found = {entry.name for entry in (*graph.input, *graph.initializer)}
+    for node in graph.node:
+        found.update((node.name, *node.output))
+        for body in subgraphs(node):
+            found |= names_in(body)
+    return found
+
+
+def copy_of(node: onnx.NodeProto) -> onnx.NodeProto:
+    """`node` again, to be changed."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    return copy
+
+
 def captured(node: onnx.NodeProto) -> tuple[str, ...]:
     """Tensors of the outer graph that the node's subgraphs read, each once, in order of use."""
     used: dict[str, None] = {}

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from trtune.configs.errors import ModelError
 from trtune.precision.graph import GraphView, Model
-from trtune.precision.normalise import captured, subgraphs
+from trtune.precision.normalise import captured, copy_of, names_in
 
 QMAX = 127
 
@@ -73,8 +73,8 @@ class Rewrite:
         self.view = view
         self._given = weights
         self._model = model
-        self._nodes = {node.name: _copy(node) for node in view.nodes}
-        self._taken = _names_in(model.proto.graph)
+        self._nodes = {node.name: copy_of(node) for node in view.nodes}
+        self._taken = names_in(model.proto.graph)
         self._first: list[onnx.NodeProto] = []
         self._after: dict[str, list[onnx.NodeProto]] = {}
         self._initializers: dict[str, onnx.TensorProto] = {}
@@ -238,19 +238,3 @@ def _copy_fields(source: Any, target: Any, *, leave_out: set[str]) -> None:
                 getattr(target, field.name).extend(value)
             else:
                 setattr(target, field.name, value)
-
-
-def _names_in(graph: onnx.GraphProto) -> set[str]:
-    """Names of all tensors and nodes of `graph` and of the graphs inside it."""
-    found = {entry.name for entry in (*graph.input, *graph.initializer)}
-    for node in graph.node:
-        found |= {node.name, *node.output}
-        for body in subgraphs(node):
-            found |= _names_in(body)
-    return found
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    return copy

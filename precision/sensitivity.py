@@ -26,7 +26,7 @@ from trtune.datasets.batches import Batch
 from trtune.precision.backends.onnxruntime import make_session
 from trtune.precision.graph import GraphView, Model
 from trtune.precision.metrics import ErrorSums
-from trtune.precision.normalise import captured
+from trtune.precision.normalise import captured, copy_of
 from trtune.precision.placement import Edge, Placement, edges_of, place
 from trtune.precision.plan import PrecisionPlan
 from trtune.precision.rewrite import quantize_weights, weight_scales
@@ -111,7 +111,7 @@ class Alone:
         if not names:
             return lambda batch, changed: self.reference(batch)
         boundary = _boundary(self._view, nodes)
-        copies = {node.name: _copy(node) for node in nodes}
+        copies = {node.name: copy_of(node) for node in nodes}
         renamed: dict[str, str] = {}
         for name, index in change.edges:
             tensor = copies[name].input[index]
@@ -220,12 +220,6 @@ def _boundary(view: GraphView, nodes: Sequence[onnx.NodeProto]) -> list[str]:
 def _reads(node: onnx.NodeProto) -> list[str]:
     """The tensors that a node and the graphs inside it read."""
     return [name for name in (*node.input, *captured(node)) if name]
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    return copy
 
 
 def in_parallel(

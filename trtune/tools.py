@@ -22,8 +22,7 @@ from trtune.calibrating import CACHE_FILE
 from trtune.configs.errors import CacheError, InputError, ModelError
 from trtune.configs.files import write_text
 from trtune.configs.template import init_text
-from trtune.precision.backends.base import ENGINE_JSON, BuildInfo, read_engine_json
-from trtune.precision.backends.onnxruntime import MODEL_FILE
+from trtune.precision.backends.base import ENGINE_JSON, MODEL_FILE, BuildInfo, read_engine_json
 from trtune.precision.graph import GraphView
 from trtune.precision.inspect import Inspection, inspect_model
 from trtune.precision.lowering import lower_emulate

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENGINE_JSON = "engine.json"
+MODEL_FILE, PLAN_FILE, LOG_FILE = "model.onnx", "engine.plan", "build.log"
 UNKNOWN = "unknown"
 
 

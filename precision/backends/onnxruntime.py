@@ -30,6 +30,7 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import DataError, ModelError, TrtuneError, did_you_mean
 from trtune.datasets.batches import InputSpec
 from trtune.precision.backends.base import (
+    MODEL_FILE,
     BuildInfo,
     Candidate,
     Usable,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Lowering = Literal["emulate", "deploy"]
-MODEL_FILE = "model.onnx"
 
 OPTIMIZATION = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,

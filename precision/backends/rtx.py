@@ -27,6 +27,9 @@ from trtune.configs.errors import ConfigError, TrtuneError, did_you_mean
 from trtune.configs.files import atomic_path
 from trtune.precision.backends.base import (
     ENGINE_JSON,
+    LOG_FILE,
+    MODEL_FILE,
+    PLAN_FILE,
     BuildInfo,
     Candidate,
     Usable,
@@ -57,6 +60,7 @@ from trtune.precision.backends.rtxsupport import (
 )
 from trtune.precision.graph import save_model
 from trtune.precision.lowering import lower_emulate
+from trtune.precision.normalise import default_opset
 from trtune.precision.plan import SHAPE, PrecisionPlan
 
 if TYPE_CHECKING:
@@ -64,7 +68,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PLAN_FILE, MODEL_FILE, LOG_FILE = "engine.plan", "model.onnx", "build.log"
 MOST_BUILDS = 8
 SHOWN = ("[I]", "[W]", "[E]")
 
@@ -275,7 +278,7 @@ class RtxBackend:
             optimization_level=self.optimization_level,
             tf32=self.tf32,
         )
-        build_in_child(request, work, timeout=self.timeout, opset=_opset(proto))
+        build_in_child(request, work, timeout=self.timeout, opset=default_opset(proto) or 0)
         text = (work / LOG_FILE).read_text("utf-8", errors="replace")
         kernels = read_kernels(text)
         nodes = [name for name, a in plan.nodes.items() if a.role != SHAPE]
@@ -375,10 +378,6 @@ class RtxBackend:
 
 def _int8_count(built: _Built) -> int:
     return sum(built.accounts[node].precision == "int8" for node in built.plan.int8_nodes)
-
-
-def _opset(proto: onnx.ModelProto) -> int:
-    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
 
 
 @contextmanager

@@ -35,6 +35,9 @@ from trtune.datasets.batches import BatchSource, batch_size
 from trtune.precision.backends import weak
 from trtune.precision.backends.base import (
     ENGINE_JSON,
+    LOG_FILE,
+    MODEL_FILE,
+    PLAN_FILE,
     UNKNOWN,
     BuildInfo,
     Candidate,
@@ -55,10 +58,10 @@ from trtune.precision.backends.trtbuild import (
     configure,
     create_network,
     make_builder,
-    make_logger,
     parse_model,
     show_unfused,
 )
+from trtune.precision.backends.trtcallbacks import messages_to
 from trtune.precision.backends.trtcommand import strong_options, trtexec_command, weak_options
 from trtune.precision.backends.trtplan import Cuda, check_plan, gpu_facts
 from trtune.precision.backends.trtversion import (
@@ -73,10 +76,7 @@ from trtune.precision.plan import PrecisionPlan
 
 log = logging.getLogger(__name__)
 
-PLAN_FILE = "engine.plan"
-MODEL_FILE = "model.onnx"
 LAYERS_FILE = "layers.json"
-LOG_FILE = "build.log"
 CACHE_FILE = "calibration.cache"
 DEBUG_TENSORS = "debug tensors"
 """What `marked` is in the engine.json of an engine that shows what fusion left whole."""
@@ -209,6 +209,7 @@ class TensorRTBackend:
             (folder / name).unlink(missing_ok=True)  # of an earlier build: this one may fail
         try:
             with self._device(), ExitStack() as stack:
+                work.logger = stack.enter_context(messages_to(trt, work.messages.add))
                 engine = self._build(work, typed_weakly, stack)
                 layers = _inspect(work, engine)
         finally:
@@ -224,12 +225,11 @@ class TensorRTBackend:
 
     def _build(self, work: _Build, typed_weakly: bool, stack: ExitStack) -> bytes:
         trt, settings = work.trt, work.settings
-        logger = work.logger = make_logger(trt, work.messages)
-        builder = make_builder(trt, logger, work.messages)
+        builder = make_builder(trt, work.logger, work.messages)
         _check_int8(work, builder)
         network = create_network(trt, builder, strongly_typed=not typed_weakly)
         model = _lowered(work, typed_weakly)
-        parse_model(trt, network, logger, model, work.candidate.model.opset)
+        parse_model(trt, network, work.logger, model, work.candidate.model.opset)
         if work.debug:
             show_unfused(trt, network)
         config = builder.create_builder_config()

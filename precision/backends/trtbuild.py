@@ -88,20 +88,6 @@ class BuildLog:
         return "\n".join(self.lines[-LOG_TAIL:])
 
 
-def make_logger(trt: Any, messages: BuildLog) -> Any:
-    """A TensorRT logger that writes to `messages`."""
-    base: Any = trt.ILogger
-
-    class Logger(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            messages.add(severity.name, msg)
-
-    return Logger()
-
-
 def make_builder(trt: Any, logger: Any, messages: BuildLog) -> Any:
     """A builder. Raises TrtuneError if TensorRT cannot make one, as without a GPU."""
     try:

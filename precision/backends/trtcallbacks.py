@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from trtune.precision.backends.cuda import DeviceBuffer, read_device
 
 log = logging.getLogger(__name__)
+
+Sink = Callable[[str, str], None]
 
 LAST_WORDS = 20
 LEVELS = {
@@ -37,21 +40,36 @@ def process_logger(trt: ModuleType) -> Any:
     """The ILogger of this process for `trt`; it keeps the last errors in `words`.
 
     One for all: TensorRT and its plugins hold on to a logger without counting as its owner, so
-    that one which goes away is a crash later.
+    that one which goes away is a crash later. `messages_to` says where else it writes for a while.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.words: deque[str] = deque(maxlen=LAST_WORDS)
+            self.sink: Sink | None = None
 
         def log(self, severity: Any, msg: str) -> None:
+            if self.sink is not None:
+                self.sink(severity.name, msg)
+                return
             level = LEVELS.get(severity.name, logging.DEBUG)
             if level == logging.ERROR:
                 self.words.append(" ".join(msg.split()))
             log.log(level, "TensorRT: %s", msg)
 
     return Logger()
+
+
+@contextmanager
+def messages_to(trt: ModuleType, sink: Sink) -> Iterator[Any]:
+    """`process_logger`, which gives its messages to `sink(severity, text)` alone in the block."""
+    logger = process_logger(trt)
+    before, logger.sink = logger.sink, sink
+    try:
+        yield logger
+    finally:
+        logger.sink = before
 
 
 def make_profiler(trt: ModuleType) -> Any:

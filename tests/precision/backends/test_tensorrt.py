@@ -28,6 +28,7 @@ from trtune.configs.errors import ConfigError, DataError, ModelError, TrtuneErro
 from trtune.precision.backends.base import BuildInfo, Candidate, read_engine_json, reusable
 from trtune.precision.backends.cuda import DeviceProperties
 from trtune.precision.backends.tensorrt import Settings, TensorRTBackend, load_tensorrt
+from trtune.precision.backends.trtcallbacks import messages_to, process_logger
 from trtune.precision.backends.trtplan import Cuda
 
 ADA = DeviceProperties(0, "NVIDIA L4", "8.9", "580.95.05", "13.0", "13.0", 24 << 30, 20 << 30)
@@ -124,6 +125,24 @@ def test_a_build_leaves_a_complete_folder(tmp_path: Path, major: int, name: str)
     assert (tmp_path / "build.log").read_text() == "[INFO] Global timing cache in use.\n"
     assert machine.used == [0, -1]
     onnx.checker.check_model(tmp_path / "model.onnx")
+
+
+@BOTH
+def test_builds_share_the_logger_of_the_process_and_give_it_back(
+    tmp_path: Path, major: int
+) -> None:
+    machine, prepared = Machine(major), named("conv_relu")
+    logger = process_logger(machine.trt)
+    for name in ("a", "b"):
+        built(machine, prepared, tmp_path / name)
+        assert logger.sink is None
+    heard: list[tuple[str, str]] = []
+    with messages_to(machine.trt, lambda severity, text: heard.append((severity, text))) as found:
+        assert found is logger
+        logger.log(machine.trt.ILogger.Severity.ERROR, "inside")
+    logger.log(machine.trt.ILogger.Severity.ERROR, "outside")
+    assert heard == [("ERROR", "inside")]
+    assert list(logger.words) == ["outside"]
 
 
 @BOTH
