@@ -69,7 +69,7 @@ def load_function(reference: str, base_dir: Path | None = None) -> Callable[...,
         _forget_namesake(module_name, folder)
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:
+        except Exception as error:  # a user's module may raise anything
             raise DataError(
                 f"cannot import {module_name!r} (from {reference!r}, looked in "
                 f"{folder or 'sys.path'} first): {type(error).__name__}: {error}"
@@ -220,7 +220,7 @@ class PythonSource:
                 number += 1
         except DataError:
             raise
-        except Exception as error:
+        except Exception as error:  # a user's function may raise anything
             raise DataError(
                 f"{self._reference} failed in batch {number}: {type(error).__name__}: {error}"
             ) from error

@@ -12,6 +12,7 @@ import tinymodels
 import tinyqat
 from tinyproject import BOTH, config_of, job_of, write_project
 
+from trtune.calibrate.cache import load_table
 from trtune.configs.errors import ModelError
 from trtune.job import run_folder
 from trtune.pipeline import run
@@ -152,6 +153,12 @@ class TestQuantizedAlready:
         ]
         assert record.calibration is not None
         assert record.calibration.pictures == 24
+        job = job_of(folder, self.QAT, BOTH)
+        kept = load_table(run_folder(job.config, folder / "runs") / "calibration.cache")
+        assert kept == job.table  # the scales that the engines have, the file's own among them
+        assert job.imported is not None
+        assert job.imported.table.scales.items() <= kept.scales.items()
+        assert job.reused_calibration
 
     def test_what_tensorrt_lacks_needs_leave_to_be_changed(self, tmp_path: Path) -> None:
         folder = write_project(tmp_path, tinyqat.tensorflow_block())

@@ -214,6 +214,7 @@ class TestRunsHere:
         record = run(config, out=folder / "runs")
         assert [v.name for v in record.variants] == ["fp32", "int8", "tuned"]
         fp32, int8, tuned = record.variants
+        assert backend.built.count("fp32") == 1  # for the gate, and measured where it stands
         assert fp32.sqnr_db == float("inf")
         assert int8.sqnr_db == tuned.sqnr_db
         assert fp32.account == {"fp32": 3}

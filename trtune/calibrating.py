@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,7 @@ def calibrated_in(
     if not tensors and not ranges:
         raise ModelError(_nothing_quantizable(model, make_plan(view)))
     named = section.cache is not None and bool(tensors)
-    key = {
-        **made_from,
-        "method": section.method,
-        "percentile": section.percentile if section.method == "percentile" else None,
-        "holdout": section.holdout if section.method == "auto" else None,
-        "tensors": hash_json([] if named else tensors),
-        **({"ranges": hash_json(list(ranges))} if ranges else {}),
-    }
+    key = {**made_from, **_key(section, [] if named else tensors, ranges)}
     found, reused = Calibrated(CalibrationTable({}), {}, 0, 0, 0.0, 0.0, 0.0), False
     if ranges or not named:
         kept = _kept(folder, key)
@@ -92,6 +85,17 @@ def calibrated_in(
         save_table(folder / CACHE_FILE, table)
         found = replace(found, table=table)
     return found, reused
+
+
+def _key(section: Calibration, tensors: Sequence[str], ranges: Sequence[str]) -> dict[str, Any]:
+    """What of the config and of the plan decides the result."""
+    return {
+        "method": section.method,
+        "percentile": section.percentile if section.method == "percentile" else None,
+        "holdout": section.holdout if section.method == "auto" else None,
+        "tensors": hash_json(list(tensors)),
+        **({"ranges": hash_json(list(ranges))} if ranges else {}),
+    }
 
 
 def _made(folder: Path, key: Mapping[str, Any], found: Calibrated) -> Calibrated:

@@ -33,7 +33,7 @@ from trtune.layers import (
     gate_errors,
     kept_sums,
 )
-from trtune.precision.backends.base import Backend, BuildInfo, Candidate, reusable
+from trtune.precision.backends.base import Backend, BuildInfo, Candidate, Engine, reusable
 from trtune.precision.backends.onnxruntime import OnnxruntimeBackend, OrtEngine, make_session
 from trtune.precision.calibration import Calibrated, without_zero_ranges
 from trtune.precision.compare import fp32_gate
@@ -244,7 +244,10 @@ class Job:
         )
         if imported is None:
             return found
-        return replace(found, table=completed(imported.table, found.table))
+        whole = completed(imported.table, found.table)
+        table = replace(whole, provenance=found.table.provenance)
+        save_table(self.folder / CACHE_FILE, table)  # what is used, not what completed it
+        return replace(found, table=table)
 
     @cached_property
     def original(self) -> Evaluation | None:
@@ -255,19 +258,9 @@ class Job:
         path = self.file
         session = partial(make_session, path.proto, external_dir=path.external_dir)
 
-        def measure() -> Evaluation:
-            with OrtEngine(session) as engine:
-                return evaluate(
-                    engine.infer,
-                    self.sources[1],
-                    metric=self._counted,
-                    reference=self.reference,
-                    fixed_batch=self.fixed_batch,
-                    progress=self.progress,
-                    what="the file as it stands",
-                )
-
-        return self._evaluation(key, measure)
+        return self._evaluation(
+            key, lambda: self._evaluated(OrtEngine(session), "the file as it stands")
+        )
 
     @cached_property
     def layers(self) -> LayerErrors:
@@ -489,8 +482,13 @@ class Job:
         """`plan` with this model and table."""
         return Candidate(self.model, plan, self.table if plan.int8_nodes else None)
 
-    def measured(self, backend: Backend, plan: PrecisionPlan, what: str) -> tuple[Evaluation, bool]:
-        """The value of `plan` on `backend`, from the unmarked model, and whether it was known."""
+    def measured(
+        self, backend: Backend, plan: PrecisionPlan, what: str, *, built: Path | None = None
+    ) -> tuple[Evaluation, bool]:
+        """The value of `plan` on `backend`, from the unmarked model, and whether it was known.
+
+        `built` is the folder of its engine, if there is one already; else one is built for this.
+        """
         key = {
             **self._measured_on,
             "candidate": self.candidate(plan).key,
@@ -500,23 +498,29 @@ class Job:
         known = self.evaluations.get(key) is not None
 
         def measure() -> Evaluation:
+            if built is not None:
+                return self._evaluated(backend.load(built), what)
             scratch = self.folder / ".tuning"
             try:
                 self.build(backend, plan, scratch)
-                with backend.load(scratch) as engine:
-                    return evaluate(
-                        engine.infer,
-                        self.sources[1],
-                        metric=self._counted,
-                        reference=self.reference,
-                        fixed_batch=self.fixed_batch,
-                        progress=self.progress,
-                        what=what,
-                    )
+                return self._evaluated(backend.load(scratch), what)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
 
         return self._evaluation(key, measure), known
+
+    def _evaluated(self, engine: Engine, what: str) -> Evaluation:
+        """What the engine is worth on the evaluation data."""
+        with engine as running:
+            return evaluate(
+                running.infer,
+                self.sources[1],
+                metric=self._counted,
+                reference=self.reference,
+                fixed_batch=self.fixed_batch,
+                progress=self.progress,
+                what=what,
+            )
 
     @property
     def threshold(self) -> float | None:

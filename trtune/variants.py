@@ -73,7 +73,8 @@ def _on_backend(job: Job, backend: Backend) -> list[Variant]:
     if job.original is not None and is_emulation(backend):
         found.append(_as_it_stands(job, backend, job.original))
     for name, plan in plans.items():
-        value = job.measured(backend, plan, f"evaluate {backend.name}")[0] if runs else None
+        what, folder = f"evaluate {backend.name}", job.engine_folder(backend, below[name])
+        value = job.measured(backend, plan, what, built=folder)[0] if runs else None
         found.append(_variant(job, backend, name, plan, value, infos[name], latencies))
     return found
 

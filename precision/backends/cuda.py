@@ -264,7 +264,7 @@ def capture(enqueue: Callable[[Stream], None], stream: Stream) -> Graph:
     check(runtime.cudaStreamBeginCapture(stream.handle, mode), "starting to capture a graph")
     try:
         enqueue(stream)
-    except BaseException:
+    except BaseException:  # raised again below, once the stream is out of capture mode
         status, graph = runtime.cudaStreamEndCapture(stream.handle)
         if int(status):
             runtime.cudaGetLastError()
