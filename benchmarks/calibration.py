@@ -43,11 +43,11 @@ def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, An
     """Time one model in this process: medians of seconds, of turn-by-turn ratios, peak memory."""
     from trtune import load_config
     from trtune.datasets import Batch
-    from trtune.inputs import open_data
-    from trtune.precision.backends.onnxruntime import make_session
-    from trtune.precision.calibration import calibrate_model
-    from trtune.precision.graph import GraphView, load_model
-    from trtune.precision.plan import make_plan
+    from trtune.precision.graph.view import GraphView, load_model
+    from trtune.precision.plan.plan import make_plan
+    from trtune.precision.runtime.session import make_session
+    from trtune.precision.tune.scales import calibrate_model
+    from trtune.run.inputs import open_data
 
     path = HERE / "configs" / f"{name}.yaml"
     take = min(pictures, load_config(path).data.calibration.take or pictures)

@@ -21,9 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import trtune
-from trtune.precision.graph import GraphView
-from trtune.precision.model import load_model
-from trtune.precision.plan import PrecisionPlan, make_plan
+from trtune.precision.graph.file import load_model
+from trtune.precision.graph.view import GraphView
+from trtune.precision.plan.plan import PrecisionPlan, make_plan
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("TRTUNE_DATA", HERE.parents[1] / "shared" / "data"))

@@ -16,35 +16,35 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trtune.precision.auto import Choice, choose_by_output
-    from trtune.precision.backends.base import Backend, BuildInfo, Candidate, Engine, Usable
-    from trtune.precision.calibration import Calibrated, calibrate_model, without_zero_ranges
-    from trtune.precision.compare import compare_layers, fp32_gate
-    from trtune.precision.graph import GraphView
-    from trtune.precision.inspect import Inspection, inspect_model
-    from trtune.precision.lowering import LOWERINGS, lower_deploy, lower_emulate
-    from trtune.precision.metrics import ErrorSums
-    from trtune.precision.model import Model, load_model, model_from_proto, save_model
-    from trtune.precision.placement import Placement, place
-    from trtune.precision.plan import Assignment, PrecisionPlan, make_plan
-    from trtune.precision.sensitivity import Alone, alone_errors
-    from trtune.precision.tune import Score, Tuned
+    from trtune.precision.compare.alone import Alone, alone_errors
+    from trtune.precision.compare.layers import compare_layers, fp32_gate
+    from trtune.precision.graph.file import Model, load_model, model_from_proto, save_model
+    from trtune.precision.graph.view import GraphView
+    from trtune.precision.lower.emulate import LOWERINGS, lower_deploy, lower_emulate
+    from trtune.precision.plan.placement import Placement, place
+    from trtune.precision.plan.plan import Assignment, PrecisionPlan, make_plan
+    from trtune.precision.quantized.describe import Inspection, inspect_model
+    from trtune.precision.runtime.api import Backend, BuildInfo, Candidate, Engine, Usable
+    from trtune.precision.runtime.errors import ErrorSums
+    from trtune.precision.tune.ladder import Score, Tuned
+    from trtune.precision.tune.ranges import Choice, choose_by_output
+    from trtune.precision.tune.scales import Calibrated, calibrate_model, without_zero_ranges
 
 _WHERE = MappingProxyType(
     {
-        "auto": ("Choice", "choose_by_output"),
-        "backends.base": ("Backend", "BuildInfo", "Candidate", "Engine", "Usable"),
-        "calibration": ("Calibrated", "calibrate_model", "without_zero_ranges"),
-        "compare": ("compare_layers", "fp32_gate"),
-        "graph": ("GraphView",),
-        "inspect": ("Inspection", "inspect_model"),
-        "lowering": ("LOWERINGS", "lower_deploy", "lower_emulate"),
-        "metrics": ("ErrorSums",),
-        "model": ("Model", "load_model", "model_from_proto", "save_model"),
-        "placement": ("Placement", "place"),
-        "plan": ("Assignment", "PrecisionPlan", "make_plan"),
-        "sensitivity": ("Alone", "alone_errors"),
-        "tune": ("Score", "Tuned"),
+        "tune.ranges": ("Choice", "choose_by_output"),
+        "runtime.api": ("Backend", "BuildInfo", "Candidate", "Engine", "Usable"),
+        "tune.scales": ("Calibrated", "calibrate_model", "without_zero_ranges"),
+        "compare.layers": ("compare_layers", "fp32_gate"),
+        "graph.view": ("GraphView",),
+        "quantized.describe": ("Inspection", "inspect_model"),
+        "lower.emulate": ("LOWERINGS", "lower_deploy", "lower_emulate"),
+        "runtime.errors": ("ErrorSums",),
+        "graph.file": ("Model", "load_model", "model_from_proto", "save_model"),
+        "plan.placement": ("Placement", "place"),
+        "plan.plan": ("Assignment", "PrecisionPlan", "make_plan"),
+        "compare.alone": ("Alone", "alone_errors"),
+        "tune.ladder": ("Score", "Tuned"),
     }
 )
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

@@ -20,7 +20,7 @@ from trtune.datasets.batches import (
     labels_of,
     take_rows,
 )
-from trtune.precision.metrics import NotFiniteError
+from trtune.precision.runtime.errors import NotFiniteError
 from trtune.reports.metrics import (
     FIDELITY_METRICS,
     METRICS,

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from trtune.configs.errors import ConfigError, ModelError, did_you_mean
 from trtune.datasets.batches import Batch
 from trtune.datasets.python import load_function
-from trtune.precision.metrics import ErrorSums
+from trtune.precision.runtime.errors import ErrorSums
 
 Array: TypeAlias = NDArray[Any]
 Outputs: TypeAlias = Mapping[str, Array]

@@ -13,8 +13,8 @@ from realdata import DATA, needs_data
 
 from trtune.configs.errors import ModelError
 from trtune.configs.load import load_config
-from trtune.pipeline import run
 from trtune.reports.record import RunRecord, Variant
+from trtune.run.pipeline import run
 
 CONFIGS = Path(__file__).parents[1] / "benchmarks" / "configs"
 QUICK = (

@@ -23,7 +23,7 @@ from trtune.configs.errors import (
     ModelError,
     TrtuneError,
 )
-from trtune.pipeline import calibrate, run, run_folder
+from trtune.run.pipeline import calibrate, run, run_folder
 
 Change = Callable[[NDArray[Any]], NDArray[Any]]
 TOP1 = "precision.target={metric: top1, min: 0.1}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from trtune.cli import app
+from trtune.cli.commands import app
 from trtune.doctor import diagnose, installed_version
 
 
@@ -92,7 +92,7 @@ def test_as_json() -> None:
 
 def test_a_broken_onnxruntime_is_said_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
-        if name.split(".")[0] == "onnxruntime" or name == "trtune.precision.backends.onnxruntime":
+        if name.split(".")[0] == "onnxruntime" or name == "trtune.precision.backends.ort.backend":
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     state = diagnose()["onnxruntime/emulate"]

@@ -53,7 +53,7 @@ def test_a_file_imports_only_what_stands_above_it(path: Path) -> None:
         pytest.param("datasets", "from trtune.datasets import batches", 0, id="itself"),
         pytest.param("datasets", "import trtune.calibrate.table", 1, id="below"),
         pytest.param("configs", "from trtune import reports", 1, id="below, from the root"),
-        pytest.param("reports", "from trtune.cli import main", 1, id="the command line"),
+        pytest.param("reports", "from trtune.cli.commands import main", 1, id="the command line"),
         pytest.param("reports", "import trtune", 1, id="the root itself"),
         pytest.param("precision", "def f():\n    import trtune.reports", 1, id="in a function"),
         pytest.param("precision", "from datasets import load_dataset", 1, id="the bare name"),

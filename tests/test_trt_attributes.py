@@ -15,11 +15,11 @@ import pytest
 from trtstrict import snapshot
 
 from trtune.calibrate.calibrators import ALGORITHMS
-from trtune.precision.backends.weak import DATA_TYPES, LEFT_ALONE, REDUCED
+from trtune.precision.backends.trt.weak import DATA_TYPES, LEFT_ALONE, REDUCED
 
 ROOT = Path(__file__).parents[1]
 API = {major: snapshot(major)["names"] for major in (10, 11)}
-CLAIMS = {"calibrate/calibrators.py": (10,), "precision/backends/weak.py": (10,)}
+CLAIMS = {"calibrate/calibrators.py": (10,), "precision/backends/trt/weak.py": (10,)}
 """Files for one version alone; all others are for both."""
 OBJECTS = {
     "builder": "Builder", "config": "IBuilderConfig", "network": "INetworkDefinition",
@@ -28,7 +28,7 @@ OBJECTS = {
 }  # fmt: skip
 """What variables of these names hold in the files of `BUILDING`."""
 BUILDING = tuple(
-    f"precision/backends/{name}.py" for name in ("weak", "trtbuild", "tensorrt", "timingcache")
+    f"precision/backends/trt/{name}.py" for name in ("weak", "build", "backend", "timing_cache")
 )
 
 
@@ -96,11 +96,11 @@ def shifted(tree: ast.AST) -> list[int]:
 def sources() -> list[str]:
     """The files of the package that are given a `tensorrt` module."""
     found = []
-    for folder in ("calibrate", "precision", "precision/backends", "reports", "trtune"):
-        for path in sorted((ROOT / folder).glob("*.py")):
+    for folder in ("calibrate", "precision", "reports", "trtune"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
             tree = ast.parse(path.read_text("utf-8"))
             # TensorRT-RTX has bindings of its own, and builds for real in the tests.
-            if not path.name.startswith("rtx") and any(True for _ in reads(tree, {})):
+            if path.parent.name != "rtx" and any(True for _ in reads(tree, {})):
                 found.append(path.relative_to(ROOT).as_posix())
     return found
 

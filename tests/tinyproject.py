@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trtune.configs.load import load_config
 from trtune.configs.schema import Config
-from trtune.job import Job, run_folder
+from trtune.run.job import Job, run_folder
 
 TEXT = """
 version: 1

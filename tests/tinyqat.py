@@ -16,8 +16,8 @@ from onnx import numpy_helper
 from tinymodels import Net
 from tinyquant import outputs
 
-from trtune.precision.graph import model_from_proto
-from trtune.precision.qat import Imported, import_model
+from trtune.precision.graph.view import model_from_proto
+from trtune.precision.quantized.importing import Imported, import_model
 
 
 class QatNet(Net):

@@ -19,10 +19,10 @@ from onnx import helper, numpy_helper
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.datasets.batches import Batch
-from trtune.precision.backends.onnxruntime import make_session
-from trtune.precision.deploy import deploy_tensors
-from trtune.precision.graph import GraphView, Model, model_from_proto
-from trtune.precision.plan import PrecisionPlan, make_plan
+from trtune.precision.graph.view import GraphView, Model, model_from_proto
+from trtune.precision.lower.deploy import deploy_tensors
+from trtune.precision.plan.plan import PrecisionPlan, make_plan
+from trtune.precision.runtime.session import make_session
 
 Array = NDArray[Any]
 Edges = Mapping[str, tuple[tuple[str, int], ...]]

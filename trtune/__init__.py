@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +46,10 @@ if TYPE_CHECKING:
     from trtune.configs.progress import Progress
     from trtune.configs.schema import Config
     from trtune.doctor import diagnose
-    from trtune.pipeline import build, calibrate, compare, report, run, run_folder, tune
-    from trtune.precision.backends.base import BuildInfo
-    from trtune.precision.inspect import Inspection
+    from trtune.precision.quantized.describe import Inspection
+    from trtune.precision.runtime.api import BuildInfo
     from trtune.reports.record import LayerRow, RunRecord
+    from trtune.run.pipeline import build, calibrate, compare, report, run, run_folder, tune
     from trtune.tools import (
         cache_from_qdq,
         convert_cache,
@@ -75,9 +74,9 @@ _WHERE = MappingProxyType(
         "trtune.configs.progress": ("Progress",),
         "trtune.configs.schema": ("Config",),
         "trtune.doctor": ("diagnose",),
-        "trtune.pipeline": ("build", "compare", "report", "run", "run_folder", "tune"),
-        "trtune.precision.backends.base": ("BuildInfo",),
-        "trtune.precision.inspect": ("Inspection",),
+        "trtune.run.pipeline": ("build", "compare", "report", "run_folder", "tune"),
+        "trtune.precision.runtime.api": ("BuildInfo",),
+        "trtune.precision.quantized.describe": ("Inspection",),
         "trtune.reports.record": ("LayerRow", "RunRecord"),
         "trtune.tools": (
             *("cache_from_qdq", "convert_cache", "init_config", "insert_qdq", "inspect"),
@@ -85,6 +84,7 @@ _WHERE = MappingProxyType(
         ),
     }
 )
+_STAGES = ("calibrate", "run")
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
@@ -124,24 +124,20 @@ __all__ = [
 
 
 class _Stage(ModuleType):
-    """The package `trtune.calibrate`, which is also the stage: `trtune.calibrate(config)`."""
+    """A package that is a stage too: `trtune.calibrate(config)`, `trtune.run(config)`."""
 
-    def __call__(
-        self, config: Config, *, out: Path | str = "runs", progress: Progress | None = None
-    ) -> CalibrationTable:
-        """The calibration stage: see `trtune.pipeline.calibrate`."""
-        from trtune.configs.progress import silent
-        from trtune.pipeline import calibrate
-
-        return calibrate(config, out=out, progress=progress or silent)
+    def __call__(self, config: Config, **options: Any) -> Any:
+        """The stage of the package's name: see `trtune.run.pipeline`."""
+        pipeline = importlib.import_module("trtune.run.pipeline")
+        return getattr(pipeline, self.__name__.rpartition(".")[2])(config, **options)
 
 
 class _Root(ModuleType):
     """This package. Importing a submodule sets it as an attribute here: that is the moment at which
-    `calibrate`, a folder and a stage, becomes both."""
+    `calibrate` and `run`, each a folder and a stage, become both."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "calibrate" and isinstance(value, ModuleType):
+        if name in _STAGES and isinstance(value, ModuleType):
             value.__class__ = _Stage
         super().__setattr__(name, value)
 
@@ -150,8 +146,8 @@ sys.modules[__name__].__class__ = _Root
 
 
 def __getattr__(name: str) -> Any:
-    if name == "calibrate":
-        return importlib.import_module("trtune.calibrate")
+    if name in _STAGES:
+        return importlib.import_module(f"trtune.{name}")
     if name in _MODULE_OF:
         return getattr(importlib.import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-from trtune.cli import main
+from trtune.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
-from trtune.precision.backends.base import Usable
-from trtune.precision.backends.rtx import RtxBackend
-from trtune.precision.backends.tensorrt import TensorRTBackend
+from trtune.precision.backends.rtx.backend import RtxBackend
+from trtune.precision.backends.trt.backend import TensorRTBackend
+from trtune.precision.runtime.api import Usable
 
 DEFAULT = "onnxruntime/emulate"
 
@@ -45,7 +45,7 @@ def installed_version(module: str) -> str | None:
 
 def _onnxruntime(name: str) -> Usable:
     try:
-        from trtune.precision.backends.onnxruntime import OnnxruntimeBackend
+        from trtune.precision.backends.ort.backend import OnnxruntimeBackend
     except ImportError as error:
         return Usable(
             False,

@@ -18,26 +18,26 @@ from trtune.calibrate.cache import (
     save_table,
     sidecar_of,
 )
-from trtune.calibrating import CACHE_FILE
 from trtune.configs.errors import CacheError, InputError, ModelError
 from trtune.configs.files import write_text
 from trtune.configs.template import init_text
-from trtune.precision.backends.base import ENGINE_JSON, MODEL_FILE, BuildInfo, read_engine_json
-from trtune.precision.graph import GraphView
-from trtune.precision.inspect import Inspection, inspect_model
-from trtune.precision.lowering import lower_emulate
-from trtune.precision.migrate import Migrated, migrate_files, to_cache
-from trtune.precision.model import save_model
-from trtune.precision.plan import make_plan
-from trtune.precision.qat import (
+from trtune.precision.graph.file import save_model
+from trtune.precision.graph.view import GraphView
+from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.plan.plan import make_plan
+from trtune.precision.quantized.describe import Inspection, inspect_model
+from trtune.precision.quantized.findings import summary
+from trtune.precision.quantized.importing import (
     import_quantized,
     insert_file,
     lint_model,
     load_quantized,
     strip_file,
 )
-from trtune.precision.qdq_findings import summary
-from trtune.precision.qdq_strip import Stripped
+from trtune.precision.quantized.migrate import Migrated, migrate_files, to_cache
+from trtune.precision.quantized.strip import Stripped
+from trtune.precision.runtime.api import ENGINE_JSON, MODEL_FILE, BuildInfo, read_engine_json
+from trtune.run.calibrating import CACHE_FILE
 
 if TYPE_CHECKING:
     from trtune.calibrate.outliers import DominantPicture

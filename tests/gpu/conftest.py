@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 import trtune
 from trtune.configs.errors import TrtuneError
 from trtune.configs.schema import Config
-from trtune.precision.backends.base import BuildInfo
-from trtune.precision.backends.cuda import DeviceProperties, device_properties
+from trtune.precision.backends.gpu.driver import DeviceProperties, device_properties
+from trtune.precision.runtime.api import BuildInfo
 
 REQUIRE = "TRTUNE_REQUIRE"
 Arrays = dict[str, NDArray[Any]]

@@ -19,14 +19,14 @@ import tinymodels
 import trtune
 from trtune.configs.errors import DataError, TrtuneError
 from trtune.datasets.batches import Batch
-from trtune.precision.backends.base import BuildInfo, Candidate
-from trtune.precision.backends.cuda import DeviceProperties, device_properties
-from trtune.precision.backends.tensorrt import TensorRTBackend
-from trtune.precision.backends.trtbuild import Settings
-from trtune.precision.backends.trtengine import TrtEngine
-from trtune.precision.graph import GraphView
-from trtune.precision.model import load_model
-from trtune.precision.plan import make_plan
+from trtune.precision.backends.gpu.driver import DeviceProperties, device_properties
+from trtune.precision.backends.gpu.engine import TrtEngine
+from trtune.precision.backends.trt.backend import TensorRTBackend
+from trtune.precision.backends.trt.build import Settings
+from trtune.precision.graph.file import load_model
+from trtune.precision.graph.view import GraphView
+from trtune.precision.plan.plan import make_plan
+from trtune.precision.runtime.api import BuildInfo, Candidate
 
 pytestmark = pytest.mark.gpu
 

@@ -12,8 +12,8 @@ import pytest
 import tinymodels
 
 from trtune.configs.errors import TrtuneError
-from trtune.precision.backends.cuda import DeviceProperties
-from trtune.precision.backends.trtengine import TrtEngine
+from trtune.precision.backends.gpu.driver import DeviceProperties
+from trtune.precision.backends.gpu.engine import TrtEngine
 
 pytestmark = pytest.mark.gpu
 

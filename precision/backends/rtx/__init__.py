@@ -1,0 +1,1 @@
+"""TensorRT-RTX, a process a build."""

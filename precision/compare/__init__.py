@@ -1,0 +1,1 @@
+"""Layer against layer: quantization, runtime and model errors, accumulated and alone."""

@@ -1,0 +1,273 @@
+"""What quantizing one thing alone does to the output.
+
+Everything before the change computes what it computes in FP32, so only the rest of the network is
+run: a session over the nodes behind the change, fed with FP32 activations that were stored once
+and the changed tensor. Several amax candidates for a tensor share that session, and tensors are
+shared out over the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from trtune.calibrate.collect import usable_cores
+from trtune.calibrate.table import CalibrationTable
+from trtune.configs.progress import Progress, silent
+from trtune.datasets.batches import Batch
+from trtune.precision.graph.normalise import captured, copy_of
+from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.lower.rewrite import quantize_weights, weight_scales
+from trtune.precision.plan.placement import Edge, Placement, edges_of, place
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.runtime.errors import ErrorSums
+from trtune.precision.runtime.session import make_session
+
+Array = NDArray[Any]
+Result = TypeVar("Result")
+Task = TypeVar("Task")
+
+
+def fake_quantize(values: NDArray[np.floating[Any]], scale: float) -> NDArray[np.float32]:
+    """`values` through int8 and back: clip(round half to even(x / scale), -128, 127) * scale.
+
+    The arithmetic of QuantizeLinear and DequantizeLinear in float32; same shape.
+    """
+    held = np.ascontiguousarray(values, np.float32)
+    result = np.empty_like(held)
+    _fake_quantize(held.reshape(-1), np.float32(scale), result.reshape(-1))
+    return result
+
+
+@numba.njit(nogil=True, cache=True)
+def _fake_quantize(values: Any, step: Any, result: Any) -> None:
+    low, high = np.float32(-128), np.float32(127)
+    for i in range(values.size):
+        result[i] = min(max(np.rint(values[i] / step), low), high) * step
+
+
+def fake_quantize_weights(
+    weights: Array, axis: int, given: Sequence[float] | None = None
+) -> NDArray[np.float32]:
+    """`weights` as their int8 codes say, per channel along `axis`; same shape, float32.
+
+    `given` are the scales, one a channel or one for all; by default max|w| / 127.
+    """
+    lowest = -127 if given is None else -128
+    scales = weight_scales(weights, axis)
+    if given is not None:
+        scales = np.broadcast_to(np.asarray(given, np.float32), scales.shape)
+    shape = [1] * weights.ndim
+    shape[axis] = -1
+    codes = quantize_weights(weights, scales, axis, lowest=lowest).astype(np.float32)
+    return codes * scales.reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is quantized: `edges` read their tensor quantized, `weights` are replaced.
+
+    `scales` are those of weights that have others than max|w| / 127.
+    """
+
+    edges: tuple[Edge, ...]
+    weights: tuple[tuple[Edge, str, int], ...] = ()
+    scales: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+class Alone:
+    """Runs the rest of the network behind a change, on a few pictures held in memory.
+
+    `pictures` are batches with the model's feeds; the FP32 activations that a change of some edges
+    of `placement` needs (`held_tensors`) are computed once and held. Thread-safe.
+    """
+
+    def __init__(
+        self, model: Model, view: GraphView, placement: Placement, pictures: Sequence[Batch]
+    ) -> None:
+        self._model, self._view = model, view
+        self._outputs = tuple(o.name for o in model.outputs)
+        inner = [t for t in held_tensors(view, placement) if t not in set(view.graph_inputs)]
+        session = make_session(model.proto, outputs=inner, external_dir=model.external_dir)
+        names = [*dict.fromkeys([*self._outputs, *inner])]
+        self._stored: list[dict[str, Array]] = []
+        for batch in pictures:
+            found = dict(zip(names, session.run(names, dict(batch.feeds)), strict=True))
+            self._stored.append({**batch.feeds, **found})
+
+    def session(self, change: Change) -> Callable[[int, Mapping[str, Array]], list[Array]]:
+        """A function from a batch number and the changed tensors to the model's outputs."""
+        nodes = _behind(self._view, change.edges)
+        made = {output for node in nodes for output in node.output}
+        names = [o for o in self._outputs if o in made]
+        if not names:
+            return lambda batch, changed: self.reference(batch)
+        boundary = _boundary(self._view, nodes)
+        copies = {node.name: copy_of(node) for node in nodes}
+        renamed: dict[str, str] = {}
+        for name, index in change.edges:
+            tensor = copies[name].input[index]
+            renamed[tensor] = f"{tensor}/changed"
+            copies[name].input[index] = renamed[tensor]
+        weights = {}
+        for (name, index), weight, axis in change.weights:
+            given = change.scales.get(weight)
+            value = fake_quantize_weights(self._view.constant(weight), axis, given)
+            weights[f"{weight}/changed"] = value
+            copies[name].input[index] = f"{weight}/changed"
+        proto = self._submodel(list(copies.values()), weights)
+        session = make_session(proto, threads=1, external_dir=self._model.external_dir)
+        wanted = {entry.name for entry in session.get_inputs()}
+        plain = [tensor for tensor in boundary if tensor in wanted]
+
+        def run(batch: int, changed: Mapping[str, Array]) -> list[Array]:
+            stored = self._stored[batch]
+            feeds = {tensor: stored[tensor] for tensor in plain}
+            feeds |= {renamed[t]: a for t, a in changed.items() if renamed[t] in wanted}
+            found = dict(zip(names, session.run(names, feeds), strict=True))
+            return [found[o] if o in found else stored[o] for o in self._outputs]
+
+        return run
+
+    def _submodel(
+        self, nodes: Sequence[onnx.NodeProto], weights: Mapping[str, Array]
+    ) -> onnx.ModelProto:
+        made = {output for node in nodes for output in node.output}
+        read = dict.fromkeys(name for node in nodes for name in _reads(node))
+        constants = self._constants(tensor for tensor in read if tensor not in made)
+        made |= {o for node in constants for o in node.output}
+        names = {*read, *(name for node in constants for name in _reads(node))}
+        initializers = [t for name, t in self._view.initializers.items() if name in names]
+        initializers += [numpy_helper.from_array(value, name) for name, value in weights.items()]
+        held = {t.name for t in initializers}
+        inputs = [self._value_info(name) for name in read if name not in made and name not in held]
+        outputs = [o for o in self._model.proto.graph.output if o.name in made]
+        graph = onnx.GraphProto(name="alone")
+        graph.node.extend([*constants, *nodes])
+        graph.initializer.extend(initializers)
+        graph.input.extend(inputs)
+        graph.output.extend(outputs)
+        return onnx.ModelProto(
+            ir_version=self._model.proto.ir_version,
+            opset_import=self._model.proto.opset_import,
+            functions=self._model.proto.functions,
+            graph=graph,
+        )
+
+    def _constants(self, tensors: Iterable[str]) -> list[onnx.NodeProto]:
+        """Nodes that compute constants from initializers."""
+        wanted = [t for t in tensors if t in self._view.producer and self._view.is_constant(t)]
+        names = {self._view.producer[t] for t in wanted} | self._view.ancestors(wanted)
+        return [node for node in self._view.nodes if node.name in names]
+
+    def _value_info(self, name: str) -> onnx.ValueInfoProto:
+        stored = self._stored[0].get(name.removesuffix("/changed"))
+        kind = onnx.TensorProto.FLOAT
+        shape: list[Any] | None = None
+        if stored is not None:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(stored.dtype)
+            shape = [None] * stored.ndim
+        return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+    def stored(self, batch: int, tensor: str) -> Array:
+        """The FP32 values of a tensor at which a change can begin."""
+        return self._stored[batch][tensor]
+
+    @property
+    def batches(self) -> int:
+        """How many batches are held."""
+        return len(self._stored)
+
+    def reference(self, batch: int) -> list[Array]:
+        """The model's FP32 outputs."""
+        return [self._stored[batch][name] for name in self._outputs]
+
+
+def held_tensors(view: GraphView, placement: Placement) -> list[str]:
+    """The tensors whose FP32 values `Alone` keeps, whichever edges of `placement` are changed.
+
+    Those are the tensors read there, and what the nodes behind each edge read from before.
+    """
+    needed: dict[str, None] = {}
+    for tensor, edges in placement.activations.items():
+        needed[tensor] = None
+        for edge in edges:
+            needed.update(dict.fromkeys(_boundary(view, _behind(view, [edge]))))
+    return list(needed)
+
+
+def _behind(view: GraphView, edges: Iterable[Edge]) -> list[onnx.NodeProto]:
+    first = {node for node, _ in edges}
+    outputs = [o for node in first for o in view.by_name[node].output if o]
+    behind = view.descendants(outputs) | first
+    return [node for node in view.nodes if node.name in behind]
+
+
+def _boundary(view: GraphView, nodes: Sequence[onnx.NodeProto]) -> list[str]:
+    made = {output for node in nodes for output in node.output}
+    read = dict.fromkeys(name for node in nodes for name in _reads(node))
+    return [t for t in read if t not in made and not view.is_constant(t)]
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """The tensors that a node and the graphs inside it read."""
+    return [name for name in (*node.input, *captured(node)) if name]
+
+
+def in_parallel(
+    task: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    what: str,
+    progress: Progress = silent,
+) -> list[Result]:
+    """The results of `task` for each of `tasks`, in their order, on all usable cores."""
+    results: list[Result] = []
+    pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="alone")
+    try:
+        for result in pool.map(task, tasks):
+            results.append(result)
+            progress(what, len(results), len(tasks))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return results
+
+
+def alone_errors(
+    alone: Alone,
+    view: GraphView,
+    plan: PrecisionPlan,
+    table: CalibrationTable,
+    *,
+    progress: Progress = silent,
+) -> dict[str, ErrorSums]:
+    """What quantizing each int8 node of `plan` alone, weights, input and skip input, does.
+
+    Node -> errors of the model's outputs against FP32 over the pictures that `alone` holds.
+    """
+    placement = place(view, plan)
+    weights = {edge[0]: (edge, name, axis) for edge, (name, axis) in placement.weights.items()}
+
+    def measure(name: str) -> ErrorSums:
+        edges = edges_of(view, plan, view.by_name[name])
+        run = alone.session(Change(edges, (weights[name],), table.weights))
+        tensors = {view.by_name[n].input[i] for n, i in edges}
+        sums = ErrorSums()
+        for batch in range(alone.batches):
+            changed = {t: fake_quantize(alone.stored(batch, t), table.scale(t)) for t in tensors}
+            outputs = run(batch, changed)
+            for reference, test in zip(alone.reference(batch), outputs, strict=True):
+                sums = sums.add(reference, test)
+        return sums
+
+    nodes = list(plan.int8_nodes)
+    found = in_parallel(measure, nodes, what="rank layers", progress=progress)
+    return dict(zip(nodes, found, strict=True))

@@ -1,0 +1,353 @@
+"""What every later step asks of an ONNX graph: who makes a tensor, who reads it, what it is.
+
+`GraphView` is an index over the protobuf, not a representation of its own: nodes are the
+`onnx.NodeProto` of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from trtune.precision.graph.file import Model, load_model, model_from_proto, save_model, tensor_spec
+from trtune.precision.graph.normalise import captured
+
+__all__ = ["GraphView", "Model", "attribute", "load_model", "model_from_proto", "save_model"]
+
+Shape = tuple[int | str | None, ...]
+
+RANDOM_OPS = {
+    *("Bernoulli", "Dropout", "Multinomial"),
+    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+}
+SHAPE_SOURCES = {"Shape", "Size"}
+INTEGER_COMPUTE = {
+    *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"),
+    *("QuantizeLinear", "DynamicQuantizeLinear"),
+}
+INDEX_DTYPES = {"bool", "int16", "int32", "int64", "uint16", "uint32", "uint64"}
+
+_BY_SLOT: dict[tuple[int, ...], str] = {
+    (0,): "BlackmanWindow ConstantOfShape HammingWindow HannWindow If Where",
+    (1,): """AffineGrid CenterCropPad CumSum Expand Gather GatherElements GatherND Reshape
+        ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
+        ReduceSum ReduceSumSquare ScatterElements ScatterND Split Squeeze Tile TopK Trilu
+        Unsqueeze Upsample""",
+    (0, 1): "Loop OneHot",
+    (1, 2): "Col2Im MaxUnpool",
+    (1, 3): "Pad",
+    (0, 1, 2): "Range",
+    (1, 2, 3): "Resize",
+    (2, 3, 4): "NonMaxSuppression",
+    (1, 2, 3, 4): "Slice",
+}
+SHAPE_SLOTS: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {op: slots for slots, ops in _BY_SLOT.items() for op in ops.split()}
+)
+"""Inputs that say where or how large, never how much."""
+
+NOT_PARAMETERS = {
+    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
+    *("Clip", "Pad", "Constant"),
+}
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+    """The value of an attribute as Python has it (int, float, bytes, list, TensorProto)."""
+    for entry in node.attribute:
+        if entry.name == name:
+            return onnx.helper.get_attribute_value(entry)
+    return default
+
+
+class GraphView:
+    """A read-only index over `proto`, whose nodes must be sorted and uniquely named.
+
+    `producer` maps a tensor to the name of its node; `consumers` to (node, input index) pairs in
+    graph order. A tensor that only a node's subgraphs read counts as read by that node, with an
+    index past its last input. `shapes` and `dtypes` (numpy names) hold what is known: a
+    free dimension is its name or None, a tensor of unknown rank is missing. `external_dir` is
+    where external initializers are (`Model.external_dir`).
+    """
+
+    def __init__(self, proto: onnx.ModelProto, external_dir: Path | None = None) -> None:
+        self.proto = proto
+        self._external_dir = external_dir
+        graph = proto.graph
+        self.nodes: tuple[onnx.NodeProto, ...] = tuple(graph.node)
+        self.by_name: Mapping[str, onnx.NodeProto] = {node.name: node for node in self.nodes}
+        if len(self.by_name) != len(self.nodes) or "" in self.by_name:
+            raise ValueError("node names are not unique; GraphView needs a normalised model")
+        self.initializers: Mapping[str, onnx.TensorProto] = {t.name: t for t in graph.initializer}
+        self.graph_inputs = tuple(i.name for i in graph.input if i.name not in self.initializers)
+        self.graph_outputs = tuple(o.name for o in graph.output)
+        self.producer: Mapping[str, str] = {}
+        self.consumers: Mapping[str, tuple[tuple[str, int], ...]] = {}
+        self._index()
+        self._constants: dict[str, NDArray[Any]] = {}
+
+    @classmethod
+    def of(cls, model: Model) -> GraphView:
+        """The view of a loaded model."""
+        return cls(model.proto, model.external_dir)
+
+    def _index(self) -> None:
+        producer: dict[str, str] = {}
+        consumers: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        reads: dict[str, tuple[str, ...]] = {}
+        for node in self.nodes:
+            name, inputs = node.name, tuple(node.input)
+            for k, tensor in enumerate(inputs):
+                if tensor:
+                    consumers[tensor].append((name, k))
+            inner = tuple(t for t in captured(node) if t not in inputs) if node.attribute else ()
+            for k, tensor in enumerate(inner, start=len(inputs)):
+                consumers[tensor].append((name, k))
+            reads[name] = (*(t for t in inputs if t), *inner)
+            for tensor in node.output:
+                if tensor:
+                    producer[tensor] = name
+        self.producer = producer
+        self.consumers = {tensor: tuple(users) for tensor, users in consumers.items()}
+        self._reads = reads
+
+    @cached_property
+    def _specs(self) -> tuple[dict[str, Shape], dict[str, str]]:
+        shapes: dict[str, Shape] = {}
+        dtypes: dict[str, str] = {}
+        names = {
+            kind: onnx.helper.tensor_dtype_to_np_dtype(kind).name
+            for kind in {t.data_type for t in self.initializers.values()}
+        }
+        for name, tensor in self.initializers.items():
+            shapes[name], dtypes[name] = tuple(tensor.dims), names[tensor.data_type]
+        graph = self.proto.graph
+        for info in (*graph.value_info, *graph.output, *graph.input):
+            spec = tensor_spec(info)
+            if spec is not None:
+                shapes[spec.name], dtypes[spec.name] = spec.shape, spec.dtype
+            elif info.type.tensor_type.elem_type:
+                kind = info.type.tensor_type.elem_type
+                dtypes[info.name] = onnx.helper.tensor_dtype_to_np_dtype(kind).name
+        return shapes, dtypes
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Tensor -> dimensions, for the tensors whose rank is known."""
+        return self._specs[0]
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Tensor -> numpy dtype name, for the tensors whose type is known."""
+        return self._specs[1]
+
+    @cached_property
+    def _computed_constants(self) -> frozenset[str]:
+        """Outputs of nodes that read nothing but constants."""
+        constant = set(self.initializers)
+        for node in self.nodes:
+            reads = self._reads[node.name]
+            if node.op_type in RANDOM_OPS or not (reads or node.op_type == "Constant"):
+                continue
+            if constant.issuperset(reads):
+                constant.update(t for t in node.output if t)
+        return frozenset(constant.difference(self.initializers))
+
+    def is_constant(self, tensor: str) -> bool:
+        """Whether `tensor` is an initializer, or computed from initializers alone."""
+        return tensor in self.initializers or tensor in self._computed_constants
+
+    def constant(self, tensor: str) -> NDArray[Any]:
+        """The value of a constant tensor (read-only, cached); computed by onnxruntime if need be.
+
+        Raises ValueError if `tensor` is not constant.
+        """
+        if tensor not in self._constants:
+            if tensor in self.initializers:
+                value = numpy_helper.to_array(
+                    self.initializers[tensor], str(self._external_dir or "")
+                )
+            elif self.is_constant(tensor):
+                value = self._compute(tensor)
+            else:
+                raise ValueError(f"tensor {tensor!r} is not constant")
+            value.flags.writeable = False
+            self._constants[tensor] = value
+        return self._constants[tensor]
+
+    def _compute(self, tensor: str) -> NDArray[Any]:
+        wanted = self.ancestors([tensor])
+        nodes = [node for node in self.nodes if node.name in wanted]
+        used = dict.fromkeys(t for node in nodes for t in self._reads[node.name])
+        weights = [
+            numpy_helper.from_array(self.constant(t), t) for t in used if t in self.initializers
+        ]
+        dtype = self.dtypes.get(tensor)
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)) if dtype else 0
+        output = onnx.helper.make_tensor_value_info(tensor, kind, None) if kind else None
+        graph = onnx.helper.make_graph(
+            nodes, "constant", [], [output or onnx.ValueInfoProto(name=tensor)], weights
+        )
+        model = onnx.helper.make_model(graph, opset_imports=list(self.proto.opset_import))
+        model.ir_version = self.proto.ir_version
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        (value,) = session.run([tensor], {})
+        return np.asarray(value)
+
+    @cached_property
+    def shape_nodes(self) -> frozenset[str]:
+        """Nodes that compute shapes, indices or conditions, and so never run in INT8 or FP16.
+
+        Those are the nodes whose outputs are all integer or boolean (but not the integer
+        convolutions), and the float ones that depend on no input's values and end only there, such
+        as the scales of a Resize.
+        """
+        from_data = self._data_tensors()
+        found: set[str] = set()
+        outputs = set(self.graph_outputs)
+        for node in reversed(self.nodes):
+            names = [t for t in node.output if t]
+            kinds = [self.dtypes.get(t) for t in names]
+            if kinds and all(kind in INDEX_DTYPES for kind in kinds):
+                if node.op_type not in INTEGER_COMPUTE:
+                    found.add(node.name)
+            elif not from_data.intersection(names) and not outputs.intersection(names):
+                uses = [use for t in names for use in self.consumers.get(t, ())]
+                if uses and all(self._is_shape_use(use, found) for use in uses):
+                    found.add(node.name)
+        return frozenset(found)
+
+    def _is_shape_use(self, use: tuple[str, int], shape_nodes: set[str]) -> bool:
+        name, index = use
+        return name in shape_nodes or index in SHAPE_SLOTS.get(self.by_name[name].op_type, ())
+
+    def _data_tensors(self) -> set[str]:
+        """Tensors whose values depend on the values, and not just the shapes, of the inputs."""
+        data = set(self.graph_inputs)
+        for node in self.nodes:
+            if node.op_type in RANDOM_OPS or (
+                node.op_type not in SHAPE_SOURCES and not data.isdisjoint(self._reads[node.name])
+            ):
+                data.update(t for t in node.output if t)
+        return data
+
+    def ancestors(self, tensors: Iterable[str]) -> frozenset[str]:
+        """Names of the nodes that the values of `tensors` depend on, their producers included."""
+        made = {tensor: (name,) for tensor, name in self.producer.items()}
+        return self._walk(tensors, lambda t: made.get(t, ()), self._reads)
+
+    def descendants(self, tensors: Iterable[str]) -> frozenset[str]:
+        """Names of the nodes whose values depend on `tensors`."""
+        written = {node.name: tuple(t for t in node.output if t) for node in self.nodes}
+        return self._walk(
+            tensors, lambda t: tuple(name for name, _ in self.consumers.get(t, ())), written
+        )
+
+    @staticmethod
+    def _walk(
+        tensors: Iterable[str],
+        nodes_of: Callable[[str], tuple[str, ...]],
+        tensors_of: Mapping[str, tuple[str, ...]],
+    ) -> frozenset[str]:
+        found: set[str] = set()
+        waiting = list(tensors)
+        while waiting:
+            for name in nodes_of(waiting.pop()):
+                if name not in found:
+                    found.add(name)
+                    waiting.extend(tensors_of[name])
+        return frozenset(found)
+
+    def macs(self, name: str) -> int:
+        """Multiply-accumulates of a Conv, ConvTranspose, Gemm or MatMul for one sample; else 0.
+
+        Dimensions that are not known count as 1; a fixed batch is divided out.
+        """
+        node = self.by_name[name]
+        count = MACS[node.op_type](self, node) if node.op_type in MACS else 0
+        batch = self._fixed_batch
+        leading = self.shapes.get(node.output[0], ())[:1]
+        whole = bool(leading) and isinstance(leading[0], int) and leading[0] % batch == 0
+        return count // batch if whole else count
+
+    @cached_property
+    def _fixed_batch(self) -> int:
+        first = self.shapes.get(self.graph_inputs[0], ())[:1] if self.graph_inputs else ()
+        return first[0] if first and isinstance(first[0], int) and first[0] > 0 else 1
+
+    def parameters(self, name: str) -> int:
+        """Number of constant float or quantized values that the node computes with.
+
+        Weights shared by several nodes count in each of them.
+        """
+        return sum(elements(self.shapes.get(t, ())) for t in self.parameter_tensors(name))
+
+    def parameter_tensors(self, name: str) -> tuple[str, ...]:
+        """The node's constant inputs that are data: weights, biases, tables; no shape or scale."""
+        node = self.by_name[name]
+        if node.op_type in NOT_PARAMETERS or name in self.shape_nodes:
+            return ()
+        slots = SHAPE_SLOTS.get(node.op_type, ())
+        return tuple(
+            tensor
+            for k, tensor in enumerate(node.input)
+            if tensor
+            and k not in slots
+            and self.is_constant(tensor)
+            and self.dtypes.get(tensor) not in INDEX_DTYPES
+        )
+
+
+def elements(shape: Shape) -> int:
+    """Product of the dimensions; those that are not known count as 1.
+
+    >>> elements(("N", 3, 4))
+    12
+    """
+    return math.prod(dim for dim in shape if isinstance(dim, int))
+
+
+def _macs_conv(view: GraphView, node: onnx.NodeProto) -> int:
+    weight = view.shapes.get(node.input[1], ())
+    return elements(view.shapes.get(node.output[0], ())) * elements(weight[1:])
+
+
+def _macs_conv_transpose(view: GraphView, node: onnx.NodeProto) -> int:
+    weight = view.shapes.get(node.input[1], ())
+    return elements(view.shapes.get(node.input[0], ())) * elements(weight[1:])
+
+
+def _macs_gemm(view: GraphView, node: onnx.NodeProto) -> int:
+    weight = view.shapes.get(node.input[1], ())
+    rows = view.shapes.get(node.input[0], ())
+    m = rows[1 if attribute(node, "transA", 0) else 0 :][:1]
+    return elements(m) * elements(weight)
+
+
+def _macs_matmul(view: GraphView, node: onnx.NodeProto) -> int:
+    left, right = (view.shapes.get(t, ()) for t in node.input)
+    inner = left[-1:] if left and isinstance(left[-1], int) else right[-2:][:1]
+    return elements(view.shapes.get(node.output[0], ())) * elements(inner)
+
+
+MACS: Mapping[str, Callable[[GraphView, onnx.NodeProto], int]] = MappingProxyType(
+    {
+        "Conv": _macs_conv,
+        "ConvTranspose": _macs_conv_transpose,
+        "Gemm": _macs_gemm,
+        "MatMul": _macs_matmul,
+    }
+)

@@ -1,0 +1,133 @@
+"""Half precision on a CPU: the same numbers in float32.
+
+onnxruntime's CPU provider computes most half operators in float32 and leaves out the rounding
+between them, so that a tensor beyond 65504 stays finite there and is infinite on a GPU. Here every
+tensor that a half operator makes is rounded to the half type explicitly; sums inside an operator
+are in float32, as in TensorRT.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from trtune.configs.errors import ModelError
+from trtune.precision.graph.normalise import infer_shapes, names_in, subgraphs
+from trtune.precision.graph.view import GraphView
+from trtune.precision.lower.casts import without_graph
+from trtune.precision.plan.half_types import HALF_WORDS, HALVES
+from trtune.precision.plan.placement import MOVES
+
+EXACT = MOVES | {
+    *("Relu", "Clip", "Slice", "Split", "Gather", "GatherElements", "GatherND", "Max", "Min"),
+    *("Where", "Neg", "Abs", "GlobalMaxPool", "ReduceMax", "ReduceMin", "TopK", "Pad", "Trilu"),
+    *("DequantizeLinear", "Shape", "ConstantOfShape", "Cast", "Compress", "Floor", "Ceil", "Round"),
+}
+"""Operators that give halves for halves without rounding.
+
+And DequantizeLinear: what reads it computes with its codes.
+"""
+
+TYPES = {half.word: half.tensor_type for half in HALVES.values()}
+
+
+def has_halves(proto: onnx.ModelProto) -> bool:
+    """Whether an input or constant of `proto` has a half type, or a Cast gives one."""
+    kinds, graph = set(TYPES.values()), proto.graph
+    if any(info.type.tensor_type.elem_type in kinds for info in graph.input):
+        return True
+    if any(tensor.data_type in kinds for tensor in graph.initializer):
+        return True
+    return any(
+        entry.name == "to" and entry.i in kinds for node in graph.node for entry in node.attribute
+    )
+
+
+def in_float32(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of the typed model `proto` that gives a GPU's numbers on a CPU, in float32 throughout.
+
+    Nodes and tensors keep their names; a tensor that was half holds the same values as float32.
+    Without half types the result is `proto` itself. Raises ModelError if an input or output of the
+    model, or the body of an If or Loop, has a half type.
+    """
+    if not has_halves(proto):
+        return proto
+    typed = onnx.ModelProto()
+    typed.CopyFrom(proto)
+    infer_shapes(typed)
+    return _Rounding(typed).finish()
+
+
+class _Rounding:
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self._proto = proto
+        view = GraphView(proto)
+        self._dtypes = view.dtypes
+        self._taken = names_in(proto.graph)
+        self._nodes: list[onnx.NodeProto] = []
+        for name in (*view.graph_inputs, *view.graph_outputs):
+            if self._dtypes.get(name) in HALF_WORDS:
+                raise ModelError(
+                    f"{name!r} is {self._dtypes[name]}; inputs and outputs have to be float32 here"
+                )
+
+    def finish(self) -> onnx.ModelProto:
+        """The model in float32."""
+        for node in self._proto.graph.node:
+            self._add(node)
+        model = without_graph(self._proto)
+        graph, old = model.graph, self._proto.graph
+        graph.node.extend(self._nodes)
+        graph.initializer.extend(_widened(tensor) for tensor in old.initializer)
+        for info in old.value_info:
+            kept = graph.value_info.add()
+            kept.CopyFrom(info)
+            if info.type.tensor_type.elem_type in TYPES.values():
+                kept.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        return model
+
+    def _add(self, source: onnx.NodeProto) -> None:
+        node = onnx.NodeProto()
+        node.CopyFrom(source)
+        if any(has_halves(onnx.ModelProto(graph=body)) for body in subgraphs(node)):
+            raise ModelError(f"the body of {node.name!r} has half types")
+        self._nodes.append(node)
+        for entry in node.attribute:
+            if entry.name == "value" and entry.t.data_type in TYPES.values():
+                entry.t.CopyFrom(_widened(entry.t))
+            elif entry.name == "output_dtype" and entry.i in TYPES.values():
+                entry.i = onnx.TensorProto.FLOAT
+        rounding = node.op_type not in EXACT
+        for index, tensor in enumerate(node.output):
+            word = self._dtypes.get(tensor)
+            if word not in HALF_WORDS:
+                continue
+            if node.op_type == "Cast":
+                node.output[index] = self._fresh(f"{tensor}/rounded")
+                self._cast(node.output[index], tensor, tensor, onnx.TensorProto.FLOAT)
+            elif rounding:
+                node.output[index] = self._fresh(f"{tensor}/exact")
+                rounded = self._fresh(f"{tensor}/rounded")
+                self._cast(node.output[index], rounded, tensor, TYPES[word])
+                self._cast(rounded, tensor, tensor, onnx.TensorProto.FLOAT)
+
+    def _cast(self, source: str, target: str, tensor: str, kind: int) -> None:
+        name = self._fresh(f"{tensor}/Round")
+        self._nodes.append(helper.make_node("Cast", [source], [target], name=name, to=kind))
+
+    def _fresh(self, name: str) -> str:
+        number, found = 1, name
+        while found in self._taken:
+            number += 1
+            found = f"{name}_{number}"
+        self._taken.add(found)
+        return found
+
+
+def _widened(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """`tensor`, as float32 if it is half."""
+    if tensor.data_type not in TYPES.values():
+        return tensor
+    value = numpy_helper.to_array(tensor).astype(np.float32)
+    return numpy_helper.from_array(value, tensor.name)

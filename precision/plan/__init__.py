@@ -1,0 +1,1 @@
+"""Which node runs in which precision, and which tensors carry scales."""

@@ -1,0 +1,72 @@
+"""The plan of a model that brings its own quantization: int8 where the file says so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from trtune.precision.plan.plan import PrecisionPlan
+
+QAT = "qat"
+IN_FILE = "quantized in the QAT model"
+FLOAT_IN_FILE = "float in the QAT model"
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One input that reads its tensor quantized, as long as one of the `owners` is int8.
+
+    Without owners it does so always, unless its own node is pinned.
+    """
+
+    tensor: str
+    node: str
+    index: int
+    owners: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedPlan(PrecisionPlan):
+    """A plan whose pairs stand where the imported model has them, and not where rules put them."""
+
+    reads: tuple[Read, ...] = ()
+
+    def __post_init__(self) -> None:
+        PrecisionPlan.__post_init__(self)
+        object.__setattr__(self, "reads", tuple(self.reads))
+
+    @property
+    def active_reads(self) -> tuple[Read, ...]:
+        """The reads that stay quantized with the plan as it is."""
+        return tuple(read for read in self.reads if self._is_active(read))
+
+    def _is_active(self, read: Read) -> bool:
+        if read.owners:
+            return any(self.is_int8(owner) for owner in read.owners)
+        return not self.nodes[read.node].reason.startswith("pinned")
+
+    def reads_quantized(self, node: str, index: int) -> bool:
+        """Whether `node` reads its input `index` quantized, as the plan is."""
+        return any((r.node, r.index) == (node, index) for r in self.active_reads)
+
+    def by_rules(self) -> PrecisionPlan:
+        """The same precisions with pairs where the rules of this package put them, which is what
+        `lower_deploy` needs; they may stand on tensors that the imported table has no scale for.
+        """
+        return PrecisionPlan(self.default, self.fallback, self.nodes, self.groups)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` reads it back to an equal plan."""
+        value = json.loads(PrecisionPlan.to_json(self))
+        value["reads"] = [[r.tensor, r.node, r.index, list(r.owners)] for r in self.reads]
+        return json.dumps(value, indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> ImportedPlan:
+        """Read what `to_json` wrote."""
+        base = PrecisionPlan.from_json(text)
+        reads = tuple(
+            Read(tensor, node, index, tuple(owners))
+            for tensor, node, index, owners in json.loads(text)["reads"]
+        )
+        return cls(base.default, base.fallback, base.nodes, base.groups, reads)

@@ -1,0 +1,155 @@
+"""Where quantization happens: which tensors, read by which nodes, with whose scale.
+
+The rules are those of explicit quantization in TensorRT: pairs on the inputs of convolutions and
+matrix products with constant weights (per output channel there) and on the skip input of an Add
+behind a convolution; none on biases, on the outputs of weighted operators, or inside softmax and
+normalisation. Operators that only move values (max pool, reshape, concat) commute with
+quantization: they get no pairs of their own, and what they connect shares one scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from trtune.calibrate.table import CalibrationTable
+from trtune.precision.graph.view import GraphView, attribute
+from trtune.precision.plan.imported import ImportedPlan
+from trtune.precision.plan.plan import PrecisionPlan, weight_axis
+
+MOVES = {
+    *("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Identity"),
+    *("Expand", "DepthToSpace", "SpaceToDepth", "Tile", "Dropout"),
+}
+"""Operators that pass values on unchanged. Not Slice, Split and Gather: the part that they pass on
+may be far smaller than what they leave out, which its range would clip."""
+
+Edge = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What a plan quantizes: `activations` maps a tensor to the (node, input index) pairs that
+    read it quantized; `weights` a (node, input index) pair to its initializer and channel axis.
+    """
+
+    activations: Mapping[str, tuple[Edge, ...]]
+    weights: Mapping[Edge, tuple[str, int]]
+
+
+def place(view: GraphView, plan: PrecisionPlan) -> Placement:
+    """The tensors that `plan` quantizes, in graph order: by the rules, or, if the plan came with a
+    model that was quantized already, where that model has its pairs."""
+    if isinstance(plan, ImportedPlan):
+        return _as_read(view, plan)
+    edges: dict[str, list[Edge]] = {}
+    weights: dict[Edge, tuple[str, int]] = {}
+    for node in view.nodes:
+        if not plan.is_int8(node.name):
+            continue
+        edges.setdefault(node.input[0], []).append((node.name, 0))
+        weights[(node.name, 1)] = (node.input[1], weight_axis(node))
+        skip = skip_edge(view, plan, node)
+        if skip is not None:
+            edges.setdefault(view.by_name[skip[0]].input[skip[1]], []).append(skip)
+    return Placement({t: tuple(e) for t, e in _in_graph_order(view, edges).items()}, weights)
+
+
+def _as_read(view: GraphView, plan: ImportedPlan) -> Placement:
+    edges: dict[str, list[Edge]] = {}
+    for read in plan.active_reads:
+        edges.setdefault(read.tensor, []).append((read.node, read.index))
+    nodes = [view.by_name[name] for name in plan.int8_nodes]
+    weights = {(node.name, 1): (node.input[1], weight_axis(node)) for node in nodes}
+    return Placement({t: tuple(e) for t, e in _in_graph_order(view, edges).items()}, weights)
+
+
+def _in_graph_order(view: GraphView, edges: Mapping[str, list[Edge]]) -> dict[str, list[Edge]]:
+    order = {name: i for i, name in enumerate(view.graph_inputs)}
+    for node in view.nodes:
+        for name in node.output:
+            order[name] = len(order)
+    return {tensor: edges[tensor] for tensor in sorted(edges, key=lambda t: order.get(t, -1))}
+
+
+def skip_edge(view: GraphView, plan: PrecisionPlan, node: onnx.NodeProto) -> Edge | None:
+    """The skip input of the residual Add that is fused behind a convolution, if there is one."""
+    if node.op_type not in ("Conv", "ConvTranspose"):
+        return None
+    main = node.output[0]
+    for member in plan.groups.get(node.name, ()):
+        follower = view.by_name[member]
+        if follower.op_type == "Add" and not any(view.is_constant(i) for i in follower.input):
+            if follower.input[0] == follower.input[1]:
+                return None
+            index = 1 if follower.input[0] == main else 0
+            same = view.shapes.get(follower.input[index]) == view.shapes.get(main)
+            if isinstance(plan, ImportedPlan):
+                same = plan.reads_quantized(member, index)
+            return (member, index) if same else None
+        main = follower.output[0]
+    return None
+
+
+def edges_of(view: GraphView, plan: PrecisionPlan, node: onnx.NodeProto) -> tuple[Edge, ...]:
+    """What is read quantized for the sake of an int8 node: its data, and the skip input behind it.
+
+    In an imported plan that may be the input of a moving operator before it.
+    """
+    if isinstance(plan, ImportedPlan):
+        return tuple((r.node, r.index) for r in plan.active_reads if node.name in r.owners)
+    skip = skip_edge(view, plan, node)
+    return ((node.name, 0), *((skip,) if skip is not None else ()))
+
+
+def shared_ranges(view: GraphView, tensors: Mapping[str, object] | set[str]) -> dict[str, str]:
+    """Tensor -> the tensor whose range it takes: what moving operators make of it.
+
+    Only among `tensors`; a tensor that stands alone maps to itself. As in TensorRT the range is
+    that of the output: the last of the chain.
+    """
+    roots: dict[str, str] = {}
+    for tensor in tensors:
+        root, seen = tensor, {tensor}
+        while (onward := _moved_to(view, root, tensors, seen)) is not None:
+            root = onward
+            seen.add(root)
+        roots[tensor] = root
+    return roots
+
+
+def _moved_to(
+    view: GraphView, tensor: str, tensors: Mapping[str, object] | set[str], seen: set[str]
+) -> str | None:
+    """The first of `tensors` that moving operators lead to from `tensor`."""
+    frontier = [tensor]
+    while frontier:
+        current = frontier.pop(0)
+        for name, index in view.consumers.get(current, ()):
+            node = view.by_name[name]
+            if not is_move(node, index):
+                continue
+            for output in node.output:
+                if output in tensors and output not in seen:
+                    return str(output)
+                if output and output not in seen:
+                    frontier.append(output)
+    return None
+
+
+def is_move(node: onnx.NodeProto, index: int) -> bool:
+    """Whether `node` passes the values of its input `index` on unchanged."""
+    if node.op_type in ("Resize", "Upsample"):
+        mode = attribute(node, "mode", b"nearest")
+        return index == 0 and mode == b"nearest"
+    return node.op_type in MOVES and (index == 0 or node.op_type == "Concat")
+
+
+def with_shared_ranges(view: GraphView, table: CalibrationTable) -> CalibrationTable:
+    """`table` with equal scales across moving operators: the output's for all."""
+    roots = shared_ranges(view, set(table.scales))
+    scales = {tensor: table.scales[roots[tensor]] for tensor in table.scales}
+    methods = {t: table.methods.get(roots[t], "") for t in table.methods}
+    return CalibrationTable(scales, methods, table.provenance)

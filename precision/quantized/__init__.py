@@ -1,0 +1,1 @@
+"""Models that are quantized already: found, linted, repaired, imported, stripped, migrated."""

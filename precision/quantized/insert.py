@@ -1,0 +1,215 @@
+"""A table that came with a model put to use: the plan that it stands for, and the pairs again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+import onnx
+
+from trtune.calibrate.table import CalibrationTable
+from trtune.configs.errors import CacheError, did_you_mean
+from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.plan.imported import FLOAT_IN_FILE, IN_FILE, QAT, ImportedPlan, Read
+from trtune.precision.plan.placement import is_move, place
+from trtune.precision.plan.plan import (
+    COMPUTE,
+    COMPUTE_OPS,
+    SHAPE,
+    Assignment,
+    PrecisionPlan,
+    half_refusal,
+    make_plan,
+    match_pin,
+)
+
+log = logging.getLogger(__name__)
+
+Edge = tuple[str, int]
+
+
+def plan_from_table(
+    view: GraphView,
+    table: CalibrationTable,
+    *,
+    fallback: str = "fp32",
+    pins: Mapping[str, str] | None = None,
+) -> ImportedPlan:
+    """The plan that a table of an imported model stands for, less the user's pins.
+
+    int8 are the nodes whose weights have scales in the table and whose data are read quantized;
+    every other node stays `fallback`, "float in the QAT model", whatever is pinned to int8. A pin
+    holds for the whole group of the node. Raises ConfigError for a pin that matches nothing.
+    """
+    base = make_plan(view, default="int8", fallback=fallback)
+    quantized = {(name, index) for edges in table.reads.values() for name, index in edges}
+    carried = _carried(view, quantized)
+    nodes: dict[str, Assignment] = {}
+    for name, assigned in base.nodes.items():
+        if assigned.role == COMPUTE:
+            node = view.by_name[name]
+            int8 = node.input[1] in table.weights and (name, 0) in carried
+            if int8:
+                assigned = replace(assigned, precision="int8", reason=IN_FILE)
+            elif assigned.precision == "int8":
+                assigned = Assignment(assigned.around or fallback, FLOAT_IN_FILE)
+        nodes[name] = assigned
+    plan = ImportedPlan(QAT, fallback, nodes, base.groups, _reads(view, table, nodes, base))
+    return _pinned(view, plan, pins or {})
+
+
+def _carried(view: GraphView, quantized: set[Edge]) -> set[Edge]:
+    """`quantized`, and the inputs behind operators that move what those read."""
+    found = set(quantized)
+    for node in view.nodes:
+        moving = [k for k in range(len(node.input)) if is_move(node, k)]
+        if moving and all((node.name, k) in found for k in moving):
+            for output in node.output:
+                found.update(view.consumers.get(output, ()))
+    return found
+
+
+def _reads(
+    view: GraphView,
+    table: CalibrationTable,
+    nodes: Mapping[str, Assignment],
+    base: PrecisionPlan,
+) -> tuple[Read, ...]:
+    int8 = {n for n, a in nodes.items() if a.role == COMPUTE and a.precision == "int8"}
+    leader = {member: name for name, members in base.groups.items() for member in members}
+    found = []
+    for tensor, edges in table.reads.items():
+        for name, index in edges:
+            if name not in nodes:
+                continue
+            owners = _owners(view, name, index, leader)
+            found.append(Read(tensor, name, index, tuple(o for o in owners if o in int8)))
+    return tuple(found)
+
+
+def _owners(view: GraphView, name: str, index: int, leader: Mapping[str, str]) -> list[str]:
+    """The products that an input works for: its own node's, or those behind moving operators."""
+    found: dict[str, None] = {}
+    waiting, seen = [(name, index)], {(name, index)}
+    while waiting:
+        name, index = waiting.pop(0)
+        node = view.by_name[name]
+        if name in leader or not is_move(node, index):
+            found[leader.get(name, name)] = None
+            continue
+        for output in node.output:
+            onward = [edge for edge in view.consumers.get(output, ()) if edge not in seen]
+            waiting += onward
+            seen.update(onward)
+    return list(found)
+
+
+def without_spare_reads(
+    view: GraphView, table: CalibrationTable, plan: ImportedPlan
+) -> tuple[CalibrationTable, tuple[Edge, ...]]:
+    """`table` less the pairs that make nothing run in int8, and where those stood.
+
+    What stays is what the rules of `place` would quantize for the int8 nodes of `plan`, and what
+    moving operators pass on to them; pairs on the outputs of convolutions, on the main input of a
+    residual Add, before an average pool or a softmax go.
+    """
+    ruled = place(view, plan.by_rules())
+    wanted = {edge for edges in ruled.activations.values() for edge in edges}
+    every = {edge for edges in table.reads.values() for edge in edges}
+    for read in plan.reads:
+        node = view.by_name[read.node]
+        only_skip = node.op_type == "Add" and (read.node, 1 - read.index) not in every
+        serves = bool(read.owners) and (only_skip or is_move(node, read.index))
+        if serves or node.op_type in COMPUTE_OPS:
+            wanted.add((read.node, read.index))
+    reads = {t: tuple(e for e in edges if e in wanted) for t, edges in table.reads.items()}
+    spare = tuple(e for edges in table.reads.values() for e in edges if e not in wanted)
+    kept = {tensor: edges for tensor, edges in reads.items() if edges}
+    return replace(table, reads=kept), spare
+
+
+def _pinned(view: GraphView, plan: ImportedPlan, pins: Mapping[str, str]) -> ImportedPlan:
+    owner = {member: leader for leader, members in plan.groups.items() for member in members}
+    for pattern, precision in pins.items():
+        leaders = dict.fromkeys(owner.get(name, name) for name in match_pin(view, pattern))
+        why = {name: _unpinnable(view, plan, name, precision) for name in leaders}
+        pinned = plan.pin(
+            [name for name, reason in why.items() if not reason],
+            precision,
+            f"pinned by the user: {pattern!r}",
+        )
+        assert isinstance(pinned, ImportedPlan)
+        plan = pinned
+        refused = [f"{name} ({reason})" for name, reason in why.items() if reason]
+        if refused:
+            shown = ", ".join(refused[:3])
+            log.warning("precision.pin: %r is not possible for %s", pattern, shown)
+    return plan
+
+
+def _unpinnable(view: GraphView, plan: ImportedPlan, node: str, precision: str) -> str:
+    """Why `node` cannot be pinned to `precision`; empty if it can."""
+    if plan.nodes[node].role == SHAPE:
+        return "it computes shapes"
+    if precision == "int8":
+        return "" if plan.is_int8(node) else "the QAT model has no scales for it"
+    return half_refusal(view, view.by_name[node], precision)
+
+
+def with_reasons(plan: ImportedPlan, reasons: Mapping[str, str]) -> ImportedPlan:
+    """`plan` with what else there is to say about nodes that are float in the model."""
+    nodes = dict(plan.nodes)
+    for name, reason in reasons.items():
+        if name in nodes and nodes[name].reason == FLOAT_IN_FILE:
+            nodes[name] = replace(nodes[name], reason=f"{FLOAT_IN_FILE}: {reason}")
+    return replace(plan, nodes=nodes)
+
+
+def insert_quantization(
+    model: Model, table: CalibrationTable, plan: PrecisionPlan | None = None
+) -> onnx.ModelProto:
+    """A copy of `model` with the pairs that `table` stands for: where `plan` has them, else where
+    the model that the table was read from had them.
+
+    What `lower_emulate` writes for that plan. Raises CacheError if the table names tensors or nodes
+    that the model has not, MissingScaleError for a tensor without a scale.
+    """
+    view = GraphView.of(model)
+    if plan is None:
+        check_reads(view, table)
+        plan = plan_from_table(view, table) if table.reads else make_plan(view)
+    return lower_emulate(model, plan, table)
+
+
+def completed(table: CalibrationTable, calibrated: CalibrationTable) -> CalibrationTable:
+    """`table` with the scales of `calibrated` for the tensors that it has none for."""
+    missing = [tensor for tensor in calibrated.scales if tensor not in table.scales]
+    scales = {tensor: calibrated.scales[tensor] for tensor in missing}
+    methods = {t: calibrated.methods[t] for t in missing if t in calibrated.methods}
+    return replace(table, scales={**table.scales, **scales}, methods={**table.methods, **methods})
+
+
+def check_reads(view: GraphView, table: CalibrationTable) -> None:
+    """Raise CacheError, with the nearest name, if `table` was read from another model."""
+    edges = [(t, n, k) for t, readers in table.reads.items() for n, k in readers]
+    wrong = [
+        (tensor, name)
+        for tensor, name, index in edges
+        if name not in view.by_name or list(view.by_name[name].input)[index : index + 1] != [tensor]
+    ]
+    weights = [name for name in table.weights if name not in view.initializers]
+    if wrong:
+        tensor, name = wrong[0]
+        raise CacheError(
+            f"the table belongs to another model: {len(wrong)} of the {len(edges)} inputs that it "
+            f"has quantized are not there, such as {tensor!r} read by {name!r}"
+            f"{did_you_mean(name, view.by_name)}"
+        )
+    if weights:
+        raise CacheError(
+            f"the table belongs to another model: {len(weights)} of its {len(table.weights)} "
+            f"weights are not there, such as {weights[0]!r}"
+            f"{did_you_mean(weights[0], view.initializers)}"
+        )

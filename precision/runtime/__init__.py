@@ -1,0 +1,1 @@
+"""What every runtime has in common: sessions, engines, builds, and error sums."""

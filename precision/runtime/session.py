@@ -1,0 +1,272 @@
+"""onnxruntime sessions, made here alone, and the engine over Polygraphy's runner."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.logger import G_LOGGER
+
+from trtune.configs.errors import DataError, ModelError, did_you_mean
+from trtune.datasets.batches import InputSpec
+from trtune.precision.graph.file import SAVE_LIMIT
+from trtune.precision.graph.normalise import tensor_bytes
+from trtune.precision.graph.view import save_model
+from trtune.precision.runtime.api import (
+    MODEL_FILE,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+log = logging.getLogger(__name__)
+
+Lowering = Literal["emulate", "deploy"]
+
+OPTIMIZATION = {
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+ORT_ERRORS: tuple[type[Exception], ...] = tuple(
+    kind
+    for kind in vars(ort_errors).values()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+)
+"""onnxruntime's own exceptions, which have no common base."""
+
+NUMPY_NAMES = MappingProxyType({"float": "float32", "double": "float64", "string": "object"})
+
+
+def make_session(
+    model: onnx.ModelProto | bytes | Path,
+    *,
+    outputs: Sequence[str] = (),
+    threads: int | None = None,
+    optimize: str = "all",
+    integer_kernels: bool = False,
+    external_dir: Path | None = None,
+) -> ort.InferenceSession:
+    """An onnxruntime session on the CPU for `model`, which is not touched.
+
+    `outputs` names inner tensors that the session gives after the model's own outputs, in that
+    order; those that are outputs already are not added again. A marked tensor keeps
+    onnxruntime from fusing across it. `threads` None leaves the number to onnxruntime. `optimize`
+    is none, basic, extended or all. Without `integer_kernels`, Q/DQ pairs are computed as they are
+    written, so that a pin stays a pin and the numbers are those of TensorRT's arithmetic; with it,
+    onnxruntime puts integer kernels in their place. `external_dir` is where external initializers
+    of a proto or of bytes lie (for a path: beside it). A proto above 2 GiB goes through a
+    temporary folder.
+
+    Raises ModelError with onnxruntime's own words if it cannot load the model, ValueError for an
+    output that no node makes or an unknown `optimize`.
+    """
+    options = _options(threads, optimize, integer_kernels)
+    source: bytes | Path
+    with ExitStack() as stack:
+        if isinstance(model, onnx.ModelProto):
+            outputs = _new_outputs(model, outputs)
+            source, external_dir = _serialised(model, external_dir, stack)
+        elif isinstance(model, Path) and outputs:
+            source, external_dir = model.read_bytes(), model.parent
+        else:
+            source = model
+        if outputs and not isinstance(source, Path):
+            # A protobuf message behind another one is merged into it: this appends to
+            # graph.output without parsing, or copying, the weights.
+            extra = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in outputs])
+            source += onnx.ModelProto(graph=extra).SerializeToString()
+        if external_dir is not None:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(external_dir.resolve())
+            )
+        return _load(source, options)
+
+
+def _options(threads: int | None, optimize: str, integer_kernels: bool) -> ort.SessionOptions:
+    if optimize not in OPTIMIZATION:
+        raise ValueError(f"optimize is {optimize!r}; known: {', '.join(OPTIMIZATION)}")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = OPTIMIZATION[optimize]
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not integer_kernels:
+        # onnxruntime otherwise quantizes float weights and biases between a DQ and a Q itself.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Idle workers would spin on the cores that read pictures and sum errors between two runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _load(source: bytes | Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    argument = str(source) if isinstance(source, Path) else source
+    try:
+        return ort.InferenceSession(argument, options, providers=["CPUExecutionProvider"])
+    except ORT_ERRORS as error:
+        what = str(source) if isinstance(source, Path) else "the model"
+        raise ModelError(
+            f"onnxruntime {ort.__version__} cannot load {what}: {_one_line(error)}; "
+            "`trtune inspect MODEL` shows its operators and opset"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)[:400].rstrip(".")
+
+
+def _new_outputs(model: onnx.ModelProto, outputs: Sequence[str]) -> tuple[str, ...]:
+    graph = model.graph
+    known = {info.name for info in graph.input} | {t.name for t in graph.initializer}
+    known.update(name for node in graph.node for name in node.output)
+    for name in outputs:
+        if name not in known:
+            raise ValueError(f"no node makes tensor {name!r}{did_you_mean(name, known)}")
+    own = {info.name for info in graph.output}
+    return tuple(name for name in dict.fromkeys(outputs) if name not in own)
+
+
+def _serialised(
+    model: onnx.ModelProto, external_dir: Path | None, stack: ExitStack
+) -> tuple[bytes, Path | None]:
+    """The bytes of `model`, with its weights in a temporary folder if they exceed a protobuf."""
+    if sum(tensor_bytes(tensor) for tensor in model.graph.initializer) <= SAVE_LIMIT or any(
+        tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer
+    ):
+        return model.SerializeToString(), external_dir
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trtune-")))
+    save_model(model, folder / MODEL_FILE, save_limit=SAVE_LIMIT)
+    return (folder / MODEL_FILE).read_bytes(), folder
+
+
+class OrtEngine:
+    """A session behind Polygraphy's `OnnxrtRunner`, to be used in `with`.
+
+    `session` gives the session on entry, or is one. The arrays of `infer` are new for each call:
+    onnxruntime copies outputs into NumPy's memory itself.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession | Callable[[], ort.InferenceSession], name: str = "ort"
+    ) -> None:
+        self._runner = OnnxrtRunner(session, name=name)
+        self._inputs: tuple[InputSpec, ...] = ()
+        self._outputs: tuple[InputSpec, ...] = ()
+
+    def __enter__(self) -> Self:
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            self._runner.activate()
+        try:
+            self._inputs = tuple(_spec("input", arg) for arg in self._runner.sess.get_inputs())
+            self._outputs = tuple(_spec("output", arg) for arg in self._runner.sess.get_outputs())
+        except ModelError:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            self._runner.deactivate()
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The model's inputs; empty outside `with`."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[InputSpec, ...]:
+        """The model's outputs, then the marked tensors; empty outside `with`."""
+        return self._outputs
+
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Every output by name for one batch; entries of `feeds` that are no input are left out.
+
+        Raises DataError if an input is missing or does not fit, or onnxruntime cannot run it;
+        ValueError outside `with`.
+        """
+        if not self._runner.is_active:
+            raise ValueError("the engine is closed; use it in a `with` block")
+        wanted = {spec.name: _fitting(spec, feeds) for spec in self._inputs}
+        try:
+            found = dict(self._runner.infer(wanted, check_inputs=False))
+        except ORT_ERRORS as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in wanted.items())
+            raise DataError(
+                f"onnxruntime cannot run the model on {shapes}: {_one_line(error)}"
+            ) from error
+        # An output that is an input may be the caller's own array (before onnxruntime 1.24).
+        return {
+            name: array.copy()
+            if name in wanted and np.may_share_memory(array, wanted[name])
+            else array
+            for name, array in found.items()
+        }
+
+
+def _spec(role: str, arg: ort.NodeArg) -> InputSpec:
+    kind = arg.type
+    if not kind.startswith("tensor("):
+        raise ModelError(
+            f"{role} {arg.name!r} is a {kind}, not a tensor; export the model without it"
+        )
+    element = kind[len("tensor(") : -1]
+    shape = tuple(dim if isinstance(dim, (int, str)) else None for dim in arg.shape)
+    return InputSpec(arg.name, shape, NUMPY_NAMES.get(element, element))
+
+
+def _fitting(spec: InputSpec, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    array = feeds.get(spec.name)
+    if array is None:
+        raise DataError(
+            f"the model's input {spec.name!r} is missing from the batch, which has "
+            f"{', '.join(map(repr, feeds)) or 'nothing'}{did_you_mean(spec.name, feeds)}"
+        )
+    if array.dtype.name != spec.dtype and spec.dtype != "object":
+        raise DataError(f"input {spec.name!r} must be {spec.dtype}; the batch has {array.dtype}")
+    fits = len(array.shape) == len(spec.shape) and all(
+        not isinstance(want, int) or want == got
+        for want, got in zip(spec.shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise DataError(
+            f"input {spec.name!r} must have shape {list(spec.shape)}; "
+            f"the batch has {list(array.shape)}"
+        )
+    return array
+
+
+def optimized_graph(path: Path) -> onnx.ModelProto:
+    """The graph that onnxruntime makes of the model at `path`, fused integer kernels included.
+
+    Without the layout optimizations, which rename tensors and change no precision.
+    Raises ModelError if onnxruntime cannot load or write it.
+    """
+    options = _options(None, "extended", integer_kernels=True)
+    with tempfile.TemporaryDirectory(prefix="trtune-") as folder:
+        target = Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(target)
+        # Weights beside the model, so that one above 2 GiB can be written; they are not read back.
+        key = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(key, "weights.bin")
+        _load(path, options)
+        return onnx.load(target, load_external_data=False)

@@ -1,0 +1,1 @@
+"""Choosing ranges and pins by what they do at the output."""

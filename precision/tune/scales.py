@@ -1,0 +1,216 @@
+"""From a model and its calibration pictures to the table: which tensors, which ranges, which amax.
+
+Here the graph meets the histograms: tensors that moving operators connect share one range, and
+method `auto` tries ranges on the network itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from trtune.calibrate.collect import DEFAULT_MEMORY, collect, measure
+from trtune.calibrate.histogram import Histogram
+from trtune.calibrate.methods import choose
+from trtune.calibrate.table import CalibrationTable
+from trtune.configs.errors import DataError
+from trtune.configs.progress import Progress, silent
+from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, rebatch
+from trtune.datasets.holdout import WholeBatches, Without, hold_out, join
+from trtune.precision.compare.alone import Alone, held_tensors
+from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.lower.deploy import deploy_tensors
+from trtune.precision.plan.placement import Edge, Placement, place, shared_ranges
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.tune.ranges import Choice, choose_by_output
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+PICTURES_AT_ONCE = 4
+"""Held-out pictures a batch: small, so that several tensors are tried at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A table, the histograms of its ranges, and what it cost.
+
+    `seconds` is everything, `search_seconds` the part of method `auto`.
+    """
+
+    table: CalibrationTable
+    histograms: Mapping[str, Histogram]
+    pictures: int
+    passes: int
+    seconds: float
+    inference_seconds: float
+    search_seconds: float
+
+
+def carried_tensors(view: GraphView, plan: PrecisionPlan, lowerings: Iterable[str]) -> list[str]:
+    """The tensors that need a scale for `plan` in any of `lowerings`, in graph order."""
+    if "deploy" in lowerings:
+        return list(deploy_tensors(view, plan))
+    return list(place(view, plan).activations)
+
+
+def calibrate_model(
+    model: Model,
+    view: GraphView,
+    plan: PrecisionPlan,
+    source: BatchSource,
+    *,
+    lowerings: Iterable[str] = ("emulate",),
+    method: str = "entropy",
+    percentile: float = 99.99,
+    holdout: int = 24,
+    memory: int = DEFAULT_MEMORY,
+    also: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Calibrated:
+    """Scales for every tensor that `plan` quantizes, from one pass over `source`.
+
+    `method` is a key of `AMAX_METHODS`, or `auto`: histograms of all but `holdout` pictures, and
+    the amax that hurts the output least on those. Histograms are made of the tensors `also` too,
+    in the same pass. Raises DataError for too few pictures.
+    """
+    started = time.perf_counter()
+    tensors = carried_tensors(view, plan, lowerings)
+    roots = shared_ranges(view, dict.fromkeys(tensors))
+    ranges = list(dict.fromkeys(roots.values()))
+    held = hold_out(source, holdout) if method == AUTO and ranges else ()
+    seen = seen_pictures(source, held, batch_size(model.inputs, 1))
+    wanted = [*ranges, *(tensor for tensor in also if tensor not in ranges)]
+    found = collect(
+        model.proto, wanted, seen, memory=memory, external_dir=model.external_dir, progress=progress
+    )
+    search = time.perf_counter()
+    if held:
+        placement = with_deploy(view, plan, tensors)
+        alone = alone_on(model, view, placement, held, memory=memory)
+        edges = _edges(placement, roots)
+        choices = choose_by_output(alone, found.histograms, edges, progress=progress)
+    else:
+        chosen = {name: found.histograms[name] for name in ranges}
+        choices = _chosen_alike(chosen, method, percentile)
+    return Calibrated(
+        _table({tensor: choices[root] for tensor, root in roots.items()}, provenance),
+        found.histograms,
+        found.pictures,
+        found.passes,
+        time.perf_counter() - started,
+        found.inference_seconds,
+        time.perf_counter() - search if held else 0.0,
+    )
+
+
+def _chosen_alike(
+    histograms: Mapping[str, Histogram], method: str, percentile: float
+) -> dict[str, Choice]:
+    """The same method for every range; nothing if there is none to choose for."""
+    amaxes = choose(histograms, method, percentile=percentile) if histograms else {}
+    return {name: Choice(amax, method, 0.0) for name, amax in amaxes.items()}
+
+
+def _table(chosen: Mapping[str, Choice], provenance: Mapping[str, Any] | None) -> CalibrationTable:
+    return CalibrationTable.from_amax(
+        {tensor: choice.amax for tensor, choice in chosen.items()},
+        methods={tensor: choice.method for tensor, choice in chosen.items()},
+        provenance=provenance,
+    )
+
+
+def seen_pictures(source: BatchSource, held: Sequence[Batch], fixed: int) -> BatchSource:
+    """What the histograms are made of: `source` less the pictures `held` out, in whole batches.
+
+    Where those would be too few for one batch of `fixed`, which the model takes, all are seen.
+    Raises DataError if even they are too few.
+    """
+    others = Without(source, frozenset(item for batch in held for item in batch.items))
+    seen = others if held and _has_batch(others, fixed) else source
+    if fixed == 1:
+        return seen
+    if not _has_batch(seen, fixed):
+        raise DataError(
+            f"the model takes {fixed} pictures at a time, and the calibration data has fewer: "
+            "give more, or export the model with a free batch dimension"
+        )
+    return WholeBatches(seen, fixed)
+
+
+def _has_batch(source: BatchSource, size: int) -> bool:
+    return any(len(batch) == size for batch in islice(rebatch(source, size), 1))
+
+
+def with_deploy(view: GraphView, plan: PrecisionPlan, tensors: Iterable[str]) -> Placement:
+    """The placement of `plan` and of those `tensors` that only `deploy` quantizes.
+
+    The latter are read quantized by everything that reads them.
+    """
+    placement = place(view, plan)
+    edges: dict[str, tuple[Edge, ...]] = {}
+    for tensor in tensors:
+        readers = tuple(
+            edge
+            for edge in view.consumers.get(tensor, ())
+            if edge[1] < len(view.by_name[edge[0]].input)
+        )
+        edges[tensor] = placement.activations.get(tensor) or readers
+    return Placement(edges, placement.weights)
+
+
+def _edges(
+    placement: Placement, roots: Mapping[str, str]
+) -> dict[str, dict[str, tuple[Edge, ...]]]:
+    readers: dict[str, dict[str, tuple[Edge, ...]]] = {}
+    for tensor, edges in placement.activations.items():
+        readers.setdefault(roots[tensor], {})[tensor] = edges
+    return readers
+
+
+def alone_on(
+    model: Model,
+    view: GraphView,
+    placement: Placement,
+    pictures: tuple[Batch, ...],
+    *,
+    memory: int,
+) -> Alone:
+    """An `Alone` on as many of `pictures` as keep what it holds within `memory` bytes.
+
+    At least one batch; in a model of fixed batch size the last picture fills the last batch.
+    """
+    size = batch_size(model.inputs, PICTURES_AT_ONCE)
+    batches = join(pictures, size)
+    batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
+    tensors = held_tensors(view, placement)
+    extents = measure(model.proto, tensors, batches[0], external_dir=model.external_dir)
+    each = max(sum(extent.bytes for extent in extents.values()), 1) * len(batches[0])
+    count = max(1, min(len(batches), memory // each))
+    if count < len(batches):
+        log.info("%d of %d held-out batches, to stay within %d bytes", count, len(batches), memory)
+    return Alone(model, view, placement, batches[:count])
+
+
+def without_zero_ranges(
+    view: GraphView, plan: PrecisionPlan, table: CalibrationTable
+) -> PrecisionPlan:
+    """`plan` less the nodes that read a tensor which was never anything but zero.
+
+    No scale is right for it. For the skip input of an Add that is the convolution it belongs to.
+    """
+    changed = dict(plan.nodes)
+    owner = {member: leader for leader, members in plan.groups.items() for member in members}
+    for tensor, edges in place(view, plan).activations.items():
+        if table.scales.get(tensor) != 0:
+            continue
+        reason = f"its input {tensor!r} was zero in every calibration picture"
+        for name, _ in edges:
+            node = owner.get(name, name)
+            changed[node] = replace(changed[node], precision=plan.fallback, reason=reason)
+    return replace(plan, nodes=changed)

@@ -1,0 +1,212 @@
+"""The ladder of pins and the way back, with evaluators that are pure functions of the pins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trtune.precision.plan.plan import Assignment, PrecisionPlan
+from trtune.precision.tune.ladder import Score, Tuned, ladder, tune
+
+NODES = tuple("abcdefghij")
+RANKING = [(name, f"alone {name} leaves {i} dB") for i, name in enumerate(NODES)]
+Value = Callable[[frozenset[str]], float]
+
+
+def a_plan() -> PrecisionPlan:
+    """Ten int8 nodes; b and f have an activation in their group."""
+    nodes = {name: Assignment("int8", "default") for name in NODES}
+    nodes |= {f"{name}_relu": Assignment("fp32", "follows", "follows") for name in "bf"}
+    return PrecisionPlan("int8", "fp32", nodes, {"b": ("b_relu",), "f": ("f_relu",)})
+
+
+class Evaluator:
+    """Scores a plan by its pinned nodes; remembers the plans it was asked for."""
+
+    def __init__(self, value: Value, target: float) -> None:
+        self.value, self.target = value, target
+        self.plans: list[PrecisionPlan] = []
+
+    def __call__(self, plan: PrecisionPlan) -> Score:
+        self.plans.append(plan)
+        value = self.value(frozenset(plan.pinned))
+        return Score(value, value >= self.target, sqnr_db=value + 1)
+
+    @property
+    def asked(self) -> list[str]:
+        """The pins of each plan, as one word."""
+        return ["".join(plan.pinned) for plan in self.plans]
+
+
+def needs(*groups: str) -> Value:
+    """1 for each group of letters that is pinned as a whole."""
+    return lambda pins: float(sum(set(group) <= pins for group in groups))
+
+
+def run(value: Value, target: float, *, max_pins: int = 16, ranked: int = 10) -> tuple[
+    Tuned, Evaluator
+]:  # fmt: skip
+    evaluator = Evaluator(value, target)
+    return tune(a_plan(), RANKING[:ranked], evaluator, max_pins=max_pins), evaluator
+
+
+@pytest.mark.parametrize(
+    ("limit", "rungs"),
+    [
+        (-1, []), (0, []), (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]),
+        (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16]), (17, [1, 2, 4, 8, 16, 17]),
+    ],
+)  # fmt: skip
+def test_ladder(limit: int, rungs: list[int]) -> None:
+    assert list(ladder(limit)) == rungs
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "options", "asked", "kept"),
+    [
+        pytest.param(needs(), 0.0, {}, [""], "", id="met without pins: nothing else is tried"),
+        pytest.param(needs("a"), 1.0, {}, ["", "a"], "a", id="one pin: nothing to take back"),
+        pytest.param(
+            needs("b"), 1.0, {}, ["", "a", "ab", "a", "b"], "b",
+            id="the least harmful is tried first, then the others",
+        ),
+        pytest.param(
+            needs("ac"), 1.0, {}, ["", "a", "ab", "abcd", "abc", "ab", "ac", "c"], "ac",
+            id="what is needed stays, what is not goes",
+        ),
+        pytest.param(
+            needs("abcd"), 1.0, {}, ["", "a", "ab", "abcd", "abc", "abd", "acd", "bcd"], "abcd",
+            id="all are needed",
+        ),
+        pytest.param(
+            needs("e"), 1.0, {},
+            ["", "a", "ab", "abcd", "abcdefgh", "abcdefg", "abcdef", "abcde", "abcd", "abce",
+             "abe", "ae", "e"], "e",
+            id="down to the one that matters",
+        ),
+        pytest.param(
+            needs("c"), 1.0, {"max_pins": 3}, ["", "a", "ab", "abc", "ab", "ac", "c"], "c",
+            id="the last rung is the limit itself",
+        ),
+        pytest.param(
+            needs("c"), 1.0, {"ranked": 3}, ["", "a", "ab", "abc", "ab", "ac", "c"], "c",
+            id="no more rungs than nodes",
+        ),
+    ],
+)  # fmt: skip
+def test_met(
+    value: Value, target: float, options: dict[str, int], asked: list[str], kept: str
+) -> None:
+    tuned, evaluator = run(value, target, **options)
+    assert evaluator.asked == asked
+    assert tuned.met
+    assert tuned.plan.pinned == tuple(kept)
+    assert len(tuned.steps) == len(asked)
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "asked", "kept"),
+    [
+        pytest.param(
+            needs("a"), {"max_pins": 4}, ["", "a", "ab", "abcd"], "a",
+            id="the best value with the fewest pins is kept",
+        ),
+        pytest.param(
+            lambda pins: -len(pins), {"max_pins": 4}, ["", "a", "ab", "abcd"], "",
+            id="pins that make it worse are not kept",
+        ),
+        pytest.param(
+            needs("ab", "d"), {"max_pins": 4}, ["", "a", "ab", "abcd"], "abcd", id="the last rung"
+        ),
+        pytest.param(needs(), {"max_pins": 0}, [""], "", id="no pins allowed"),
+        pytest.param(needs(), {"ranked": 0}, [""], "", id="nothing to pin"),
+    ],
+)  # fmt: skip
+def test_missed(value: Value, options: dict[str, int], asked: list[str], kept: str) -> None:
+    tuned, evaluator = run(value, 99.0, **options)
+    assert evaluator.asked == asked
+    assert not tuned.met
+    assert tuned.plan.pinned == tuple(kept)
+    assert [step.score.met for step in tuned.steps] == [False] * len(asked)
+
+
+def test_the_steps_say_what_was_done_and_why() -> None:
+    tuned, _ = run(needs("ac"), 1.0)
+    assert [(step.action, "".join(step.pinned), step.reason) for step in tuned.steps] == [
+        ("start", "", "nothing pinned by the tuner"),
+        ("pin", "a", "the worst alone"),
+        ("pin", "ab", "the 2 worst alone"),
+        ("pin", "abcd", "the 4 worst alone"),
+        ("unpin", "abc", "without d"),
+        ("unpin-rejected", "ab", "c is needed"),
+        ("unpin", "ac", "without b"),
+        ("unpin-rejected", "c", "a is needed"),
+    ]
+    for step in tuned.steps:
+        assert step.seconds >= 0
+        assert step.score.sqnr_db == step.score.value + 1
+
+
+def test_pins_take_the_whole_group_and_say_why() -> None:
+    tuned, _ = run(needs("b"), 1.0)
+    plan = tuned.plan
+    assert plan.nodes["b"] == Assignment(
+        "fp32", "pinned by the tuner: alone b leaves 1 dB", "compute"
+    )
+    assert plan.nodes["b_relu"].reason == plan.nodes["b"].reason
+    assert plan.nodes["a"] == Assignment("int8", "default")
+    assert plan.nodes["f_relu"].reason == "follows"
+
+
+def test_pins_of_the_user_stay_and_do_not_count() -> None:
+    plan = a_plan().pin(["j"], "fp32", "pinned by the user: 'j'")
+    evaluator = Evaluator(needs("b"), 1.0)
+    tuned = tune(plan, RANKING[:9], evaluator, max_pins=2)
+    assert evaluator.asked == ["j", "aj", "abj", "aj", "bj"]
+    assert tuned.plan.pinned == ("b", "j")
+    assert tuned.plan.nodes["j"].reason == "pinned by the user: 'j'"
+    assert tuned.steps[-1].pinned == ("b",)
+
+
+def test_another_precision_to_pin_to() -> None:
+    evaluator = Evaluator(needs("a"), 1.0)
+    tuned = tune(a_plan(), RANKING, evaluator, max_pins=1, precision="fp16")
+    assert tuned.plan.precision("a") == "fp16"
+
+
+def test_a_value_that_is_missing_counts_as_the_worst() -> None:
+    tuned, _ = run(lambda pins: 0.5 if pins == {"a"} else float("-inf"), 1.0, max_pins=2)
+    assert tuned.plan.pinned == ("a",)
+
+
+def test_the_ranking_is_not_changed() -> None:
+    ranking = list(RANKING)
+    tune(a_plan(), ranking, Evaluator(needs("c"), 1.0), max_pins=4)
+    assert ranking == RANKING
+
+
+@given(
+    needed=st.sets(st.sampled_from(NODES), max_size=4),
+    max_pins=st.integers(0, 12),
+    weights=st.lists(st.floats(0.1, 1.0), min_size=10, max_size=10),
+)
+def test_what_holds_for_every_evaluator_that_pins_never_hurt(
+    needed: set[str], max_pins: int, weights: list[float]
+) -> None:
+    worth = dict(zip(NODES, weights, strict=True))
+
+    def value(pins: frozenset[str]) -> float:
+        return sum(worth[name] for name in sorted(pins & needed))
+
+    tuned, evaluator = run(value, sum(worth[name] for name in sorted(needed)), max_pins=max_pins)
+    reachable = needed <= set(NODES[:max_pins])
+    assert tuned.met == reachable
+    assert len(tuned.plan.pinned) <= max_pins
+    if reachable:
+        assert set(tuned.plan.pinned) == needed  # every pin that is not needed was taken back
+    assert len(evaluator.plans) <= 6 + max_pins  # the start, at most 5 rungs, each pin once back
+    best = max(step.score.value for step in tuned.steps)
+    assert tuned.met or value(frozenset(tuned.plan.pinned)) == best

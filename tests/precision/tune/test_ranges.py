@@ -1,0 +1,362 @@
+"""Method `auto`: the range that hurts the output least."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx
+import pytest
+import tinymodels
+from numpy.typing import NDArray
+from tinymodels import Net
+from tinyquant import Case, case, fake, numpy_outputs, set_weight
+
+from trtune.calibrate.histogram import Histogram
+from trtune.calibrate.methods import CANDIDATES
+from trtune.datasets.batches import Batch
+from trtune.precision.compare.alone import Alone, Change, fake_quantize
+from trtune.precision.plan.placement import place
+from trtune.precision.tune.ranges import (
+    APART,
+    Choice,
+    _those_that_matter,
+    choose_by_output,
+    distinct_candidates,
+    relative_noise,
+)
+
+Rows = NDArray[np.float32]
+
+# The measure
+
+
+@pytest.mark.parametrize(
+    ("reference", "test", "expected"),
+    [
+        pytest.param(
+            [[[3.0, 4.0], [0.0, 2.0]]],
+            [[[3.0, 5.0], [0.0, 2.0]]],
+            [1 / 25, 0.0],
+            id="noise by signal energy, each picture by itself",
+        ),
+        pytest.param(
+            [[[3.0, 4.0], [0.0, 2.0]], [[5.0], [4.0]]],
+            [[[3.0, 5.0], [0.0, 2.0]], [[7.0], [4.0]]],
+            [(1 + 4) / (25 + 25), 0.0],
+            id="all outputs together",
+        ),
+        pytest.param([[[0.0, 0.0]]], [[[0.5, 0.5]]], [0.5], id="no signal: the noise itself"),
+        pytest.param([[[0.0]]], [[[0.0]]], [0.0], id="nothing at all"),
+        pytest.param(
+            [[[1.0], [2.0]], [3.0]],
+            [[[1.0], [3.0]], [3.0]],
+            [0.0, 1 / (4 + 9)],
+            id="an output without pictures counts for each",
+        ),
+        pytest.param([2.0], [1.0], [0.25], id="a scalar output"),
+        pytest.param(
+            [[[-np.inf, 2.0]]], [[[5.0, 1.0]]], [0.25], id="what is infinite anyway is left out"
+        ),
+        pytest.param([[[1.0, 2.0]]], [[[1.0, np.nan]]], [np.inf], id="what becomes NaN"),
+        pytest.param([[[1.0, 2.0]]], [[[1.0, -np.inf]]], [np.inf], id="what becomes infinite"),
+    ],
+)
+def test_relative_noise(reference: list[object], test: list[object], expected: list[float]) -> None:
+    found = relative_noise([np.float32(r) for r in reference], [np.float32(t) for t in test])
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_relative_noise_is_summed_in_float64() -> None:
+    reference = np.full((1, 1 << 20), 1e-3, np.float32)
+    test = reference * np.float32(1.5)
+    np.testing.assert_allclose(relative_noise([reference], [test]), [0.25], rtol=1e-6)
+
+
+# The candidates
+
+
+def test_candidates_are_largest_first_and_5_percent_apart() -> None:
+    values = np.random.default_rng(0).standard_t(3, (8, 5000)).astype(np.float32)
+    histogram = Histogram.of(*values)
+    found = distinct_candidates(histogram)
+    amaxes = list(found)
+    assert found[histogram.maximum] == "max"
+    assert amaxes[0] == histogram.maximum
+    assert len(amaxes) > 3
+    assert all(b < APART * a for a, b in itertools.pairwise(amaxes))
+    assert set(found.values()) <= set(CANDIDATES)
+    for amax, name in found.items():
+        assert CANDIDATES[name](histogram) == amax
+
+
+def test_candidates_that_agree_are_tried_once() -> None:
+    found = distinct_candidates(Histogram.of(np.full(100, 2.0, np.float32)))
+    assert list(found) == [2.0]
+
+
+def test_candidates_of_zero_are_no_candidates() -> None:
+    mostly = np.zeros(100_000, np.float32)
+    mostly[0] = 3.0
+    assert 0.0 not in distinct_candidates(Histogram.of(mostly))
+
+
+# The choice
+
+
+def linear(columns: Sequence[float]) -> onnx.ModelProto:
+    """y = x @ w with 16 features; column i of x counts `columns[i]` times as much as the others."""
+    net = Net()
+    net.op("MatMul", net.input("x", ("N", 16)), net.weight("w", 16, 8), out="y")
+    model = net.model({"y": ("N", 8)})
+    weight = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weight[: len(columns)] *= np.float32(columns)[:, None]
+    set_weight(model, "w", weight)
+    return model
+
+
+def choose(
+    proto: onnx.ModelProto, pictures: Sequence[Rows], *, batch: int = 4
+) -> tuple[dict[str, Choice], Case, Alone]:
+    """`choose_by_output` for every quantized tensor, on `pictures` of a model with one input."""
+    prepared = case(proto)
+    name = prepared.model.inputs[0].name
+    batches = []
+    for start in range(0, len(pictures), batch):
+        part = np.concatenate(pictures[start : start + batch])
+        batches.append(Batch({name: part}, tuple(map(str, range(len(part))))))
+    placement = place(prepared.view, prepared.plan)
+    alone = Alone(prepared.model, prepared.view, placement, batches)
+    histograms = {
+        tensor: Histogram.of(
+            *(row for b in range(alone.batches) for row in alone.stored(b, tensor))
+        )
+        for tensor in placement.activations
+    }
+    readers = {tensor: {tensor: edges} for tensor, edges in placement.activations.items()}
+    return choose_by_output(alone, histograms, readers, negligible=0.0), prepared, alone
+
+
+def rows(count: int, *, seed: int = 0) -> list[Rows]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((1, 16)).astype(np.float32) for _ in range(count)]
+
+
+def test_a_harmless_outlier_is_clipped() -> None:
+    pictures = rows(16)
+    pictures[3][0, 0] = 1000.0  # a feature that the weights ignore
+    found = choose(linear([0.0]), pictures)[0]["x"]
+    largest = max(float(np.abs(p[0, 1:]).max()) for p in pictures)
+    assert 0.5 * largest < found.amax < 2 * largest
+    assert found.error < 1e-3
+
+
+def test_an_outlier_that_decides_the_output_is_kept() -> None:
+    pictures = rows(16)
+    for picture in pictures:
+        picture[0, 0] = 50.0
+    found = choose(linear([1.0]), pictures)[0]["x"]
+    assert found.amax == 50.0  # the maximum, whichever methods give it
+
+
+def test_the_error_is_that_of_the_plain_computation() -> None:
+    pictures = rows(10)
+    found, prepared, _ = choose(linear([1.0]), pictures)
+    data = np.concatenate(pictures)
+    exact = numpy_outputs(prepared.model.proto, {"x": data})["y"]
+    scale = float(np.float32(found["x"].amax) / np.float32(127))
+    test = numpy_outputs(prepared.model.proto, {"x": fake(data, scale)})["y"]
+    expected = (((exact - test) ** 2).sum(axis=1) / (exact**2).sum(axis=1)).mean()
+    assert found["x"].error == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_tensor_of_zeros_has_no_range() -> None:
+    found = choose(linear([1.0]), [np.zeros((1, 16), np.float32)] * 4)[0]
+    assert found == {"x": Choice(0.0, "max", 0.0)}
+
+
+def test_a_tensor_too_small_for_a_scale_has_no_range() -> None:
+    found = choose(linear([1.0]), [np.full((1, 16), 1e-44, np.float32)] * 4)[0]
+    assert found == {"x": Choice(0.0, "max", 0.0)}
+
+
+def test_a_tensor_that_reaches_no_output_keeps_its_maximum_or_any_other_range() -> None:
+    net = Net()
+    x = net.op("Relu", net.input("input"), out="x")
+    net.conv(x, "dead", 3, 4)
+    net.op("Tanh", x, out="y")
+    rng = np.random.default_rng(0)
+    pictures = [rng.standard_normal((1, 3, 8, 8)).astype(np.float32) for _ in range(4)]
+    found = choose(net.model({"y": ("N", 3, 8, 8)}), pictures)[0]["x"]
+    assert found.error == 0
+    assert found.amax > 0
+
+
+def test_one_picture_is_enough() -> None:
+    found = choose(linear([1.0]), rows(1))[0]["x"]
+    assert found.amax > 0
+    assert found.error > 0
+
+
+def test_names_say_how_far_from_a_method_a_range_is() -> None:
+    pictures = rows(24)
+    found = [choose(tinymodels.mlp(), pictures)[0] for _ in range(2)]
+    assert found[0] == found[1]
+    for choice in found[0].values():
+        method, times, factor = choice.method.partition(" x ")
+        assert method in CANDIDATES
+        assert not times or 0.05 < float(factor) < 20
+
+
+def test_the_ranges_of_a_group_are_tried_together() -> None:
+    """Two tensors with one range: the amax that suits both, not the one that suits either."""
+    net = Net()
+    a = net.op("Relu", net.input("a", ("N", 16)), out="ar")
+    b = net.op("Relu", net.input("b", ("N", 16)), out="br")
+    y = net.op("MatMul", a, net.weight("v", 16, 8), out="av")
+    z = net.op("MatMul", b, net.weight("w", 16, 8), out="bw")
+    net.op("Add", y, z, out="y")
+    prepared = case(net.model({"y": ("N", 8)}))
+    rng = np.random.default_rng(0)
+    feeds = {"a": rng.standard_normal((8, 16)), "b": 20 * rng.standard_normal((8, 16))}
+    batch = Batch({n: v.astype(np.float32) for n, v in feeds.items()}, tuple("abcdefgh"))
+    placement = place(prepared.view, prepared.plan)
+    alone = Alone(prepared.model, prepared.view, placement, [batch])
+    both = Histogram.of(alone.stored(0, "ar"), alone.stored(0, "br"))
+    readers = {"range": dict(placement.activations)}
+    found = choose_by_output(alone, {"range": both}, readers)["range"]
+    assert found.amax > 0.8 * alone.stored(0, "br").max()
+    scale = float(np.float32(found.amax) / np.float32(127))
+    test = numpy_outputs(
+        prepared.model.proto,
+        batch.feeds,
+        edges=placement.activations,
+        scales={"ar": scale, "br": scale},
+    )
+    expected = relative_noise(alone.reference(0), [test["y"]]).mean()
+    assert found.error == pytest.approx(expected, rel=1e-2)
+
+
+# Against trying everything
+
+
+def trained_like(make: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
+    """Channels of very different size, as training makes them."""
+    model = make()
+    rng = np.random.default_rng(7)
+    for tensor in list(model.graph.initializer):
+        value = onnx.numpy_helper.to_array(tensor)
+        if value.ndim == 4:
+            spread = np.exp(rng.normal(0, 0.7, len(value))).astype(np.float32)
+            set_weight(model, tensor.name, value * spread[:, None, None, None])
+    return model
+
+
+def natural_pictures(count: int, *, seed: int = 0) -> list[Rows]:
+    """Pictures of different brightness whose values have tails."""
+    rng = np.random.default_rng(seed)
+    return [
+        (np.exp(rng.normal(0, 0.3)) * rng.standard_t(6, (1, 3, 8, 8))).astype(np.float32)
+        for _ in range(count)
+    ]
+
+
+def error_of(alone: Alone, tensor: str, run: Callable[..., list[Rows]], amax: float) -> float:
+    scale = float(np.float32(amax) / np.float32(127))
+    found = []
+    for number in range(alone.batches):
+        changed: Mapping[str, Rows] = {tensor: fake_quantize(alone.stored(number, tensor), scale)}
+        found.append(relative_noise(alone.reference(number), run(number, changed)))
+    return float(np.concatenate(found).mean())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(tinymodels.conv_relu, tinymodels.depthwise, tinymodels.silu_se),
+        *(tinymodels.concat, tinymodels.residual),
+    ],
+)
+def test_auto_is_near_to_trying_everything(make: Callable[[], onnx.ModelProto], seed: int) -> None:
+    found, prepared, alone = choose(trained_like(make), natural_pictures(24, seed=seed))
+    placement = place(prepared.view, prepared.plan)
+    ratios = []
+    for tensor, choice in found.items():
+        run = alone.session(Change(placement.activations[tensor]))
+        largest = max(np.abs(alone.stored(b, tensor)).max() for b in range(alone.batches))
+        grid = [float(amax) for amax in np.geomspace(largest / 64, largest, 40)]
+        best = min(error_of(alone, tensor, run, amax) for amax in grid)
+        assert error_of(alone, tensor, run, choice.amax) == pytest.approx(choice.error)
+        ratios.append(choice.error / best)
+    # The error is a jagged function of amax, and the steps are of 20 %.
+    assert max(ratios) < 2
+    assert np.exp(np.mean(np.log(ratios))) < 1.2
+
+
+@pytest.mark.parametrize("batch", [1, 4, 24])
+def test_no_candidate_would_have_been_better(batch: int) -> None:
+    pictures = natural_pictures(23)
+    found, prepared, alone = choose(trained_like(tinymodels.silu_se), pictures, batch=batch)
+    placement = place(prepared.view, prepared.plan)
+    for tensor, choice in found.items():
+        run = alone.session(Change(placement.activations[tensor]))
+        values = [alone.stored(b, tensor) for b in range(alone.batches)]
+        histogram = Histogram.of(*(row for value in values for row in value))
+        for amax in distinct_candidates(histogram):
+            assert choice.error <= error_of(alone, tensor, run, amax) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("place_of_the_bright_one", [0, 11, 23])
+def test_where_a_picture_stands_does_not_matter(place_of_the_bright_one: int) -> None:
+    """A picture that is far brighter counts as much in the last batch as in the first."""
+    pictures = natural_pictures(24)
+    pictures.insert(place_of_the_bright_one, pictures.pop(7) * np.float32(8))
+    found = choose(trained_like(tinymodels.conv_relu), pictures, batch=1)[0]
+    usual = natural_pictures(24)
+    usual[7] = usual[7] * np.float32(8)
+    expected = choose(trained_like(tinymodels.conv_relu), usual, batch=1)[0]
+    for tensor, choice in found.items():
+        assert choice.amax == pytest.approx(expected[tensor].amax, rel=0.25)
+        assert choice.error == pytest.approx(expected[tensor].error, rel=0.4)
+
+
+def test_an_amax_is_given_up_at_the_batch_that_shows_it_to_be_worse() -> None:
+    runs: list[int] = []
+
+    class Counting(Alone):
+        def session(self, change: Change) -> Callable[[int, Mapping[str, Rows]], list[Rows]]:
+            run = super().session(change)
+
+            def counted(batch: int, changed: Mapping[str, Rows]) -> list[Rows]:
+                runs.append(batch)
+                return run(batch, changed)
+
+            return counted
+
+    prepared = case(linear([1.0]))
+    pictures = [rows(1)[0]] * 24  # the first half says all there is to know
+    batches = [Batch({"x": picture}, ("p",)) for picture in pictures]
+    placement = place(prepared.view, prepared.plan)
+    alone = Counting(prepared.model, prepared.view, placement, batches)
+    histogram = Histogram.of(*pictures)
+    found = choose_by_output(alone, {"x": histogram}, {"x": dict(placement.activations)})
+    tried = runs.count(0)
+    assert tried >= len(distinct_candidates(histogram))
+    assert runs.count(23) < tried
+    assert len(runs) < 24 * tried
+    plain = choose(linear([1.0]), pictures, batch=24)[0]["x"]
+    assert found["x"].amax == plain.amax
+    assert found["x"].error == pytest.approx(plain.error, rel=1e-5)
+
+
+def test_ranges_that_hardly_matter_keep_their_best_candidate() -> None:
+    errors = {"a": 0.9, "b": 0.05, "c": 0.04, "d": 0.01, "zero": 0.0}
+    choices = {n: Choice(1.0 if e else 0.0, "max", e) for n, e in errors.items()}
+    assert _those_that_matter(choices, 0.0) == ["a", "b", "c", "d"]
+    assert _those_that_matter(choices, 0.1) == ["a"]
+    assert _those_that_matter(choices, 0.0999) == ["a", "b"]
+    ruined = choices | {"b": Choice(1.0, "max", float("inf"))}
+    assert _those_that_matter(ruined, 0.1) == ["a", "b"]

@@ -1,0 +1,109 @@
+"""The run record's parts, each from a job that measured them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinymodels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tinyproject import job_of, write_project
+
+from trtune.calibrate.histogram import Counter, Histogram
+from trtune.run.assemble import (
+    PLOTTED,
+    histogram_plot,
+    histogram_plots,
+    layer_rows,
+    peak_rss,
+)
+
+
+def histogram_of(values: list[float]) -> Histogram:
+    counter = Counter()
+    counter.add(("a",), np.array([values], np.float32))
+    return counter.histogram()
+
+
+class TestHistogramPlot:
+    def test_four_decades_in_eighty_bins(self) -> None:
+        plot = histogram_plot("x", histogram_of([0.0, 0.5, -1.0, 1.0]), 0.75, "entropy")
+        assert (len(plot.edges), len(plot.counts)) == (81, 80)
+        assert plot.edges[0] == pytest.approx(1e-4)
+        assert plot.edges[-1] == pytest.approx(1.0, rel=1e-5)
+        assert np.ptp(np.diff(np.log(plot.edges))) < 1e-9
+        assert (plot.tensor, plot.amax, plot.max, plot.method) == ("x", 0.75, 1.0, "entropy")
+        assert plot.counts[-1] == 2
+        (half,) = np.flatnonzero(plot.counts[:-1])
+        assert plot.edges[half] < 0.5 * (1 + 1 / 64)
+        assert plot.edges[half + 1] > 0.5 * (1 - 1 / 64)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.floats(2.0**-3, 2.0**3, width=32), min_size=1, max_size=50))
+    def test_no_value_within_them_is_lost(self, values: list[float]) -> None:
+        plot = histogram_plot("x", histogram_of(values), 1.0, "max")
+        assert sum(plot.counts) == len(values)
+        assert plot.edges == sorted(plot.edges)
+        assert plot.max == max(values)
+
+
+class TestHistogramPlots:
+    def test_the_inputs_of_what_hurts_most_come_first(self, tmp_path: Path) -> None:
+        job = job_of(write_project(tmp_path))
+        plots = histogram_plots(job)
+        worst = min(job.alone, key=lambda node: job.alone[node].sqnr_db)
+        assert plots[0].tensor == job.view.by_name[worst].input[0]
+        assert [plot.amax for plot in plots] == [job.table.amax(plot.tensor) for plot in plots]
+        assert {plot.tensor for plot in plots} == {"input", "relu1", "flat"}
+
+    def test_no_more_than_the_report_shows(self, tmp_path: Path) -> None:
+        net = tinymodels.Net()
+        x = net.input("input")
+        for i in range(PLOTTED + 2):
+            x = net.op("Relu", net.conv(x, f"conv{i}", 3, 3), out=f"relu{i}")
+        job = job_of(write_project(tmp_path, net.head(x, 3)))
+        assert len(histogram_plots(job)) == PLOTTED
+
+
+class TestLayerRows:
+    def test_a_row_a_node_in_graph_order(self, tmp_path: Path) -> None:
+        job = job_of(write_project(tmp_path, tinymodels.dynamic_reshape(), labels=False))
+        rows = layer_rows(job, job.untuned)
+        assert [row.node for row in rows] == [node.name for node in job.view.nodes]
+        by_name = {row.node: row for row in rows}
+        conv = by_name["n_conv"]
+        assert (conv.op, conv.shape, conv.tensor) == ("Conv", "Nx4x4x4", "input")
+        assert conv.amax == job.table.amax("input")
+        shape = by_name["n_shape"]
+        assert shape.reason == "shape computation"
+        assert (shape.tensor, shape.amax, shape.accumulated_sqnr_db) == ("", None, None)
+
+    def test_errors_accumulate(self, tmp_path: Path) -> None:
+        job = job_of(write_project(tmp_path))
+        rows = {row.node: row for row in layer_rows(job, job.untuned)}
+        first, last = rows["n_conv1"], rows["n_logits"]
+        assert first.accumulated_relative_l2 is not None
+        assert last.accumulated_relative_l2 is not None
+        assert first.accumulated_sqnr_db == pytest.approx(
+            -20 * np.log10(first.accumulated_relative_l2), abs=1e-6
+        )
+        assert last.alone_sqnr_db is not None
+        assert last.accumulated_sqnr_db is not None
+        assert last.alone_sqnr_db > last.accumulated_sqnr_db
+
+    def test_the_precision_is_that_of_the_plan_given(self, tmp_path: Path) -> None:
+        job = job_of(write_project(tmp_path))
+        plan = job.untuned.pin(["n_conv2"], "fp32", "pinned by the tuner: it hurts")
+        rows = {row.node: row for row in layer_rows(job, plan)}
+        assert (rows["n_conv2"].precision, rows["n_conv2"].reason) == (
+            "fp32",
+            "pinned by the tuner: it hurts",
+        )
+        assert rows["n_conv2"].tensor == "relu1"
+        assert rows["n_conv1"].precision == "int8"
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    assert 10 << 20 < peak_rss() < 1 << 40

@@ -1,0 +1,1 @@
+"""A run: stages over one workspace, from a config to engines and a report."""
