@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from trtune.calibrate.histogram import Counter, Histogram
 from trtune.calibrate.taps import Reader, Tapped, session_of, tap, with_outputs
 from trtune.configs.errors import DataError, ModelError
+from trtune.configs.machine import usable_cores
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import (
     Batch,
@@ -126,11 +126,6 @@ def collect(
         busy += run.busy / workers
     ordered = {tensor: histograms[tensor] for tensor in tensors}
     return Collection(ordered, pictures, len(chunks), time.perf_counter() - started, busy)
-
-
-def usable_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure(

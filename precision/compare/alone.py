@@ -19,8 +19,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from trtune.calibrate.collect import usable_cores
 from trtune.calibrate.table import CalibrationTable
+from trtune.configs.machine import usable_cores
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import Batch
 from trtune.precision.graph.normalise import captured, copy_of

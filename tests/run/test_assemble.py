@@ -17,7 +17,6 @@ from trtune.run.assemble import (
     histogram_plot,
     histogram_plots,
     layer_rows,
-    peak_rss,
 )
 
 
@@ -103,7 +102,3 @@ class TestLayerRows:
         )
         assert rows["n_conv2"].tensor == "relu1"
         assert rows["n_conv1"].precision == "int8"
-
-
-def test_peak_memory_is_in_bytes() -> None:
-    assert 10 << 20 < peak_rss() < 1 << 40

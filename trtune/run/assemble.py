@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -16,6 +14,7 @@ import numpy as np
 from trtune.calibrate.histogram import Histogram, bin_edges
 from trtune.calibrate.outliers import dominant, outliers
 from trtune.configs.errors import TrtuneError
+from trtune.configs.machine import peak_rss
 from trtune.precision.compare.runtime_errors import inner_kind
 from trtune.precision.plan.half_rules import flushed_weights
 from trtune.precision.plan.placement import place, shared_ranges
@@ -161,12 +160,6 @@ def _method(job: Job) -> str:
         return "Q/DQ in the model"
     section = job.config.calibration
     return section.method if section.cache is None else f"cache {Path(section.cache).name}"
-
-
-def peak_rss() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def histogram_plots(job: Job) -> list[HistogramPlot]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 from trtune.configs.errors import TrtuneError
 from trtune.configs.files import hash_json, write_json
+from trtune.configs.locks import try_lock
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +124,14 @@ def _lock(handler: logging.FileHandler, folder: Path) -> None:
     """Hold the log file until it is closed; the lock of a killed process goes with it."""
     assert handler.stream is not None  # open from the start, not from the first line on
     try:
-        fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise TrtuneError(
-            f"another trtune works in {folder}; wait for it, or choose another place with --out"
-        ) from error
+        free = try_lock(handler.stream)
     except OSError as error:  # a file system without locks
         log.info("%s cannot be locked: %s", folder, error)
+        return
+    if not free:
+        raise TrtuneError(
+            f"another trtune works in {folder}; wait for it, or choose another place with --out"
+        )
 
 
 def _remove_leftovers(folder: Path) -> None:

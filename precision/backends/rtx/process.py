@@ -120,7 +120,8 @@ def _death(status: int, said: Path, log: Path) -> str:
         except ValueError:
             how = f"by signal {-status}"
     text = f"the TensorRT-RTX build died {how}. Its last words: {_tail(said.parent, log)}"
-    out_of_memory = status == -signal.SIGKILL or "MemoryError" in text or "bad_alloc" in text
+    # Minus SIGKILL, which Windows does not have: how Linux ends who takes too much memory.
+    out_of_memory = status == -9 or "MemoryError" in text or "bad_alloc" in text
     return text + (ADVICE if out_of_memory else "")
 
 

@@ -8,80 +8,18 @@ lose nothing of each other, and a reader never sees half a file.
 from __future__ import annotations
 
 import logging
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trtune.configs.errors import TrtuneError
 from trtune.configs.files import write_bytes
+from trtune.configs.locks import locked
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0
 """Seconds to wait for another build that is writing, which takes it far less than one."""
-
-
-def lock_of(path: Path) -> Path:
-    """The file that is locked while `path` is written; it stays, empty."""
-    return path.with_name(path.name + ".lock")
-
-
-@contextmanager
-def locked(path: Path, *, patience: float = PATIENCE) -> Iterator[None]:
-    """Hold the lock of `path`; the operating system lets go of it if the process dies.
-
-    Raises TrtuneError if another process holds it for longer than `patience` seconds, or the lock
-    file cannot be made.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = lock_of(path).open("a+b")
-    except OSError as error:
-        raise TrtuneError(f"cannot lock the timing cache {path}: {error.strerror}") from error
-    with handle:
-        until = time.monotonic() + patience
-        while not _try_lock(handle):
-            if time.monotonic() >= until:
-                raise TrtuneError(
-                    f"another process has held {lock_of(path)} for {patience:.0f} seconds; wait "
-                    "for it to end, or give this build another `timing_cache`"
-                )
-            time.sleep(0.05)
-        try:
-            yield
-        finally:
-            _unlock(handle)
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(handle: IO[bytes]) -> bool:
-        handle.seek(0)
-        try:
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-    def _unlock(handle: IO[bytes]) -> None:
-        handle.seek(0)
-        msvcrt.locking(handle.fileno(), msvcrt.LK_UNLCK, 1)
-else:
-    import fcntl
-
-    def _try_lock(handle: IO[bytes]) -> bool:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
-
-    def _unlock(handle: IO[bytes]) -> None:
-        fcntl.flock(handle, fcntl.LOCK_UN)
+REMEDY = "give this build another `timing_cache`"
 
 
 def use_timing_cache(config: Any, path: Path) -> str:
@@ -106,7 +44,7 @@ def save_timing_cache(config: Any, path: Path) -> None:
     cache = config.get_timing_cache()
     if cache is None:
         return
-    with locked(path):
+    with locked(path, patience=PATIENCE, remedy=REMEDY):
         data = _read(path)
         others = config.create_timing_cache(data) if data else None
         if data and (others is None or not cache.combine(others, False)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +9,11 @@ import pytest
 from trtdouble import double
 
 from trtune.configs.errors import TrtuneError
-from trtune.precision.backends.trt.timing_cache import (
-    lock_of,
-    locked,
-    save_timing_cache,
-    use_timing_cache,
-)
+from trtune.configs.locks import locked
+from trtune.precision.backends.trt import timing_cache
+from trtune.precision.backends.trt.timing_cache import save_timing_cache, use_timing_cache
 
 VERSION = {10: "10.16.1.11", 11: "11.4.0.106"}
-HOLD = """
-import sys, pathlib
-from trtune.precision.backends.trt.timing_cache import locked
-with locked(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 def config_of(major: int) -> Any:
@@ -94,36 +82,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         use_timing_cache(config_of(10), tmp_path)
 
 
-def test_two_processes_do_not_write_at_once(tmp_path: Path) -> None:
+def test_a_build_waits_for_another_that_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "timing.cache"
-    command = [sys.executable, "-c", HOLD, str(path)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        held = pytest.raises(TrtuneError, match="another process has held")
-        with held as caught, locked(path, patience=0):
-            pass
-        assert str(lock_of(path)) in str(caught.value)
-        holder.kill()  # the operating system frees the lock of a process that died
-        holder.wait()
-    with locked(path, patience=10):
-        assert lock_of(path).is_file()
-
-
-def test_the_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "timing.cache"
-    with pytest.raises(KeyError), locked(path):
-        raise KeyError("anything")
-    with locked(path, patience=0):
-        pass
-
-
-def test_a_place_that_cannot_hold_a_lock_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(TrtuneError, match="cannot lock the timing cache"),
-        locked(tmp_path / "file" / "timing.cache"),
-    ):
-        pass
+    config = config_of(10)
+    use_timing_cache(config, path)
+    measured(config, "conv1")
+    monkeypatch.setattr(timing_cache, "PATIENCE", 0.0)
+    with locked(path, patience=0, remedy=""), pytest.raises(TrtuneError) as failure:
+        save_timing_cache(config, path)
+    assert "another process has held" in str(failure.value)
+    assert str(failure.value).endswith("or give this build another `timing_cache`")
+    save_timing_cache(config, path)
+    assert path.is_file()

@@ -1,0 +1,48 @@
+"""What this process may use of the machine, and has used: cores and memory, on any system."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import sys
+from typing import Any
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which in a container may be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss() -> int:
+    """The largest resident size of this process so far, in bytes; 0 where no system call tells."""
+    try:
+        resource: Any = importlib.import_module("resource")
+    except ImportError:
+        return _peak_working_set()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+
+
+class _Counters(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS of the Windows API."""
+
+    _fields_ = [
+        ("size", ctypes.c_uint32),
+        ("page_faults", ctypes.c_uint32),
+        ("peak_working_set", ctypes.c_size_t),
+        *[(f"other{k}", ctypes.c_size_t) for k in range(7)],
+    ]
+
+
+def _peak_working_set() -> int:
+    kernel: Any = getattr(ctypes, "windll", None)
+    if kernel is None:
+        return 0
+    kernel = kernel.kernel32
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    counters = _Counters(size=ctypes.sizeof(_Counters))
+    done = kernel.K32GetProcessMemoryInfo(
+        ctypes.c_void_p(kernel.GetCurrentProcess()), ctypes.byref(counters), counters.size
+    )
+    return int(counters.peak_working_set) if done else 0
