@@ -48,7 +48,7 @@ def test_one_outlier_picture_does_not_ruin_efficientnet(
         "precision.target={metric: top1, min: 0.84}",
     )
     assert record.status == "met"
-    assert record.baseline.value == pytest.approx(0.8515, abs=5e-4)
+    assert record.baseline.value == pytest.approx(0.8515, abs=2e-3)
     assert variant(record, "int8").pinned == []
     assert record.calibration is not None
     worst = record.calibration.dominant[0]

@@ -53,6 +53,23 @@ def test_a_folder_imported_by_its_bare_name_is_loud(folder: str) -> None:
     assert f"use trtune.{folder}" in done.stderr
 
 
+def required() -> set[str]:
+    """The distributions that `make demo`, `make test` and `make lint` ask for."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    lists = re.findall(r"^(?:dependencies|examples|rtx|dev) = \[(.*?)\]$", text, re.M | re.S)
+    names = {name for part in lists for name in re.findall(r'"([A-Za-z0-9_.-]+)', part)}
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names} - {"trtune"}
+
+
+def test_the_tested_versions_name_all_that_is_required_and_no_index() -> None:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = [line for line in lines if not line.startswith("#")]
+    pattern = r"([a-z0-9-]+)==[0-9][0-9a-z.+]*( ; .+)?"
+    assert [line for line in pinned if not re.fullmatch(pattern, line)] == []
+    assert required() - {line.partition("==")[0] for line in pinned} == set()
+    assert "torch" not in {line.partition("==")[0] for line in pinned}
+
+
 def copy_sources(target: Path) -> None:
     """What a clean checkout holds, uncommitted changes included; links stay links."""
     listed = subprocess.run(

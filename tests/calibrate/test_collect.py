@@ -92,7 +92,7 @@ def test_maxima_and_totals_are_those_of_the_tensors_computed_plainly(name: str) 
     for tensor, histogram in found.histograms.items():
         if plain[tensor].shape[:1] == (11,):  # else a constant, which every batch gives again
             assert histogram.total == plain[tensor].size, tensor
-        np.testing.assert_allclose(histogram.maximum, np.abs(plain[tensor]).max(), rtol=1e-5)
+        np.testing.assert_allclose(histogram.maximum, np.abs(plain[tensor]).max(), rtol=1e-4)
 
 
 def test_the_histogram_is_that_of_the_values_seen() -> None:
@@ -145,7 +145,7 @@ def test_little_memory_means_more_passes_and_the_same_result() -> None:
     for tensor in tensors:
         assert tight.histograms[tensor].total == roomy.histograms[tensor].total
         assert tight.histograms[tensor].maximum == pytest.approx(
-            roomy.histograms[tensor].maximum, rel=1e-5
+            roomy.histograms[tensor].maximum, rel=1e-4
         )
 
 
@@ -224,7 +224,7 @@ def test_segments_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for tensor, histogram in collect(model, tensors, source).histograms.items():
         # onnxruntime chooses its kernels anew for graphs that are cut at every tensor
         assert histogram.total == usual.histograms[tensor].total
-        assert histogram.maximum == pytest.approx(usual.histograms[tensor].maximum, rel=1e-5)
+        assert histogram.maximum == pytest.approx(usual.histograms[tensor].maximum, rel=1e-4)
 
 
 def fixed(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:

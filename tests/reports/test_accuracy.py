@@ -29,6 +29,8 @@ RNG = np.random.default_rng(3)
 X = RNG.normal(size=(23, 6)).astype(np.float32)
 WEIGHTS = RNG.normal(size=(6, 4)).astype(np.float32)
 LABELS = RNG.integers(0, 4, 23)
+FLOAT_NOISE_DB = 1e-3
+"""What the order of a float32 sum, which differs with batch, CPU and library, moves an SQNR by."""
 
 
 @dataclass
@@ -80,7 +82,7 @@ def test_all_numbers_in_one_pass_whatever_the_batch(batch: int, stored: bool) ->
     top1, sqnr, agree = expected(rounded)
     assert (result.metric, result.samples) == ("top1", 23)
     assert result.value == pytest.approx(top1)
-    assert result.sqnr_db == pytest.approx(sqnr, abs=1e-9)
+    assert result.sqnr_db == pytest.approx(sqnr, abs=FLOAT_NOISE_DB)
     assert result.agreement == pytest.approx(agree)
 
 
@@ -140,7 +142,7 @@ def test_a_fixed_batch_changes_nothing(fixed: int, batch: int) -> None:
     top1, sqnr, _ = expected(rounded)
     assert seen == {fixed}
     assert result.value == pytest.approx(top1)
-    assert result.sqnr_db == pytest.approx(sqnr, abs=1e-4)
+    assert result.sqnr_db == pytest.approx(sqnr, abs=FLOAT_NOISE_DB)
 
 
 def test_a_model_of_fixed_batch_runs_in_onnxruntime() -> None:
@@ -185,7 +187,7 @@ def test_one_of_several_outputs_is_scored_and_compared() -> None:
     chosen = evaluate(run, Rows(X, LABELS), metric="top1", reference=reference, output="y")
     every = evaluate(run, Rows(X, LABELS), reference=reference)
     assert chosen.value == expected(rounded)[0]
-    assert chosen.sqnr_db == pytest.approx(expected(rounded)[1])
+    assert chosen.sqnr_db == pytest.approx(expected(rounded)[1], abs=FLOAT_NOISE_DB)
     assert every.sqnr_db is not None
     assert chosen.sqnr_db is not None
     assert every.sqnr_db < chosen.sqnr_db

@@ -81,10 +81,10 @@ def assert_close(got: Mapping[str, ErrorSums], expected: Mapping[str, ErrorSums]
     assert list(got) == list(expected)
     for name, sums in expected.items():
         assert got[name].count == sums.count
-        assert got[name].sqnr_db == pytest.approx(sums.sqnr_db, abs=1e-3), name
+        assert got[name].sqnr_db == pytest.approx(sums.sqnr_db, abs=1e-2), name
         assert got[name].cosine == pytest.approx(sums.cosine, abs=1e-6), name
-        assert got[name].relative_l2 == pytest.approx(sums.relative_l2, rel=1e-4), name
-        assert got[name].max_abs == pytest.approx(sums.max_abs, rel=1e-4, abs=1e-6), name
+        assert got[name].relative_l2 == pytest.approx(sums.relative_l2, rel=1e-3), name
+        assert got[name].max_abs == pytest.approx(sums.max_abs, rel=1e-3, abs=1e-5), name
 
 
 @pytest.mark.parametrize("name", ["conv_relu", "residual", "silu_se", "attention", "two_outputs"])

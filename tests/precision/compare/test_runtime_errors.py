@@ -250,7 +250,7 @@ def test_the_numbers_are_those_of_comparing_the_two_models(name: str, size: int)
     assert (dict(got.missing), got.pictures) == ({}, 7)
     for tensor, sums in expected.items():
         assert got.errors[tensor].count == sums.count
-        assert got.errors[tensor].relative_l2 == pytest.approx(sums.relative_l2, rel=1e-4, abs=1e-7)
+        assert got.errors[tensor].relative_l2 == pytest.approx(sums.relative_l2, rel=1e-3, abs=1e-6)
 
 
 def test_outputs_come_first_and_from_the_engine_that_is_used() -> None:
@@ -271,7 +271,7 @@ def test_in_chunks_the_numbers_are_the_same(name: str) -> None:
     assert (whole.chunks, alone.chunks) == (1, len(inner(proto)) - 1)
     for tensor, sums in whole.errors.items():
         assert alone.errors[tensor].relative_l2 == pytest.approx(
-            sums.relative_l2, rel=1e-4, abs=1e-7
+            sums.relative_l2, rel=1e-3, abs=1e-6
         )
 
 

@@ -376,7 +376,7 @@ def test_raising_the_opset_keeps_nodes_and_numbers(name: str, opset: int) -> Non
     feeds = tinymodels.feeds(model.proto)
     expected = tinymodels.run(model.proto, feeds)
     for tensor, found in tinymodels.run(raised.proto, feeds).items():
-        np.testing.assert_allclose(found, expected[tensor], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found, expected[tensor], rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_of_that_opset_is_left_alone() -> None:

@@ -82,7 +82,7 @@ def test_max_is_the_largest_magnitude_of_each_tensor() -> None:
     assert list(found.table.scales) == ["input", "stem_relu", "relu1", "flat"]
     for tensor, scale in found.table.scales.items():
         amax = np.abs(values_of(proto, tensor, source)).max()
-        assert scale == pytest.approx(amax / 127, rel=1e-5)
+        assert scale == pytest.approx(amax / 127, rel=1e-4)
     assert dict(found.table.methods) == dict.fromkeys(found.table.scales, "max")
     assert found.pictures == 20
     assert found.passes == 1
@@ -190,7 +190,7 @@ def test_the_range_is_that_of_the_output() -> None:
     parts = [np.abs(values_of(proto, t, source)).max() for t in ("left_relu", "right_relu")]
     assert min(parts) < 0.99 * pooled
     for tensor in ("left_relu", "right_relu", "max"):
-        assert found.table.amax(tensor) == pytest.approx(pooled, rel=1e-5)
+        assert found.table.amax(tensor) == pytest.approx(pooled, rel=1e-4)
 
 
 def test_with_deploy_adds_what_only_deploy_quantizes_for_all_readers() -> None:

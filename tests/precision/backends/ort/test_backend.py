@@ -85,7 +85,7 @@ def test_marked_tensors_come_after_the_models_own_outputs(optimize: str) -> None
     assert model.SerializeToString(deterministic=True) == before
     feeds = tinymodels.feeds(model)
     logits, total, echoed, _ = session.run(None, feeds)
-    np.testing.assert_allclose(logits, tinymodels.run(model)["logits"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits, tinymodels.run(model)["logits"], rtol=1e-4, atol=1e-5)
     assert total.shape == (2, 16, 8, 8)
     np.testing.assert_array_equal(echoed, feeds["input"])
 
@@ -101,7 +101,9 @@ def test_a_proto_bytes_and_a_path_give_the_same_session(form: str, tmp_path: Pat
     assert [o.name for o in plain.get_outputs()] == ["logits"]
     assert [o.name for o in marked.get_outputs()] == ["logits", "conv2"]
     feeds = tinymodels.feeds(model)
-    np.testing.assert_allclose(plain.run(None, feeds)[0], marked.run(None, feeds)[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        plain.run(None, feeds)[0], marked.run(None, feeds)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("outputs", [(), ("conv2",)])
@@ -119,7 +121,7 @@ def test_external_weights_are_found_for_a_path_and_for_a_proto(
         make_session(light.SerializeToString(), outputs=outputs, external_dir=tmp_path),
     ):
         got = session.run(["logits"], tinymodels.feeds(model))[0]
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_above_a_protobufs_limit_go_through_a_folder_that_is_removed(
@@ -131,7 +133,7 @@ def test_weights_above_a_protobufs_limit_go_through_a_folder_that_is_removed(
     session = make_session(model, outputs=["conv2"])
     assert list(tmp_path.iterdir()) == []
     got = session.run(None, tinymodels.feeds(model))
-    np.testing.assert_allclose(got[0], tinymodels.run(model)["logits"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got[0], tinymodels.run(model)["logits"], rtol=1e-4, atol=1e-5)
     assert got[1].shape == (2, 32, 4, 4)
 
 
@@ -168,7 +170,7 @@ def test_without_integer_kernels_the_float_node_stays_float() -> None:
     as_written = make_session(lowered).run(None, feeds)[0]
     replaced = make_session(lowered, integer_kernels=True).run(None, feeds)[0]
     assert sqnr_db(exact, as_written) > sqnr_db(exact, replaced)
-    np.testing.assert_allclose(as_written, exact, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(as_written, exact, rtol=1e-4, atol=1e-5)
 
 
 # The engine
@@ -183,7 +185,7 @@ def test_the_engine_gives_what_onnxruntime_gives(name: str) -> None:
     expected = tinymodels.run(model)
     assert list(got) == list(expected)
     for output, array in expected.items():
-        np.testing.assert_allclose(got[output], array, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got[output], array, rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_and_outputs_have_numpys_names_for_their_types() -> None:
@@ -311,7 +313,7 @@ def test_what_was_built_is_loaded_and_runs(lowerings: Lowerings, tmp_path: Path)
     model = tinymodels.conv_relu()
     with backend.load(tmp_path) as engine:
         got = engine.infer(tinymodels.feeds(model))["logits"]
-    np.testing.assert_allclose(got, tinymodels.run(model)["logits"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got, tinymodels.run(model)["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_deploy_reports_what_really_runs_not_what_was_planned(
