@@ -229,6 +229,7 @@ def save_table(path: Path, table: CalibrationTable, header: str = DEFAULT_HEADER
             "key": hash_json(dict(table.provenance)),
             "provenance": dict(table.provenance),
             "methods": dict(table.methods),
+            **({"factors": dict(table.factors)} if table.factors else {}),
             **table.imported(),
         },
     )
@@ -271,14 +272,15 @@ def load_table(path: Path, *, allow_unkeyed: bool = False) -> CalibrationTable:
 
 def _with_sidecar(path: Path, cache: Cache, sidecar: Mapping[str, Any]) -> CalibrationTable:
     weights, reads = sidecar.get("weights", {}), sidecar.get("reads", {})
+    factors = sidecar.get("factors", {})
     try:
         return CalibrationTable(
-            cache.scales, sidecar["methods"], sidecar["provenance"], weights, reads
+            cache.scales, sidecar["methods"], sidecar["provenance"], weights, reads, factors
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise CacheError(
-            f"{sidecar_of(path)} holds weight scales or reads that are none: {error}; it was "
-            "edited. Import the quantized model again"
+            f"{sidecar_of(path)} holds weight scales, reads or factors that are none: {error}; it "
+            "was edited. Import the quantized model again"
         ) from error
 
 

@@ -30,8 +30,9 @@ class CalibrationTable:
     `scales` holds float32 values (as Python floats that float32 represents exactly), because
     that is what TensorRT's cache file holds: a table survives the round trip through it bit for
     bit. scale = amax / 127; amax is the largest magnitude that int8 can still tell from the next.
-    `methods` says for each tensor how its amax was chosen; `provenance` is what the table was
-    made from (model, data and method hashes, versions): its key.
+    `methods` says for each tensor how its amax was chosen, `factors` by what the method's own amax
+    was multiplied where it was; `provenance` is what the table was made from (model, data and
+    method hashes, versions): its key.
 
     A table that was read from a quantized model holds two things more, which are empty otherwise:
     `weights` maps an initializer to its scales, one an output channel or one for all, where they
@@ -44,6 +45,7 @@ class CalibrationTable:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     reads: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with np.errstate(over="ignore"):  # infinity is refused below, by name
@@ -56,6 +58,8 @@ class CalibrationTable:
         object.__setattr__(self, "scales", MappingProxyType(scales))
         object.__setattr__(self, "methods", MappingProxyType(dict(self.methods)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+        factors = {tensor: float(factor) for tensor, factor in self.factors.items()}
+        object.__setattr__(self, "factors", MappingProxyType(factors))
         object.__setattr__(self, "weights", MappingProxyType(_weights(self.weights)))
         object.__setattr__(self, "reads", MappingProxyType(_reads(self.reads)))
 
@@ -66,6 +70,7 @@ class CalibrationTable:
         *,
         methods: Mapping[str, str] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        factors: Mapping[str, float] | None = None,
     ) -> CalibrationTable:
         """A table whose scales are `amax / 127`, divided in float32 as TensorRT does.
 
@@ -74,7 +79,7 @@ class CalibrationTable:
         """
         with np.errstate(over="ignore"):  # infinity is refused by name
             scales = {t: float(np.float32(a) / np.float32(127)) for t, a in amax.items()}
-        return cls(scales, methods or {}, provenance or {})
+        return cls(scales, methods or {}, provenance or {}, factors=factors or {})
 
     def scale(self, tensor: str) -> float:
         """The scale of `tensor`; raises MissingScaleError with the nearest name."""
@@ -82,6 +87,15 @@ class CalibrationTable:
             return self.scales[tensor]
         except KeyError:
             raise MissingScaleError(tensor, self.scales) from None
+
+    def method(self, tensor: str) -> str:
+        """How the amax of `tensor` was chosen, in words; empty if that is not known.
+
+        >>> CalibrationTable({"x": 1.0}, {"x": "mse"}, factors={"x": 0.8}).method("x")
+        'mse x 0.80'
+        """
+        name = self.methods.get(tensor, "")
+        return f"{name} x {self.factors[tensor]:.2f}" if tensor in self.factors else name
 
     def amax(self, tensor: str) -> float:
         """127 times the scale of `tensor`."""
@@ -94,6 +108,7 @@ class CalibrationTable:
                 "scales": dict(self.scales),
                 "methods": dict(self.methods),
                 "provenance": dict(self.provenance),
+                **({"factors": dict(self.factors)} if self.factors else {}),
                 **self.imported(),
             },
             indent=2,
@@ -123,6 +138,7 @@ class CalibrationTable:
             value["provenance"],
             value.get("weights", {}),
             value.get("reads", {}),
+            value.get("factors", {}),
         )
 
 

@@ -353,7 +353,9 @@ def merge(base: Tree, over: Tree) -> Tree:
     """`base` with what `over` says: mappings key by key, anything else is replaced.
 
     A mapping with integer keys changes single entries of a list (only `--set` makes one). Keys of
-    which a config may have only one of several take the others with them: see `_replaced`.
+    which a config may have only one of several take the others with them: see `_replaced`. In a
+    mapping whose order counts, what `over` says stands last: the last of several pins that name
+    a node holds.
     """
     origins = dict(base.origins)
 
@@ -368,6 +370,8 @@ def merge(base: Tree, over: Tree) -> Tree:
                 forget((*key, name))
             kept = {name: item for name, item in old.items() if name not in gone}
             changed = {n: join(kept.get(n), item, (*key, n)) for n, item in new.items()}
+            if key in _LAST_WINS:
+                kept = {name: item for name, item in kept.items() if name not in changed}
             return {**kept, **changed}
         if isinstance(old, list) and isinstance(new, dict) and all(type(n) is int for n in new):
             return [join(o, new.get(i, o), (*key, i)) if i in new else o for i, o in enumerate(old)]
@@ -379,6 +383,7 @@ def merge(base: Tree, over: Tree) -> Tree:
     return Tree(value, origins)
 
 
+_LAST_WINS = (("precision", "pin"),)
 _ALTERNATIVES = ("max_drop", "min"), ("take", "sample")
 _OF_ONE_SOURCE = ("path", "labels", "inputs", "args")
 

@@ -180,7 +180,8 @@ class LayerRow(_Value):
 
     `accumulated_*` compare the node's output in the whole quantized network with FP32; `alone_*`
     compare the network's output when only this node is quantized. Errors are null where they were
-    not measured; `sqnr_db` values are decibels, `amax` is of the node's quantized input. `runs_in`
+    not measured; `origin` says who decided the precision (user, tuner, rule, ...), `reason` why, in
+    words; `sqnr_db` values are decibels, `amax` is of the node's quantized input. `runs_in`
     is the precision in each runtime's own account, such as "tensorrt_rtx: int8". `runtime_*`
     compare the engine with its Q/DQ model in onnxruntime; `runtime` says which engine, and how
     inner tensors were read (the outputs are always those of the engine that is reported).
@@ -210,3 +211,4 @@ class LayerRow(_Value):
     runtime_relative_l2: float | None = None
     runtime_max_abs: float | None = None
     time_ms: float | None = None
+    origin: str = ""

@@ -285,7 +285,7 @@ def worst_layers(rows: Iterable[LayerRow], *, by: str, count: int | None = None)
 
 
 def pinned_nodes(record: RunRecord, rows: Iterable[LayerRow]) -> frozenset[str]:
-    """Nodes that a user or the tuner pinned: of the main variant, and by the layers' reasons."""
+    """Nodes that a user or the tuner pinned: of the main variant, and by the layers' origins."""
     variant = main_variant(record)
     named = set(variant.pinned if variant else ())
-    return frozenset(named | {row.node for row in rows if row.reason.startswith("pinned")})
+    return frozenset(named | {row.node for row in rows if row.origin in ("user", "tuner")})

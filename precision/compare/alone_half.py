@@ -25,7 +25,7 @@ def half_nodes(plan: PrecisionPlan) -> tuple[str, ...]:
     return tuple(
         name
         for name in plan.compute_nodes
-        if plan.precision(name) in HALVES and not plan.nodes[name].reason.startswith("pinned")
+        if plan.precision(name) in HALVES and not plan.nodes[name].is_pinned
     )
 
 

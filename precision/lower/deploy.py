@@ -176,9 +176,7 @@ class _Deploy:
     def _stays_float(self, node: str) -> bool:
         """Whether `node` is pinned, or a product that cannot be quantized."""
         found = self._plan.nodes[node]
-        return found.precision != "int8" and (
-            found.role == COMPUTE or found.reason.startswith("pinned")
-        )
+        return found.precision != "int8" and (found.role == COMPUTE or found.is_pinned)
 
     def _quantize(self, tensor: str, edges: list[Edge]) -> None:
         if never_negative(self._view, tensor, self._signs):

@@ -31,7 +31,7 @@ from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_ranges import Range, bounds, tensors_for_ranges
 from trtune.precision.plan.half_types import HALF_WORDS, HALVES, QDQ, Half, to_half
 from trtune.precision.plan.patterns import SUMS, float32_statistics, internals, summands
-from trtune.precision.plan.plan import COMPUTE, FOLLOWS, SHAPE, Assignment, PrecisionPlan
+from trtune.precision.plan.plan import COMPUTE, FOLLOWS, RANGE, SHAPE, Assignment, PrecisionPlan
 
 __all__ = [
     "Flushed",
@@ -108,7 +108,7 @@ def keep_fp32(view: GraphView, plan: PrecisionPlan, ranges: Mapping[str, Range])
 def _is_half(plan: PrecisionPlan, name: str) -> bool:
     """Whether the node's floats are half, and not because somebody pinned it."""
     found = plan.nodes[name]
-    pinned = found.precision != "int8" and found.reason.startswith("pinned")
+    pinned = found.precision != "int8" and found.is_pinned
     return found.role != SHAPE and not pinned and plan.float_type(name) in HALVES
 
 
@@ -122,7 +122,7 @@ def _with_reasons(plan: PrecisionPlan, reasons: Mapping[str, str]) -> PrecisionP
 def _in_fp32(found: Assignment, reason: str) -> Assignment:
     if found.precision == "int8":
         return replace(found, around="fp32", reason=f"{found.reason}; its result in fp32: {reason}")
-    return replace(found, precision="fp32", reason=reason)
+    return replace(found, precision="fp32", reason=reason, origin=RANGE)
 
 
 def _fused_alike(plan: PrecisionPlan) -> PrecisionPlan:

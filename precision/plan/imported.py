@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from trtune.precision.plan.plan import PrecisionPlan
 
@@ -43,7 +44,7 @@ class ImportedPlan(PrecisionPlan):
     def _is_active(self, read: Read) -> bool:
         if read.owners:
             return any(self.is_int8(owner) for owner in read.owners)
-        return not self.nodes[read.node].reason.startswith("pinned")
+        return not self.nodes[read.node].is_pinned
 
     def reads_quantized(self, node: str, index: int) -> bool:
         """Whether `node` reads its input `index` quantized, as the plan is."""
@@ -54,6 +55,12 @@ class ImportedPlan(PrecisionPlan):
         `lower_deploy` needs; they may stand on tensors that the imported table has no scale for.
         """
         return PrecisionPlan(self.default, self.fallback, self.nodes, self.groups)
+
+    @property
+    def decisions(self) -> dict[str, Any]:
+        """Everything that decides what is written for the plan: its key."""
+        reads = [[r.tensor, r.node, r.index, list(r.owners)] for r in self.reads]
+        return {**PrecisionPlan.decisions.fget(self), "reads": reads}  # type: ignore[attr-defined]
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back to an equal plan."""

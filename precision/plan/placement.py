@@ -152,4 +152,5 @@ def with_shared_ranges(view: GraphView, table: CalibrationTable) -> CalibrationT
     roots = shared_ranges(view, set(table.scales))
     scales = {tensor: table.scales[roots[tensor]] for tensor in table.scales}
     methods = {t: table.methods.get(roots[t], "") for t in table.methods}
-    return CalibrationTable(scales, methods, table.provenance)
+    factors = {t: table.factors[roots[t]] for t in table.methods if roots[t] in table.factors}
+    return CalibrationTable(scales, methods, table.provenance, factors=factors)

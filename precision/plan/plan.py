@@ -29,10 +29,20 @@ ACTIVATIONS = {
 
 COMPUTE, FOLLOWS, SHAPE = "compute", "follows", "shape"
 
+DEFAULT, RULE, USER, TUNER = "default", "rule", "user", "tuner"
+RANGE, FILE, COMPILER = "range", "file", "compiler"
+ORIGINS = (DEFAULT, RULE, USER, TUNER, RANGE, FILE, COMPILER)
+"""Who decided a node's precision: nobody but the plan's default, a rule of this package, the user's
+pin, the tuner's, a measured range, the file that the plan was read from, or a runtime's compiler.
+"""
+PINS = (USER, TUNER)
+
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """One node's precision (int8, fp16, bf16, fp32), the reason, and its part in the network.
+
+    `origin` is one of `ORIGINS`, and what code decides by; `reason` is for people.
 
     `role` is compute (a Conv, Gemm or MatMul, which runs in the precision named), follows (runs in
     whatever its neighbours give it) or shape (index computation, never quantized). `around` is the
@@ -43,6 +53,12 @@ class Assignment:
     reason: str
     role: str = COMPUTE
     around: str = ""
+    origin: str = RULE
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the user or the tuner chose the precision of this very node."""
+        return self.origin in PINS
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +119,7 @@ class PrecisionPlan:
     @property
     def pinned(self) -> tuple[str, ...]:
         """Compute nodes that the user or the tuner pinned, in graph order."""
-        return tuple(
-            name for name in self.compute_nodes if self.nodes[name].reason.startswith("pinned")
-        )
+        return tuple(name for name in self.compute_nodes if self.nodes[name].is_pinned)
 
     def counts(self) -> dict[str, int]:
         """How many compute nodes run in each precision."""
@@ -115,22 +129,44 @@ class PrecisionPlan:
             found[precision] = found.get(precision, 0) + 1
         return found
 
-    def pin(self, nodes: Iterable[str], precision: str, reason: str) -> PrecisionPlan:
+    def pin(
+        self, nodes: Iterable[str], precision: str, reason: str, *, origin: str = USER
+    ) -> PrecisionPlan:
         """The plan with `nodes`, and the whole groups of the compute nodes among them, in
         `precision`.
 
-        `reason` should begin with "pinned". Raises KeyError for a node that is not there.
+        `origin` says whose pin it is. Raises KeyError for a node that is not there.
         """
         changed = dict(self.nodes)
         for node in nodes:
             for member in (node, *self.groups.get(node, ())):
-                changed[member] = replace(changed[member], precision=precision, reason=reason)
+                changed[member] = replace(
+                    changed[member], precision=precision, reason=reason, origin=origin
+                )
         return replace(self, nodes=changed)
+
+    @property
+    def decisions(self) -> dict[str, Any]:
+        """Everything that decides what is written for the plan, as values for JSON: its key.
+
+        The reasons are left out: another wording is no other plan.
+        """
+        return {
+            "default": self.default,
+            "fallback": self.fallback,
+            "nodes": {n: [a.precision, a.role, a.around, a.origin] for n, a in self.nodes.items()},
+            "groups": {name: list(members) for name, members in self.groups.items()},
+        }
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back to an equal plan."""
         nodes = {
-            name: {"precision": a.precision, "reason": a.reason, "role": a.role}
+            name: {
+                "precision": a.precision,
+                "origin": a.origin,
+                "reason": a.reason,
+                "role": a.role,
+            }
             | ({"around": a.around} if a.around else {})
             for name, a in self.nodes.items()
         }
@@ -144,8 +180,11 @@ class PrecisionPlan:
 
     @classmethod
     def from_json(cls, text: str) -> PrecisionPlan:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote. Raises ValueError, KeyError or TypeError for anything else,
+        and for a plan that was written before plans said who decided."""
         value: dict[str, Any] = json.loads(text)
+        if any("origin" not in a for a in value["nodes"].values()):
+            raise ValueError("its nodes have no `origin`: an older trtune wrote it; run it again")
         return cls(
             value["default"],
             value["fallback"],
@@ -241,13 +280,15 @@ def _assignment(view: GraphView, node: onnx.NodeProto, default: str, fallback: s
     floats = fallback if default == "int8" else default
     against = half_refusal(view, node, floats)
     if node.op_type not in COMPUTE_OPS:
-        wanted = Assignment(floats, "follows its neighbours", FOLLOWS)
+        wanted = Assignment(floats, "follows its neighbours", FOLLOWS, origin=DEFAULT)
         return Assignment("fp32", against, FOLLOWS) if against else wanted
     if default != "int8":
-        return Assignment("fp32", against) if against else Assignment(default, "default")
+        if against:
+            return Assignment("fp32", against)
+        return Assignment(default, "default", origin=DEFAULT)
     refusal = refusal_of(view, node)
     if not refusal:
-        return Assignment("int8", "default", around="fp32" if against else "")
+        return Assignment("int8", "default", around="fp32" if against else "", origin=DEFAULT)
     return Assignment("fp32", f"{refusal}; {against}") if against else Assignment(floats, refusal)
 
 

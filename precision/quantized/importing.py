@@ -197,7 +197,7 @@ def with_calibrated(imported: Imported, table: CalibrationTable) -> Imported:
         found = table.scales.get(tensor, 0.0)
         if method == REQUANTIZED_METHOD and 0 < found < scales[tensor]:
             scales[tensor] = found
-            methods[tensor] = f"{method}, {table.methods.get(tensor, 'calibrated')}"
+            methods[tensor] = f"{method}, {table.method(tensor) or 'calibrated'}"
     changes = tuple(
         replace(
             change,

@@ -17,6 +17,7 @@ from trtune.precision.plan.placement import is_move, place
 from trtune.precision.plan.plan import (
     COMPUTE,
     COMPUTE_OPS,
+    FILE,
     SHAPE,
     Assignment,
     PrecisionPlan,
@@ -52,9 +53,10 @@ def plan_from_table(
             node = view.by_name[name]
             int8 = node.input[1] in table.weights and (name, 0) in carried
             if int8:
-                assigned = replace(assigned, precision="int8", reason=IN_FILE)
+                assigned = replace(assigned, precision="int8", reason=IN_FILE, origin=FILE)
             elif assigned.precision == "int8":
-                assigned = Assignment(assigned.around or fallback, FLOAT_IN_FILE)
+                floats = assigned.around or fallback
+                assigned = Assignment(floats, FLOAT_IN_FILE, origin=FILE)
         nodes[name] = assigned
     plan = ImportedPlan(QAT, fallback, nodes, base.groups, _reads(view, table, nodes, base))
     return _pinned(view, plan, pins or {})
@@ -162,7 +164,8 @@ def with_reasons(plan: ImportedPlan, reasons: Mapping[str, str]) -> ImportedPlan
     """`plan` with what else there is to say about nodes that are float in the model."""
     nodes = dict(plan.nodes)
     for name, reason in reasons.items():
-        if name in nodes and nodes[name].reason == FLOAT_IN_FILE:
+        found = nodes.get(name)
+        if found is not None and found.origin == FILE and found.precision != "int8":
             nodes[name] = replace(nodes[name], reason=f"{FLOAT_IN_FILE}: {reason}")
     return replace(plan, nodes=nodes)
 
@@ -188,7 +191,13 @@ def completed(table: CalibrationTable, calibrated: CalibrationTable) -> Calibrat
     missing = [tensor for tensor in calibrated.scales if tensor not in table.scales]
     scales = {tensor: calibrated.scales[tensor] for tensor in missing}
     methods = {t: calibrated.methods[t] for t in missing if t in calibrated.methods}
-    return replace(table, scales={**table.scales, **scales}, methods={**table.methods, **methods})
+    factors = {t: calibrated.factors[t] for t in missing if t in calibrated.factors}
+    return replace(
+        table,
+        scales={**table.scales, **scales},
+        methods={**table.methods, **methods},
+        factors={**table.factors, **factors},
+    )
 
 
 def check_reads(view: GraphView, table: CalibrationTable) -> None:

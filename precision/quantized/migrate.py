@@ -19,7 +19,14 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, ConfigError, InputError, ModelError, nearest
 from trtune.precision.graph.view import GraphView, Model, load_model
 from trtune.precision.plan.placement import is_move, place
-from trtune.precision.plan.plan import COMPUTE, SHAPE, PrecisionPlan, make_plan, refusal_of
+from trtune.precision.plan.plan import (
+    COMPUTE,
+    FILE,
+    SHAPE,
+    PrecisionPlan,
+    make_plan,
+    refusal_of,
+)
 from trtune.precision.quantized.migrate_pins import LayerPin, explain, parse_pins, parts_of
 from trtune.precision.tune.scales import without_zero_ranges
 
@@ -277,7 +284,9 @@ def _without_missing(
             for name, _ in edges:
                 node = owner.get(name, name)
                 reason = f"the cache has no scale for its input {tensor!r}"
-                changed[node] = replace(changed[node], precision=plan.fallback, reason=reason)
+                changed[node] = replace(
+                    changed[node], precision=plan.fallback, reason=reason, origin=FILE
+                )
     return replace(plan, nodes=changed)
 
 
@@ -289,7 +298,7 @@ def _changes(
     found: list[Change] = []
     for node in view.nodes:
         assigned = plan.nodes[node.name]
-        if assigned.role == SHAPE or assigned.reason.startswith("pinned"):
+        if assigned.role == SHAPE or assigned.is_pinned:
             continue
         before = _implicit_int8(view, node, table)
         if assigned.role == COMPUTE:

@@ -72,9 +72,7 @@ def _from_plan(text: str) -> tuple[LayerPin, ...]:
             f"the list of pinned layers is JSON, but no plan.json of trtune: {error}"
         ) from error
     return tuple(
-        LayerPin(name, assigned.precision)
-        for name, assigned in nodes.items()
-        if assigned.reason.startswith("pinned")
+        LayerPin(name, assigned.precision) for name, assigned in nodes.items() if assigned.is_pinned
     )
 
 

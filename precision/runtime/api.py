@@ -53,7 +53,7 @@ class Candidate:
         scales = None if table is None else {**table.scales, **table.imported()}
         return {
             "model": self.model.sha256,
-            "plan": hash_json(json.loads(self.plan.to_json())),
+            "plan": hash_json(self.plan.decisions),
             "scales": hash_json(scales),
         }
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import TUNER, PrecisionPlan
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +80,16 @@ def tune(
     steps: list[Step] = []
 
     def measure(
-        action: str, pins: Sequence[tuple[str, str]], reason: str
+        action: str, pins: Sequence[tuple[str, str]], about: str
     ) -> tuple[PrecisionPlan, Score]:
         candidate = plan
         for node, why in pins:
-            candidate = candidate.pin([node], precision, f"pinned by the tuner: {why}")
+            reason = f"pinned by the tuner: {why}"
+            candidate = candidate.pin([node], precision, reason, origin=TUNER)
         started = time.perf_counter()
         score = evaluate(candidate)
         names = tuple(node for node, _ in pins)
-        steps.append(Step(action, names, score, time.perf_counter() - started, reason))
+        steps.append(Step(action, names, score, time.perf_counter() - started, about))
         log.info("%s %s: %.5g%s", action, names, score.value, ", target met" if score.met else "")
         return candidate, score
 

@@ -47,12 +47,18 @@ SURPRISE = 1.25
 class Choice:
     """The amax chosen for a range, which method it is (or near to), and its output error.
 
-    `error` is the mean over the held-out pictures of noise energy by signal energy of the output.
+    `factor` is the amax by that of the method, 1 where they are the same. `error` is the mean over
+    the held-out pictures of noise energy by signal energy of the output.
     """
 
     amax: float
     method: str
     error: float
+    factor: float = 1.0
+
+
+Named = tuple[str, float]
+"""A method, and the factor from its amax to another."""
 
 
 def choose_by_output(
@@ -109,15 +115,16 @@ def _those_that_matter(choices: Mapping[str, Choice], negligible: float) -> list
 
 def _choose(trials: _Trials, candidates: Mapping[float, str], limit: float) -> Choice:
     half, whole = -(-trials.batches // 2), trials.batches
-    names = dict(candidates)
+    names: dict[float, Named] = {amax: (name, 1.0) for amax, name in candidates.items()}
     chosen = _search(trials, names, limit, leading=half)
     if trials.error(chosen, whole) > SURPRISE * trials.error(chosen, half):
         # Some picture of the second half is unlike those of the first: let all lead.
         chosen = _search(trials, names, limit, leading=whole)
-    return Choice(chosen, names[chosen], trials.error(chosen, whole))
+    method, factor = names[chosen]
+    return Choice(chosen, method, trials.error(chosen, whole), factor)
 
 
-def _search(trials: _Trials, names: dict[float, str], limit: float, *, leading: int) -> float:
+def _search(trials: _Trials, names: dict[float, Named], limit: float, *, leading: int) -> float:
     """The best of `names` and of what steps from it reach, led by the first `leading` batches.
 
     Adds the amaxes that it tries to `names`.
@@ -191,11 +198,11 @@ def _climb(
     return start
 
 
-def _near(amax: float, names: Mapping[float, str]) -> str:
+def _near(amax: float, names: Mapping[float, Named]) -> Named:
     """How to call an amax that no method gave: the nearest method and the factor."""
-    named = {known: name for known, name in names.items() if " x " not in name}
+    named = {known: name for known, (name, factor) in names.items() if factor == 1}
     known = min(named, key=lambda other: abs(np.log(amax / other)))
-    return f"{named[known]} x {amax / known:.2f}"
+    return named[known], amax / known
 
 
 def distinct_candidates(histogram: Histogram) -> dict[float, str]:

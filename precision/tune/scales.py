@@ -25,7 +25,7 @@ from trtune.precision.compare.alone import Alone, held_tensors
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.deploy import deploy_tensors
 from trtune.precision.plan.placement import Edge, Placement, place, shared_ranges
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import RANGE, PrecisionPlan
 from trtune.precision.tune.ranges import Choice, choose_by_output
 
 log = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ def _table(chosen: Mapping[str, Choice], provenance: Mapping[str, Any] | None) -
         {tensor: choice.amax for tensor, choice in chosen.items()},
         methods={tensor: choice.method for tensor, choice in chosen.items()},
         provenance=provenance,
+        factors={tensor: c.factor for tensor, c in chosen.items() if c.factor != 1},
     )
 
 
@@ -212,5 +213,7 @@ def without_zero_ranges(
         reason = f"its input {tensor!r} was zero in every calibration picture"
         for name, _ in edges:
             node = owner.get(name, name)
-            changed[node] = replace(changed[node], precision=plan.fallback, reason=reason)
+            changed[node] = replace(
+                changed[node], precision=plan.fallback, reason=reason, origin=RANGE
+            )
     return replace(plan, nodes=changed)

@@ -291,5 +291,11 @@ def test_a_sidecar_with_impossible_weight_scales_is_refused(tmp_path: Path) -> N
     value = json.loads(sidecar.read_text("utf-8"))
     for broken in ({"w": [0]}, {"w": 3}, [1]):
         sidecar.write_text(json.dumps({**value, "weights": broken}), "utf-8")
-        with pytest.raises(CacheError, match="holds weight scales or reads that are none"):
+        with pytest.raises(CacheError, match="holds weight scales, reads or factors that are none"):
             load_table(tmp_path / "c")
+
+
+def test_factors_are_kept_beside_the_cache(tmp_path: Path) -> None:
+    table = CalibrationTable({"x": 0.5}, {"x": "mse"}, factors={"x": 1.25})
+    save_table(tmp_path / "c", table)
+    assert load_table(tmp_path / "c") == table

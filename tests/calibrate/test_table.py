@@ -114,6 +114,15 @@ def test_methods_and_provenance_travel_with_amax() -> None:
     assert (table.methods, table.provenance) == ({"x": "mse"}, {"k": 1})
 
 
+def test_the_factor_of_a_method_is_a_number_beside_its_name() -> None:
+    table = CalibrationTable.from_amax(
+        {"x": 127.0, "y": 1.0}, methods={"x": "mse", "y": "max"}, factors={"x": 0.8}
+    )
+    assert dict(table.methods) == {"x": "mse", "y": "max"}
+    assert [table.method(t) for t in ("x", "y", "z")] == ["mse x 0.80", "max", ""]
+    assert CalibrationTable.from_json(table.to_json()) == table
+
+
 def test_what_came_with_a_quantized_model_survives_json() -> None:
     table = CalibrationTable(
         {"x": 0.5}, weights={"w": (0.1, 0.25), "one": [1]}, reads={"x": (("conv", 0), ["add", 1])}

@@ -826,3 +826,19 @@ def test_the_schema_takes(value: object) -> None:
 def test_the_schema_refuses(value: object) -> None:
     with pytest.raises(jsonschema.ValidationError):
         validate(value)
+
+
+def test_the_pin_that_was_given_last_stands_last(folder: Path) -> None:
+    pins = "precision: {pin: {conv1: int8, 'op:Conv': fp16, fc: fp32}}\n"
+    config = load(MINIMAL + pins, "precision.pin.conv1=fp32", "precision.pin.fc=int8")
+    assert list(config.precision.pin.items()) == [
+        ("op:Conv", "fp16"), ("conv1", "fp32"), ("fc", "int8"),
+    ]  # fmt: skip
+    again = load_config(write("again.yaml", dump_config(config)), check=False)
+    assert list(again.precision.pin) == list(config.precision.pin)
+
+
+def test_a_pin_of_the_file_stands_behind_those_that_it_extends(folder: Path) -> None:
+    write("base.yaml", "precision: {pin: {conv1: int8, 'op:Conv': fp16}}")
+    config = load("extends: base.yaml\n" + MINIMAL + "precision: {pin: {conv1: fp32}}\n")
+    assert list(config.precision.pin.items()) == [("op:Conv", "fp16"), ("conv1", "fp32")]

@@ -44,6 +44,7 @@ def make_layers(count: int) -> list[LayerRow]:
                 parameters=int(rng.integers(288, 400_000)),
                 precision="fp32" if pinned else "int8",
                 reason="pinned by tuning: 11.9 dB alone" if pinned else "default",
+                origin="tuner" if pinned else "default",
                 tensor=f"{node}_output_0",
                 amax=float(np.exp(rng.normal(1.2, 1.0))),
                 method=["entropy", "mse", "percentile", "max"][int(rng.integers(4))],

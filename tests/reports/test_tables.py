@@ -177,8 +177,8 @@ def test_worst_layers_come_first_and_ties_by_name() -> None:
     assert [r.node for r in worst_layers(rows, by="alone_sqnr_db", count=1)] == ["broken"]
 
 
-def test_pins_come_from_the_variant_and_from_the_reasons(record: RunRecord) -> None:
-    rows = [row("by the user", reason="pinned by the user"), row("plain")]
+def test_pins_come_from_the_variant_and_from_the_origins(record: RunRecord) -> None:
+    rows = [row("by the user", origin="user"), row("plain")]
     tuned = next(v for v in record.variants if v.name == "tuned")
     assert pinned_nodes(record, rows) == {*tuned.pinned, "by the user"}
 

@@ -240,7 +240,7 @@ def calibration_summary(
     table: CalibrationTable, pictures: Sequence[DominantPicture] = ()
 ) -> Iterator[RenderableType]:
     """How many tensors have a scale, by which methods, and which pictures stretch their ranges."""
-    amounts = Counter(method.split(" x ")[0] for method in table.methods.values())
+    amounts = Counter(table.methods.values())
     ranked = sorted(amounts.items(), key=lambda item: (-item[1], item[0]))
     by = ", ".join(f"{method} ({amount})" for method, amount in ranked)
     yield f"{plural(len(table.scales), 'tensor')} with a scale{'; method: ' if by else ''}{by}"

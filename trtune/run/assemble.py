@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -67,12 +68,13 @@ def layer_rows(job: Job, plan: PrecisionPlan) -> list[LayerRow]:
                 parameters=view.parameters(node.name),
                 precision=assignment.precision,
                 reason=assignment.reason,
+                origin=assignment.origin,
                 runs_in="; ".join(
                     f"{b}: {runs[node.name]}" for b, runs in account.items() if node.name in runs
                 ),
                 tensor=tensor,
                 amax=table.amax(tensor) if table is not None and known else None,
-                method=table.methods.get(tensor, "") if table is not None and known else "",
+                method=table.method(tensor) if table is not None and known else "",
                 time_ms=job.layer_times.get(node.name),
                 **_accumulated(errors.accumulated.get(node.name)),
                 **_alone(errors.alone.get(node.name)),
@@ -133,10 +135,6 @@ def calibration_record(job: Job) -> CalibrationRecord:
     """What calibration did, and which pictures set its ranges."""
     found = job.calibrated
     ranked = outliers(found.histograms)
-    methods: dict[str, int] = {}
-    for method in found.table.methods.values():
-        name = method.split(" x ")[0]
-        methods[name] = methods.get(name, 0) + 1
     return CalibrationRecord(
         method=_method(job),
         pictures=found.pictures,
@@ -150,7 +148,7 @@ def calibration_record(job: Job) -> CalibrationRecord:
         skipped=job.skipped["calibration"],
         dominant=[DominantPicture(**asdict(d)) for d in dominant(ranked)],
         outliers=[Outlier(**asdict(o)) for o in ranked[:SHOWN_OUTLIERS]],
-        methods=methods,
+        methods=dict(Counter(found.table.methods.values())),
     )
 
 
@@ -174,7 +172,7 @@ def histogram_plots(job: Job) -> list[HistogramPlot]:
         histogram = histograms.get(roots.get(tensor, tensor))
         if histogram is not None and histogram.maximum > 0 and tensor not in plots:
             plots[tensor] = histogram_plot(
-                tensor, histogram, table.amax(tensor), table.methods.get(tensor, "")
+                tensor, histogram, table.amax(tensor), table.method(tensor)
             )
         if len(plots) == PLOTTED:
             break
@@ -266,7 +264,7 @@ def _notes(job: Job) -> list[str]:
         notes.append("accuracy was measured on the calibration pictures: name data.evaluation")
     for name in job.untuned.compute_nodes:
         assignment = job.untuned.nodes[name]
-        unplanned = assignment.precision != "int8" and not assignment.reason.startswith("pinned")
+        unplanned = assignment.precision != "int8" and not assignment.is_pinned
         if job.untuned.default == "int8" and unplanned:
             notes.append(f"{name} stays {assignment.precision}: {assignment.reason}")
     left_out = job.skipped["evaluation"]

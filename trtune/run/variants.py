@@ -59,7 +59,7 @@ def _on_backend(job: Job, backend: Backend) -> list[Variant]:
     plans = {UNTUNED: job.untuned, TUNED: job.tuned.plan}
     if runs and not isinstance(backend, OnnxruntimeBackend):
         plans = {FP32: job.fp32_plan, **plans}
-    changed = job.tuned.plan.to_json() != job.untuned.to_json()
+    changed = job.tuned.plan.decisions != job.untuned.decisions
     below = {FP32: "fp32", UNTUNED: "untuned" if changed else "", TUNED: ""}
     infos = {
         name: job.build(backend, plan, job.engine_folder(backend, below[name]))

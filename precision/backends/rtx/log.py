@@ -237,7 +237,7 @@ def complaints(
         )
     sentences = []
     for node, assignment in plan.nodes.items():
-        pinned = assignment.role != SHAPE and assignment.reason.startswith("pinned")
+        pinned = assignment.role != SHAPE and assignment.is_pinned
         if assignment.role != COMPUTE and not pinned:
             continue
         wanted, account = assignment.precision, found[node]

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import onnx
 from onnx import TensorProto, helper
 
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import COMPILER, PrecisionPlan
 
 REFUSAL = re.compile(r"could not find any implementation for|cannot compile operation", re.I)
 FLOATS = ("fp32", "fp16", "bf16")
@@ -47,7 +47,9 @@ def unquantized(plan: PrecisionPlan, nodes: Mapping[str, str]) -> PrecisionPlan:
     changed = dict(plan.nodes)
     for node, words in nodes.items():
         reason = f"TensorRT-RTX has no INT8 implementation of it: {words}"
-        changed[node] = replace(changed[node], precision=plan.fallback, reason=reason)
+        changed[node] = replace(
+            changed[node], precision=plan.fallback, reason=reason, origin=COMPILER
+        )
     return replace(plan, nodes=changed)
 
 

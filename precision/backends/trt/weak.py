@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from trtune.precision.backends.trt.inspector import METADATA
-from trtune.precision.plan.plan import COMPUTE, FOLLOWS, SHAPE, PrecisionPlan
+from trtune.precision.plan.plan import COMPUTE, DEFAULT, FOLLOWS, SHAPE, PrecisionPlan
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def constrained_nodes(plan: PrecisionPlan) -> dict[str, str]:
         if assignment.role == COMPUTE:
             for member in (name, *plan.groups.get(name, ())):
                 found[member] = assignment.precision
-        elif assignment.reason != "follows its neighbours":
+        elif assignment.origin != DEFAULT:
             found.setdefault(name, assignment.precision)
     return {name: found[name] for name in plan.nodes if name in found}
 

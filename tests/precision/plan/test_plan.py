@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ import trtune.precision
 from trtune.configs.errors import ConfigError
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.plan.plan import (
+    ORIGINS,
+    TUNER,
     Assignment,
     PrecisionPlan,
     fusion_groups,
@@ -83,7 +86,7 @@ def product(kind: str) -> onnx.ModelProto:
 @pytest.mark.parametrize("kind", ["conv", "conv transpose", "gemm", "matmul"])
 def test_products_with_constant_weights_are_quantizable(kind: str) -> None:
     plan = make_plan(view_of(product(kind)))
-    assert plan.nodes["n"] == Assignment("int8", "default", "compute")
+    assert plan.nodes["n"] == Assignment("int8", "default", "compute", origin="default")
     assert plan.int8_nodes == ("n",)
 
 
@@ -116,7 +119,9 @@ def test_a_product_of_integers_is_no_data() -> None:
 
 def test_the_other_nodes_follow_or_compute_shapes() -> None:
     plan = make_plan(view("dynamic_reshape"))
-    assert plan.nodes["n_relu"] == Assignment("fp32", "follows its neighbours", "follows")
+    assert plan.nodes["n_relu"] == Assignment(
+        "fp32", "follows its neighbours", "follows", origin="default"
+    )
     assert plan.nodes["n_shape"] == Assignment("fp32", "shape computation", "shape")
     assert plan.compute_nodes == ("n_conv", "n_logits")
     assert not plan.is_int8("n_relu")
@@ -124,7 +129,7 @@ def test_the_other_nodes_follow_or_compute_shapes() -> None:
 
 def test_another_default_needs_no_quantizable_nodes() -> None:
     plan = make_plan(view_of(product("dynamic weights")), default="fp32")
-    assert plan.nodes["n"] == Assignment("fp32", "default", "compute")
+    assert plan.nodes["n"] == Assignment("fp32", "default", "compute", origin="default")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +184,7 @@ def test_a_pin_holds_for_the_whole_group_and_says_who_asked() -> None:
 def test_a_node_outside_all_groups_can_be_pinned_too() -> None:
     plan = make_plan(view("attention"), fallback="fp16", pins={"op:Softmax": "fp32"})
     assert plan.nodes["n_probs"] == Assignment(
-        "fp32", "pinned by the user: 'op:Softmax'", "follows"
+        "fp32", "pinned by the user: 'op:Softmax'", "follows", origin="user"
     )
     assert plan.pinned == ()  # only compute nodes count
     assert plan.int8_nodes == ("n_q", "n_k", "n_v", "n_proj")
@@ -259,8 +264,10 @@ def test_match_pin_gives_graph_order() -> None:
 def test_a_half_default_is_for_every_node() -> None:
     plan = make_plan(view("residual"), default="fp16")
     assert {a.precision for a in plan.nodes.values()} == {"fp16"}
-    assert plan.nodes["n_stem"] == Assignment("fp16", "default", "compute")
-    assert plan.nodes["n_sum"] == Assignment("fp16", "follows its neighbours", "follows")
+    assert plan.nodes["n_stem"] == Assignment("fp16", "default", "compute", origin="default")
+    assert plan.nodes["n_sum"] == Assignment(
+        "fp16", "follows its neighbours", "follows", origin="default"
+    )
     assert plan.halves == ("fp16",)
     assert plan.counts() == {"int8": 0, "fp16": 4, "fp32": 0}
 
@@ -471,6 +478,25 @@ def test_json_round_trip(name: str) -> None:
     assert again.to_json() == plan.to_json()
     assert list(again.nodes) == list(plan.nodes)
     assert json.loads(plan.to_json())["fallback"] == "fp16"
+
+
+def test_the_words_of_a_reason_decide_nothing() -> None:
+    plan = make_plan(view("residual"))
+    one = plan.pin(["n_conv2"], "fp32", "pinned by the tuner: it hurts", origin=TUNER)
+    other = plan.pin(["n_conv2"], "fp32", "its result was poor", origin=TUNER)
+    assert one.pinned == other.pinned == ("n_conv2",)
+    assert one.decisions == other.decisions != plan.decisions
+    worded = replace(plan.nodes["n_conv2"], reason="pinned by nobody")
+    assert replace(plan, nodes={**plan.nodes, "n_conv2": worded}).pinned == ()
+
+
+def test_a_plan_of_before_there_were_origins_is_not_read() -> None:
+    value = json.loads(make_plan(view("residual")).to_json())
+    assert {a["origin"] for a in value["nodes"].values()} <= set(ORIGINS)
+    for assignment in value["nodes"].values():
+        del assignment["origin"]
+    with pytest.raises(ValueError, match=r"no `origin`.*run it again"):
+        PrecisionPlan.from_json(json.dumps(value))
 
 
 # The package

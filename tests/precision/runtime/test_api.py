@@ -33,8 +33,9 @@ class Plan:
     def precision(self, node: str) -> str:
         return self.pinned.get(node, self.default)
 
-    def to_json(self) -> str:
-        return json.dumps({"default": self.default, "pinned": self.pinned})
+    @property
+    def decisions(self) -> dict[str, object]:
+        return {"default": self.default, "pinned": self.pinned}
 
 
 def candidate(make: Callable[[], onnx.ModelProto], plan: Plan) -> Candidate:

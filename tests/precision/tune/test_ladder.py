@@ -154,7 +154,7 @@ def test_pins_take_the_whole_group_and_say_why() -> None:
     tuned, _ = run(needs("b"), 1.0)
     plan = tuned.plan
     assert plan.nodes["b"] == Assignment(
-        "fp32", "pinned by the tuner: alone b leaves 1 dB", "compute"
+        "fp32", "pinned by the tuner: alone b leaves 1 dB", "compute", origin="tuner"
     )
     assert plan.nodes["b_relu"].reason == plan.nodes["b"].reason
     assert plan.nodes["a"] == Assignment("int8", "default")
