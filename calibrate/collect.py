@@ -23,7 +23,8 @@ import onnx
 from numpy.typing import NDArray
 
 from trtune.calibrate.histogram import Counter, Histogram
-from trtune.calibrate.taps import Reader, Tapped, session_of, tap, with_outputs
+from trtune.calibrate.sessions import open_session
+from trtune.calibrate.taps import Reader, Tapped, tap, with_outputs
 from trtune.configs.errors import DataError, ModelError
 from trtune.configs.machine import usable_cores
 from trtune.configs.progress import Progress, silent
@@ -149,7 +150,7 @@ def measure(
         onnx.helper.make_node("Shape", [tensor], [name], name=name)
         for tensor, name in names.items()
     )
-    session = session_of(with_outputs(probe, list(names.values())), external_dir)
+    session = open_session(with_outputs(probe, list(names.values())), external_dir=external_dir)
 
     def shapes(size: int) -> dict[str, tuple[int, ...]]:
         feeds = fit_batch(take_rows(batch, slice(0, size)), size).feeds

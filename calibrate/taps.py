@@ -30,6 +30,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from trtune.calibrate.segments import cut, holds_graphs, pack
+from trtune.calibrate.sessions import open_session
 from trtune.configs.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -86,31 +87,6 @@ class Tapped:
     segments: tuple[Segment, ...]
 
 
-def _options(threads: int, external_dir: Path | None) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    # Q/DQ pairs already in the model are computed as they stand.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if external_dir is not None:
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(external_dir.resolve())
-        )
-    return options
-
-
-def _session(model: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def session_of(model: bytes, external_dir: Path | None = None) -> ort.InferenceSession:
-    """A plain session for a serialized model. Raises ModelError if onnxruntime refuses it."""
-    try:
-        return _session(model, _options(0, external_dir))
-    except Exception as error:  # onnxruntime's exceptions have no common base
-        raise ModelError(f"onnxruntime cannot load the model for calibration: {error}") from error
-
-
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
     """`model` serialized with `names` as further outputs; `model` is not touched.
 
@@ -147,7 +123,9 @@ def tap(
         small = external_dir is None and len(marked) < PROTOBUF_LIMIT
         if small and not holds_graphs(model.graph):
             return _tap_optimized(marked, tensors, sizes or {}, threads)
-        session = _session(marked, _options(threads, external_dir))
+        session = open_session(marked, threads=threads, external_dir=external_dir)
+    except ModelError:
+        raise
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise ModelError(f"onnxruntime cannot load the model for calibration: {error}") from error
     return Tapped((_whole(session, {tensor: tensor for tensor in tensors}),))
@@ -164,9 +142,7 @@ def _tap_optimized(
 ) -> Tapped:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        options = _options(threads, None)
-        options.optimized_model_filepath = str(path)
-        session = _session(marked, options)
+        session = open_session(marked, threads=threads, write_optimized=path)
         optimized = onnx.load(path)
     outputs = _skip_reorders(optimized, tensors)
     known = {outputs[tensor]: size for tensor, size in sizes.items() if tensor in outputs}
@@ -179,7 +155,7 @@ def _tap_optimized(
             log.debug("not cut into %d pieces: %s", len(pieces), error)
     elif all(tensor == output for tensor, output in outputs.items()):
         return Tapped((_whole(session, outputs),))
-    session = _session(optimized.SerializeToString(), _plain_options(threads))
+    session = open_session(optimized.SerializeToString(), threads=threads, optimize="none")
     return Tapped((_whole(session, outputs),))
 
 
@@ -193,19 +169,12 @@ def _segments(
         for info in piece.graph.input:
             if not info.HasField("type"):
                 info.type.CopyFrom(types[info.name])
-        session = _session(piece.SerializeToString(), _plain_options(threads))
+        session = open_session(piece.SerializeToString(), threads=threads, optimize="none")
         for output in session.get_outputs():
             element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(NUMPY_TYPES[output.type]))
             types[output.name] = onnx.helper.make_tensor_type_proto(element, None)
         segments.append(Segment.of(session, outputs))
     return tuple(segments)
-
-
-def _plain_options(threads: int) -> ort.SessionOptions:
-    """Options for a graph that is optimized already."""
-    options = _options(threads, None)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return options
 
 
 def _skip_reorders(optimized: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.machine import usable_cores
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import Batch
-from trtune.precision.graph.normalise import captured, copy_of
+from trtune.precision.graph.proto import copy_of, inputs_of
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.rewrite import quantize_weights, weight_scales
 from trtune.precision.plan.placement import Edge, Placement, edges_of, place
@@ -141,10 +141,10 @@ class Alone:
         self, nodes: Sequence[onnx.NodeProto], weights: Mapping[str, Array]
     ) -> onnx.ModelProto:
         made = {output for node in nodes for output in node.output}
-        read = dict.fromkeys(name for node in nodes for name in _reads(node))
+        read = dict.fromkeys(name for node in nodes for name in inputs_of(node))
         constants = self._constants(tensor for tensor in read if tensor not in made)
         made |= {o for node in constants for o in node.output}
-        names = {*read, *(name for node in constants for name in _reads(node))}
+        names = {*read, *(name for node in constants for name in inputs_of(node))}
         initializers = [t for name, t in self._view.initializers.items() if name in names]
         initializers += [numpy_helper.from_array(value, name) for name, value in weights.items()]
         held = {t.name for t in initializers}
@@ -213,13 +213,8 @@ def _behind(view: GraphView, edges: Iterable[Edge]) -> list[onnx.NodeProto]:
 
 def _boundary(view: GraphView, nodes: Sequence[onnx.NodeProto]) -> list[str]:
     made = {output for node in nodes for output in node.output}
-    read = dict.fromkeys(name for node in nodes for name in _reads(node))
+    read = dict.fromkeys(name for node in nodes for name in inputs_of(node))
     return [t for t in read if t not in made and not view.is_constant(t)]
-
-
-def _reads(node: onnx.NodeProto) -> list[str]:
-    """The tensors that a node and the graphs inside it read."""
-    return [name for name in (*node.input, *captured(node)) if name]
 
 
 def in_parallel(

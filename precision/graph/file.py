@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +15,15 @@ from onnx import external_data_helper, numpy_helper
 from trtune.configs.errors import ModelError
 from trtune.configs.files import atomic_path, hash_bytes, hash_file
 from trtune.datasets.batches import InputSpec
-from trtune.precision.graph.normalise import HEAVY_BYTES, default_opset, normalise, tensor_bytes
+from trtune.precision.graph.normalise import normalise
+from trtune.precision.graph.proto import (
+    HEAVY_BYTES,
+    copy_fields,
+    default_opset,
+    external_tensors,
+    is_external,
+    tensor_bytes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +99,7 @@ def load_model(path: Path, *, load_limit: int = LOAD_LIMIT) -> Model:
 
 def _read_external(proto: onnx.ModelProto, path: Path, load_limit: int) -> tuple[str, Path | None]:
     """Read external weights into `proto`; the hash, and the folder of those that stay outside."""
-    external = list(_external_tensors(proto))
+    external = list(external_tensors(proto.graph))
     digest = _hash_with_external(path, external)
     large = sum(tensor_bytes(tensor) for tensor in external) > load_limit
     try:
@@ -168,25 +175,6 @@ def _read(path: Path) -> onnx.ModelProto:
 
 def _not_onnx(path: Path, data: bytes) -> str:
     return f"{path} is not an ONNX file: {len(data)} bytes that begin with {data[:16]!r}"
-
-
-def _all_tensors(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("g"):
-                yield from _all_tensors(attribute.g)
-            for body in attribute.graphs:
-                yield from _all_tensors(body)
-
-
-def _external_tensors(proto: onnx.ModelProto) -> Iterable[onnx.TensorProto]:
-    for tensor in _all_tensors(proto.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            yield tensor
 
 
 def _state_length(tensor: onnx.TensorProto) -> None:
@@ -265,7 +253,7 @@ def save_model(
     Raises TrtuneError, naming the file, if it cannot be written; nothing half-written stays.
     """
     path = Path(path)
-    external = any(True for _ in _external_tensors(proto))
+    external = any(True for _ in external_tensors(proto.graph))
     if external and external_dir is None:
         raise ValueError("the model has external tensors: external_dir must say where they are")
     size = sum(tensor_bytes(tensor) for tensor in proto.graph.initializer)
@@ -298,21 +286,15 @@ def _write_external(proto: onnx.ModelProto, target: Path, external_dir: Path | N
                 ("length", data.tell() - offset),
             ):
                 placed.external_data.add(key=key, value=str(value))
-    for source, copy in ((proto, light), (proto.graph, graph)):
-        for field, value in source.ListFields():
-            if field.name in ("graph", "initializer"):
-                continue
-            if field.is_repeated:
-                getattr(copy, field.name).extend(value)
-            else:
-                setattr(copy, field.name, value)
+    copy_fields(proto, light, leave_out={"graph"})
+    copy_fields(proto.graph, graph, leave_out={"initializer"})
     light.graph.CopyFrom(graph)
     target.write_bytes(light.SerializeToString())
 
 
 def _write_values(tensor: onnx.TensorProto, data: BinaryIO, external_dir: Path | None) -> None:
     """Append the raw bytes of `tensor`, which may lie in a file of gigabytes."""
-    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+    if not is_external(tensor):
         data.write(
             tensor.raw_data or numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
         )

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +15,17 @@ import onnx.inliner
 from onnx import numpy_helper
 
 from trtune.configs.errors import ModelError
+from trtune.precision.graph.proto import (
+    DEFAULT_DOMAINS,
+    captured,
+    copy_model,
+    default_opset,
+    is_external,
+    is_heavy,
+    replace_field,
+    subgraphs,
+    without_weights,
+)
 
 OLDEST_OPSET = 7
 """Older operators have shapes and broadcasting of their own, which nothing here knows."""
@@ -25,63 +34,6 @@ QDQ_OPSET = 13
 """The first opset whose QuantizeLinear has one scale a channel."""
 RESIZE_OPSET = 11
 """The first opset whose Resize says where it samples."""
-HEAVY_BYTES = 4096
-"""Initializers above this take no part in shape inference or opset conversion."""
-
-HALF_BYTES = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
-DEFAULT_DOMAINS = ("", "ai.onnx")
-
-
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The bodies of an If, Loop or Scan, not those nested deeper."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
-def names_in(graph: onnx.GraphProto) -> set[str]:
-    """Names of all tensors and nodes of `graph` and of the graphs inside it."""
-    found = {entry.name for entry in (*graph.input, *graph.initializer)}
-    for node in graph.node:
-        found.update((node.name, *node.output))
-        for body in subgraphs(node):
-            found |= names_in(body)
-    return found
-
-
-def copy_of(node: onnx.NodeProto) -> onnx.NodeProto:
-    """`node` again, to be changed."""
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    return copy
-
-
-def captured(node: onnx.NodeProto) -> tuple[str, ...]:
-    """Tensors of the outer graph that the node's subgraphs read, each once, in order of use."""
-    used: dict[str, None] = {}
-    for body in subgraphs(node):
-        inner = {i.name for i in body.input} | {i.name for i in body.initializer}
-        for child in body.node:
-            for name in (*child.input, *captured(child)):
-                if name and name not in inner:
-                    used[name] = None
-            inner.update(child.output)
-        for output in body.output:
-            if output.name and output.name not in inner:
-                used[output.name] = None
-    return tuple(used)
-
-
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of the values of `tensor`, inside the protobuf or outside it."""
-    count = int(np.prod(tensor.dims, dtype=np.int64))
-    if tensor.data_type == onnx.TensorProto.STRING:
-        return sum(map(len, tensor.string_data))
-    if tensor.data_type in HALF_BYTES:
-        return (count + 1) // 2
-    return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
@@ -94,8 +46,7 @@ def normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]
 
     Raises ModelError if the graph is invalid, or its opset cannot be handled.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(proto)
+    model = copy_model(proto)
     shorten_domains(model)
     notes = [
         inline_functions(model),
@@ -119,11 +70,6 @@ def shorten_domains(model: onnx.ModelProto) -> None:
             entry.domain = ""
 
 
-def default_opset(model: onnx.ModelProto) -> int | None:
-    """The version of the default operator set that `model` imports."""
-    return next((o.version for o in model.opset_import if o.domain in DEFAULT_DOMAINS), None)
-
-
 def check(model: onnx.ModelProto) -> None:
     """Raise ModelError with the checker's own words if `model` is not valid ONNX."""
     opset = default_opset(model)
@@ -137,7 +83,7 @@ def check(model: onnx.ModelProto) -> None:
     try:
         _check_structure(without_weights(model))
         for tensor in model.graph.initializer:
-            if tensor.data_location != onnx.TensorProto.EXTERNAL and _heavy(tensor):
+            if is_heavy(tensor) and not is_external(tensor):
                 onnx.checker.check_tensor(tensor)
     except (onnx.checker.ValidationError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -152,45 +98,12 @@ def _check_structure(light: onnx.ModelProto) -> None:
     onnx.checker.check_model(light)
 
 
-def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A light copy of `model` in which heavy or external initializers are graph inputs.
-
-    What is left has the same nodes, types and shapes and always fits a protobuf (2 GiB).
-    """
-    light = onnx.ModelProto()
-    for field, value in model.ListFields():
-        if field.name == "graph":
-            continue
-        if field.name in ("opset_import", "metadata_props"):
-            getattr(light, field.name).extend(value)
-        elif field.name not in ("functions", "training_info"):
-            setattr(light, field.name, value)
-    graph, source = light.graph, model.graph
-    graph.name = source.name
-    for part in ("node", "input", "output", "value_info", "sparse_initializer"):
-        getattr(graph, part).extend(getattr(source, part))
-    for tensor in source.initializer:
-        if _heavy(tensor):
-            graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
-        else:
-            graph.initializer.append(tensor)
-    light.ir_version = max(light.ir_version, 4)
-    return light
-
-
-def _heavy(tensor: onnx.TensorProto) -> bool:
-    external = tensor.data_location == onnx.TensorProto.EXTERNAL
-    return external or tensor_bytes(tensor) > HEAVY_BYTES
-
-
 def inline_functions(model: onnx.ModelProto) -> str | None:
     """Replace calls of the model's own functions by their nodes."""
     count = len(model.functions)
     if not count:
         return None
-    weights = [tensor for tensor in model.graph.initializer if _heavy(tensor)]
+    weights = [tensor for tensor in model.graph.initializer if is_heavy(tensor)]
     light = without_weights(model)
     light.functions.extend(model.functions)
     inlined = onnx.inliner.inline_local_functions(light)
@@ -204,17 +117,10 @@ def _restore(
 ) -> None:
     """Give `model` the nodes of the changed copy `light`; inputs and outputs stay."""
     graph = model.graph
-    _replace(graph.node, light.graph.node)
-    _replace(graph.value_info, light.graph.value_info)
-    _replace(graph.initializer, [*light.graph.initializer, *weights])
-    _replace(model.opset_import, light.opset_import)
-
-
-def _replace(field: Any, values: Iterable[Any]) -> None:
-    """Set a repeated field of a protobuf; `values` may come from the field itself."""
-    kept = list(values)
-    del field[:]
-    field.extend(kept)
+    replace_field(graph.node, light.graph.node)
+    replace_field(graph.value_info, light.graph.value_info)
+    replace_field(graph.initializer, [*light.graph.initializer, *weights])
+    replace_field(model.opset_import, light.opset_import)
 
 
 def drop_initializer_inputs(model: onnx.ModelProto) -> str | None:
@@ -225,7 +131,7 @@ def drop_initializer_inputs(model: onnx.ModelProto) -> str | None:
     model.ir_version = max(model.ir_version, 4)
     if not dropped:
         return None
-    _replace(model.graph.input, kept)
+    replace_field(model.graph.input, kept)
     return f"{dropped} initializers were also inputs; now they are constants"
 
 
@@ -258,7 +164,7 @@ def sort_nodes(model: onnx.ModelProto) -> str | None:
         raise ModelError(f"the graph has a cycle (see {names}), so it can never run")
     if order == list(range(len(nodes))):
         return None
-    _replace(model.graph.node, [nodes[k] for k in order])
+    replace_field(model.graph.node, [nodes[k] for k in order])
     return "nodes sorted, so that each stands behind those it reads from"
 
 
@@ -268,7 +174,7 @@ def upgrade_opset(model: onnx.ModelProto) -> str | None:
     assert opset is not None
     if opset >= QDQ_OPSET:
         return None
-    weights = [tensor for tensor in model.graph.initializer if _heavy(tensor)]
+    weights = [tensor for tensor in model.graph.initializer if is_heavy(tensor)]
     light = without_weights(model)
     light.ir_version = max(light.ir_version, 7)
     try:
@@ -307,7 +213,7 @@ def _keep_resize_rule(graph: onnx.GraphProto) -> None:
             }
             kept = [entry for entry in node.attribute if entry.name not in rules]
             made = [onnx.helper.make_attribute(name, rule) for name, rule in rules.items()]
-            _replace(node.attribute, [*kept, *made])
+            replace_field(node.attribute, [*kept, *made])
         for body in subgraphs(node):
             _keep_resize_rule(body)
 
@@ -345,7 +251,7 @@ def fold_constants(model: onnx.ModelProto) -> str | None:
         return None
     for node in kept:
         _rename_inputs(node, renamed)
-    _replace(graph.node, kept)
+    replace_field(graph.node, kept)
     parts = [f"{count} {op}" for op, count in sorted(counts.items())]
     return f"{' and '.join(parts)} nodes became initializers"
 
@@ -412,7 +318,7 @@ def infer_shapes(model: onnx.ModelProto) -> str | None:
     known = {info.name: info for info in inferred.value_info}
     outputs = {output.name for output in graph.output}
     inner = [name for node in graph.node for name in node.output if name not in outputs]
-    _replace(graph.value_info, [known[name] for name in inner if name in known])
+    replace_field(graph.value_info, [known[name] for name in inner if name in known])
     for output, found in zip(graph.output, inferred.output, strict=True):
         if not output.type.tensor_type.HasField("shape"):
             output.CopyFrom(found)

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from trtune.calibrate.sessions import open_session
 from trtune.precision.graph.file import Model, load_model, model_from_proto, save_model, tensor_spec
-from trtune.precision.graph.normalise import captured
+from trtune.precision.graph.proto import attribute, captured
 
 __all__ = ["GraphView", "Model", "attribute", "load_model", "model_from_proto", "save_model"]
 
@@ -56,19 +56,6 @@ SHAPE_SLOTS: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {op: slots for slots, ops in _BY_SLOT.items() for op in ops.split()}
 )
 """Inputs that say where or how large, never how much."""
-
-NOT_PARAMETERS = {
-    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
-    *("Clip", "Pad", "Constant"),
-}
-
-
-def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    """The value of an attribute as Python has it (int, float, bytes, list, TensorProto)."""
-    for entry in node.attribute:
-        if entry.name == name:
-            return onnx.helper.get_attribute_value(entry)
-    return default
 
 
 class GraphView:
@@ -201,9 +188,7 @@ class GraphView:
         )
         model = onnx.helper.make_model(graph, opset_imports=list(self.proto.opset_import))
         model.ir_version = self.proto.ir_version
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
+        session = open_session(model.SerializeToString())
         (value,) = session.run([tensor], {})
         return np.asarray(value)
 
@@ -271,45 +256,6 @@ class GraphView:
                     waiting.extend(tensors_of[name])
         return frozenset(found)
 
-    def macs(self, name: str) -> int:
-        """Multiply-accumulates of a Conv, ConvTranspose, Gemm or MatMul for one sample; else 0.
-
-        Dimensions that are not known count as 1; a fixed batch is divided out.
-        """
-        node = self.by_name[name]
-        count = MACS[node.op_type](self, node) if node.op_type in MACS else 0
-        batch = self._fixed_batch
-        leading = self.shapes.get(node.output[0], ())[:1]
-        whole = bool(leading) and isinstance(leading[0], int) and leading[0] % batch == 0
-        return count // batch if whole else count
-
-    @cached_property
-    def _fixed_batch(self) -> int:
-        first = self.shapes.get(self.graph_inputs[0], ())[:1] if self.graph_inputs else ()
-        return first[0] if first and isinstance(first[0], int) and first[0] > 0 else 1
-
-    def parameters(self, name: str) -> int:
-        """Number of constant float or quantized values that the node computes with.
-
-        Weights shared by several nodes count in each of them.
-        """
-        return sum(elements(self.shapes.get(t, ())) for t in self.parameter_tensors(name))
-
-    def parameter_tensors(self, name: str) -> tuple[str, ...]:
-        """The node's constant inputs that are data: weights, biases, tables; no shape or scale."""
-        node = self.by_name[name]
-        if node.op_type in NOT_PARAMETERS or name in self.shape_nodes:
-            return ()
-        slots = SHAPE_SLOTS.get(node.op_type, ())
-        return tuple(
-            tensor
-            for k, tensor in enumerate(node.input)
-            if tensor
-            and k not in slots
-            and self.is_constant(tensor)
-            and self.dtypes.get(tensor) not in INDEX_DTYPES
-        )
-
 
 def elements(shape: Shape) -> int:
     """Product of the dimensions; those that are not known count as 1.
@@ -318,36 +264,3 @@ def elements(shape: Shape) -> int:
     12
     """
     return math.prod(dim for dim in shape if isinstance(dim, int))
-
-
-def _macs_conv(view: GraphView, node: onnx.NodeProto) -> int:
-    weight = view.shapes.get(node.input[1], ())
-    return elements(view.shapes.get(node.output[0], ())) * elements(weight[1:])
-
-
-def _macs_conv_transpose(view: GraphView, node: onnx.NodeProto) -> int:
-    weight = view.shapes.get(node.input[1], ())
-    return elements(view.shapes.get(node.input[0], ())) * elements(weight[1:])
-
-
-def _macs_gemm(view: GraphView, node: onnx.NodeProto) -> int:
-    weight = view.shapes.get(node.input[1], ())
-    rows = view.shapes.get(node.input[0], ())
-    m = rows[1 if attribute(node, "transA", 0) else 0 :][:1]
-    return elements(m) * elements(weight)
-
-
-def _macs_matmul(view: GraphView, node: onnx.NodeProto) -> int:
-    left, right = (view.shapes.get(t, ()) for t in node.input)
-    inner = left[-1:] if left and isinstance(left[-1], int) else right[-2:][:1]
-    return elements(view.shapes.get(node.output[0], ())) * elements(inner)
-
-
-MACS: Mapping[str, Callable[[GraphView, onnx.NodeProto], int]] = MappingProxyType(
-    {
-        "Conv": _macs_conv,
-        "ConvTranspose": _macs_conv_transpose,
-        "Gemm": _macs_gemm,
-        "MatMul": _macs_matmul,
-    }
-)

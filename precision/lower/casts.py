@@ -19,14 +19,20 @@ from onnx import helper, numpy_helper
 
 from trtune.configs.errors import ModelError, TrtuneError
 from trtune.precision.graph.file import model_from_proto
-from trtune.precision.graph.normalise import (
+from trtune.precision.graph.proto import (
+    FreshNames,
+    attribute,
     captured,
+    copy_model,
     copy_of,
     default_opset,
     names_in,
+    replace_field,
+    used_tensors,
+    without_graph,
     without_weights,
 )
-from trtune.precision.graph.view import GraphView, Model, attribute
+from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.plan.half_types import HALVES, QDQ, Half, Slots, half_slots, to_half
 from trtune.precision.plan.plan import PrecisionPlan
 
@@ -83,14 +89,11 @@ def raise_opset(model: Model, opset: int) -> Model:
 
 def _with_weights(light: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
     """`light`, which came from `source` without its heavy weights, with those again."""
-    full = onnx.ModelProto()
-    full.CopyFrom(light)
+    full = copy_model(light)
     kept = {tensor.name for tensor in light.graph.initializer}
     full.graph.initializer.extend(t for t in source.graph.initializer if t.name not in kept)
     for part in ("input", "output"):
-        field = getattr(full.graph, part)
-        del field[:]
-        field.extend(getattr(source.graph, part))
+        replace_field(getattr(full.graph, part), getattr(source.graph, part))
     return full
 
 
@@ -124,7 +127,7 @@ class _Typing:
         self._outside = set(self._view.graph_outputs)
         for node in self._view.nodes:
             self._outside.update(captured(node))
-        self._taken = names_in(proto.graph)
+        self._fresh = FreshNames(names_in(proto.graph)).new
         self._names: dict[tuple[str, str], str] = {}  # (tensor, type) -> its name in that type
         self._native: dict[str, str] = {}  # tensor -> the type that its producer gives it
         self._changed: dict[str, int] = {}
@@ -266,14 +269,6 @@ class _Typing:
         self._constants.append(numpy_helper.from_array(value, copy))
         return copy
 
-    def _fresh(self, name: str) -> str:
-        number, found = 1, name
-        while found in self._taken:
-            number += 1
-            found = f"{name}_{number}"
-        self._taken.add(found)
-        return found
-
     def _assembled(self) -> onnx.ModelProto:
         model = without_graph(self._proto)
         graph, old = model.graph, self._proto.graph
@@ -285,25 +280,10 @@ class _Typing:
                 kept.CopyFrom(info)
                 if info.name in self._changed:
                     kept.type.tensor_type.elem_type = self._changed[info.name]
-        used = {name for node in self._nodes for name in (*node.input, *captured(node))}
-        used.update(self._view.graph_outputs)
+        used = used_tensors(graph)
         entries = [*old.initializer, *self._constants]
         graph.initializer.extend(entry for entry in entries if entry.name in used)
         return model
-
-
-def without_graph(source: onnx.ModelProto) -> onnx.ModelProto:
-    """A model like `source` without nodes, constants and types of inner tensors."""
-    model = onnx.ModelProto()
-    inner = {"graph", "node", "initializer", "value_info"}
-    for old, new in ((source, model), (source.graph, model.graph)):
-        for field, value in old.ListFields():
-            if field.name not in inner:
-                if field.is_repeated:
-                    getattr(new, field.name).extend(value)
-                else:
-                    setattr(new, field.name, value)
-    return model
 
 
 def _all_dtypes(view: GraphView) -> dict[str, str]:

@@ -13,9 +13,16 @@ import onnx
 from onnx import helper, numpy_helper
 
 from trtune.configs.errors import ModelError
-from trtune.precision.graph.normalise import infer_shapes, names_in, subgraphs
+from trtune.precision.graph.normalise import infer_shapes
+from trtune.precision.graph.proto import (
+    FreshNames,
+    copy_model,
+    copy_of,
+    names_in,
+    subgraphs,
+    without_graph,
+)
 from trtune.precision.graph.view import GraphView
-from trtune.precision.lower.casts import without_graph
 from trtune.precision.plan.half_types import HALF_WORDS, HALVES
 from trtune.precision.plan.placement import MOVES
 
@@ -53,8 +60,7 @@ def in_float32(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     if not has_halves(proto):
         return proto
-    typed = onnx.ModelProto()
-    typed.CopyFrom(proto)
+    typed = copy_model(proto)
     infer_shapes(typed)
     return _Rounding(typed).finish()
 
@@ -64,7 +70,7 @@ class _Rounding:
         self._proto = proto
         view = GraphView(proto)
         self._dtypes = view.dtypes
-        self._taken = names_in(proto.graph)
+        self._fresh = FreshNames(names_in(proto.graph)).new
         self._nodes: list[onnx.NodeProto] = []
         for name in (*view.graph_inputs, *view.graph_outputs):
             if self._dtypes.get(name) in HALF_WORDS:
@@ -88,8 +94,7 @@ class _Rounding:
         return model
 
     def _add(self, source: onnx.NodeProto) -> None:
-        node = onnx.NodeProto()
-        node.CopyFrom(source)
+        node = copy_of(source)
         if any(has_halves(onnx.ModelProto(graph=body)) for body in subgraphs(node)):
             raise ModelError(f"the body of {node.name!r} has half types")
         self._nodes.append(node)
@@ -115,14 +120,6 @@ class _Rounding:
     def _cast(self, source: str, target: str, tensor: str, kind: int) -> None:
         name = self._fresh(f"{tensor}/Round")
         self._nodes.append(helper.make_node("Cast", [source], [target], name=name, to=kind))
-
-    def _fresh(self, name: str) -> str:
-        number, found = 1, name
-        while found in self._taken:
-            number += 1
-            found = f"{name}_{number}"
-        self._taken.add(found)
-        return found
 
 
 def _widened(tensor: onnx.TensorProto) -> onnx.TensorProto:

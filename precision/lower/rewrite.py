@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from trtune.configs.errors import ModelError
-from trtune.precision.graph.normalise import captured, copy_of, names_in
+from trtune.precision.graph.proto import FreshNames, copy_fields, copy_of, names_in, used_tensors
 from trtune.precision.graph.view import GraphView, Model
 
 QMAX = 127
@@ -74,7 +74,7 @@ class Rewrite:
         self._given = weights
         self._model = model
         self._nodes = {node.name: copy_of(node) for node in view.nodes}
-        self._taken = names_in(model.proto.graph)
+        self._fresh = FreshNames(names_in(model.proto.graph)).new
         self._first: list[onnx.NodeProto] = []
         self._after: dict[str, list[onnx.NodeProto]] = {}
         self._initializers: dict[str, onnx.TensorProto] = {}
@@ -94,14 +94,6 @@ class Rewrite:
     def remove(self, name: str) -> None:
         """Take a node out."""
         self._removed.add(name)
-
-    def _fresh(self, name: str) -> str:
-        number, found = 1, name
-        while found in self._taken:
-            number += 1
-            found = f"{name}_{number}"
-        self._taken.add(found)
-        return found
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """A new initializer with `value`; its name is `name`, or like it."""
@@ -205,14 +197,13 @@ class Rewrite:
         """The rewritten model."""
         model, source = onnx.ModelProto(producer_name="trtune"), self._model.proto
         other = {"graph", "producer_name", "producer_version", "training_info"}
-        _copy_fields(source, model, leave_out=other)
+        copy_fields(source, model, leave_out=other)
         graph, old = model.graph, source.graph
-        _copy_fields(old, graph, leave_out={"node", "initializer", "value_info"})
+        copy_fields(old, graph, leave_out={"node", "initializer", "value_info"})
         graph.node.extend(self._sorted_nodes())
         made = {name for node in graph.node for name in node.output}
         graph.value_info.extend(info for info in old.value_info if info.name in made)
-        used = {name for node in graph.node for name in (*node.input, *captured(node))}
-        used |= {output.name for output in graph.output}
+        used = used_tensors(graph)
         entries = [*old.initializer, *self._initializers.values()]
         graph.initializer.extend(entry for entry in entries if entry.name in used)
         return model
@@ -228,13 +219,3 @@ class Rewrite:
             for name in old.output:
                 nodes.extend(self._after.get(name, ()))
         return nodes
-
-
-def _copy_fields(source: Any, target: Any, *, leave_out: set[str]) -> None:
-    """Copy the strings, numbers and repeated fields that `source` has."""
-    for field, value in source.ListFields():
-        if field.name not in leave_out:
-            if field.is_repeated:
-                getattr(target, field.name).extend(value)
-            else:
-                setattr(target, field.name, value)

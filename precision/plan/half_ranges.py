@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 
 from trtune.calibrate.histogram import Histogram
-from trtune.precision.graph.view import GraphView, attribute, elements
+from trtune.precision.graph.proto import attribute
+from trtune.precision.graph.view import GraphView, elements
 from trtune.precision.plan.placement import MOVES
 
 Range: TypeAlias = "Histogram | float"

@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 
 from trtune.configs.errors import ModelError
-from trtune.precision.graph.normalise import default_opset
+from trtune.precision.graph.proto import default_opset
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_ranges import Range, bounds, tensors_for_ranges
 from trtune.precision.plan.half_types import HALF_WORDS, HALVES, QDQ, Half, to_half

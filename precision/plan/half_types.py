@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from trtune.precision.graph.normalise import subgraphs
+from trtune.precision.graph.proto import subgraphs
 from trtune.precision.graph.view import RANDOM_OPS, SHAPE_SLOTS
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import onnx
 
-from trtune.precision.graph.view import GraphView, attribute, elements
+from trtune.precision.graph.proto import attribute
+from trtune.precision.graph.view import GraphView, elements
 
 STATISTICS = {
     *("ReduceMean", "ReduceSum", "ReduceL2", "ReduceL1", "ReduceSumSquare", "ReduceMax"),

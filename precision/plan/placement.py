@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import onnx
 
 from trtune.calibrate.table import CalibrationTable
-from trtune.precision.graph.view import GraphView, attribute
+from trtune.precision.graph.proto import attribute
+from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.plan.plan import PrecisionPlan, weight_axis
 

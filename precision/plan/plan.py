@@ -13,8 +13,8 @@ from typing import Any
 import onnx
 
 from trtune.configs.errors import ConfigError, did_you_mean
-from trtune.precision.graph.normalise import default_opset
-from trtune.precision.graph.view import GraphView, attribute
+from trtune.precision.graph.proto import attribute, default_opset
+from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_types import HALVES, QDQ, half_slots
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from trtune.datasets.batches import InputSpec
-from trtune.precision.graph.normalise import subgraphs
-from trtune.precision.graph.view import MACS, GraphView, Model, Shape, elements
+from trtune.precision.graph.macs import MACS, macs, parameter_tensors, parameters
+from trtune.precision.graph.proto import subgraphs
+from trtune.precision.graph.view import GraphView, Model, Shape, elements
 
 QUANTIZED_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 KNOWN_DOMAINS = frozenset({"", "com.microsoft"})
@@ -80,9 +81,9 @@ def inspect_model(
     for node in graph.nodes:
         precision, reason = plan.get(node.name, (None, ""))
         shape = graph.shapes.get(node.output[0])
-        macs, parameters = graph.macs(node.name), graph.parameters(node.name)
-        rows.append(NodeRow(node.name, node.op_type, shape, macs, parameters, precision, reason))
-    weights = {tensor for row in rows for tensor in graph.parameter_tensors(row.name)}
+        work, held = macs(graph, node.name), parameters(graph, node.name)
+        rows.append(NodeRow(node.name, node.op_type, shape, work, held, precision, reason))
+    weights = {tensor for row in rows for tensor in parameter_tensors(graph, row.name)}
     ops = Counter(row.op for row in rows)
     producer = f"{model.proto.producer_name} {model.proto.producer_version}".strip()
     return Inspection(
@@ -179,7 +180,7 @@ def _not_float32(graph: GraphView) -> str | None:
 
 
 def _not_finite(graph: GraphView) -> str | None:
-    names = dict.fromkeys(t for node in graph.nodes for t in graph.parameter_tensors(node.name))
+    names = dict.fromkeys(t for node in graph.nodes for t in parameter_tensors(graph, node.name))
     stored = [t for t in names if t in graph.initializers and graph.dtypes[t].startswith("float")]
     # weights too large to be loaded stay on the disk: reading gigabytes is no inspection
     bad = [

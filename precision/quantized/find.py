@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trtune.precision.graph.view import GraphView, attribute
+from trtune.precision.graph.proto import attribute
+from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import Edge, is_move
 from trtune.precision.plan.plan import COMPUTE_OPS
 

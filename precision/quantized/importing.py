@@ -20,7 +20,8 @@ from trtune.calibrate.cache import load_table, save_table
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, ModelError
 from trtune.datasets.batches import Batch
-from trtune.precision.graph.normalise import QDQ_OPSET, default_opset
+from trtune.precision.graph.normalise import QDQ_OPSET
+from trtune.precision.graph.proto import default_opset
 from trtune.precision.graph.view import GraphView, Model, load_model, model_from_proto, save_model
 from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.plan.placement import Edge

@@ -11,7 +11,14 @@ from onnx import helper, numpy_helper
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.files import hash_bytes
-from trtune.precision.graph.normalise import captured, normalise
+from trtune.precision.graph.normalise import normalise
+from trtune.precision.graph.proto import (
+    FreshNames,
+    copy_model,
+    copy_of,
+    replace_field,
+    used_tensors,
+)
 from trtune.precision.graph.view import GraphView, Model, model_from_proto
 from trtune.precision.lower.deploy import never_negative
 from trtune.precision.plan.placement import Edge
@@ -88,7 +95,8 @@ class _Strip:
         self.model, self.view, self.found = model, view, found
         self.taken = _Taken()
         self.carriers: dict[str, str] = {}
-        self.names = {*view.producer, *view.initializers, *view.graph_inputs, *view.by_name}
+        taken = {*view.producer, *view.initializers, *view.graph_inputs, *view.by_name}
+        self.names = FreshNames(taken)
         self.gone = {pair.name for pair in found.pairs} | set(found.passed)
         self.gone |= {pair.quantize for pair in found.pairs}
         self.cuts: dict[tuple[str, str], str] = {}
@@ -133,23 +141,23 @@ class _Strip:
             same = ((node.name, 0) in self.taken.reads.get(source, ())) == quantized
             if node.op_type == "Identity" and node.input[0] == source and known and same:
                 return str(node.output[0])
-        return self._identity(source, self._fresh(f"{source}/again"), quantized=quantized)
+        return self._identity(source, self.names.new(f"{source}/again"), quantized=quantized)
 
     def _cut(self, pair: Pair, source: str, *, quantized: bool) -> str:
         """The Relu (or Clip to 6) that the range of `pair`, which begins at 0, stood for: exporters
         leave it out there, and a symmetric range would let negative values through."""
         if (source, pair.quantize) in self.cuts:
             return self.cuts[(source, pair.quantize)]
-        result = self._fresh(f"{source}/cut")
+        result = self.names.new(f"{source}/cut")
         high = float_range(pair)[1]
         inputs = [source]
         if abs(high - RELU6) < RELU6 / 255:
             bounds = {"low": 0.0, "high": RELU6}
             for part, value in bounds.items():
-                inputs.append(self._fresh(f"{result}/{part}"))
+                inputs.append(self.names.new(f"{result}/{part}"))
                 self.taken.values[inputs[-1]] = np.array(value, np.float32)
         op = "Relu" if len(inputs) == 1 else "Clip"
-        node = helper.make_node(op, inputs, [result], name=self._fresh(f"{result}/{op}"))
+        node = helper.make_node(op, inputs, [result], name=self.names.new(f"{result}/{op}"))
         self.taken.copies.append(node)
         if quantized:
             self._read_copy(source, node)
@@ -160,19 +168,12 @@ class _Strip:
         self.taken.reads.setdefault(source, []).append((node.name, 0))
 
     def _identity(self, source: str, result: str, *, quantized: bool) -> str:
-        node = helper.make_node("Identity", [source], [result], name=self._fresh(f"{result}/copy"))
+        name = self.names.new(f"{result}/copy")
+        node = helper.make_node("Identity", [source], [result], name=name)
         self.taken.copies.append(node)
         if quantized:
             self._read_copy(source, node)
         return result
-
-    def _fresh(self, name: str) -> str:
-        found, number = name, 1
-        while found in self.names:
-            number += 1
-            found = f"{name}_{number}"
-        self.names.add(found)
-        return found
 
     def take_weights(self) -> None:
         """Float weights for the int8 nodes, with their scales."""
@@ -199,7 +200,7 @@ class _Strip:
         while found in self.taken.weights and not np.array_equal(self.taken.weights[found], scales):
             number += 1
             found = f"{name}_{number}"
-        self.names.add(found)
+        self.names.take(found)
         return found
 
     def take_constants(self) -> None:
@@ -210,7 +211,7 @@ class _Strip:
                 continue
             inner = any(index >= len(self.view.by_name[n].input) for n, index in edges)
             clash = pair.result in self.taken.values and not (inner or pair.is_output)
-            name = self._fresh(f"{pair.result}/value") if clash else pair.result
+            name = self.names.new(f"{pair.result}/value") if clash else pair.result
             self.taken.values[name] = dequantized(self.view, pair)
             for edge in edges:
                 if edge[1] < len(self.view.by_name[edge[0]].input):
@@ -218,18 +219,14 @@ class _Strip:
 
     def finish(self) -> Stripped:
         """The model without its pairs, normalised again, and the table."""
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self.model.proto)
+        proto = copy_model(self.model.proto)
         graph = proto.graph
         del graph.value_info[:]
-        del graph.node[:]
-        graph.node.extend(self._nodes())
+        replace_field(graph.node, self._nodes())
         _drop_dead_constants(self.view, graph)
-        read = {t for node in graph.node for t in (*node.input, *captured(node))}
-        read |= {output.name for output in graph.output}
+        read = used_tensors(graph)
         kept = [t for t in graph.initializer if t.name in read and t.name not in self.taken.values]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+        replace_field(graph.initializer, kept)
         for name, value in self.taken.values.items():
             if name in read:
                 graph.initializer.append(numpy_helper.from_array(value, name))
@@ -249,8 +246,7 @@ class _Strip:
         for old in self.view.nodes:
             if old.name in self.gone:
                 continue
-            node = onnx.NodeProto()
-            node.CopyFrom(old)
+            node = copy_of(old)
             for index, name in enumerate(old.input):
                 renamed = self.taken.renamed.get((old.name, index), passed.get(name, name))
                 node.input[index] = renamed
@@ -299,8 +295,7 @@ class _Strip:
 def _drop_dead_constants(view: GraphView, graph: onnx.GraphProto) -> None:
     """Take out nodes that computed something of constants which nothing reads any more."""
     while True:
-        read = {t for node in graph.node for t in (*node.input, *captured(node))}
-        read |= {output.name for output in graph.output}
+        read = used_tensors(graph)
         dead = [
             node
             for node in graph.node

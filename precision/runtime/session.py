@@ -1,53 +1,30 @@
-"""onnxruntime sessions, made here alone, and the engine over Polygraphy's runner."""
+"""Models as onnxruntime sessions, and the engine over Polygraphy's runner."""
 
 from __future__ import annotations
 
-import logging
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.logger import G_LOGGER
 
+from trtune.calibrate.sessions import ORT_ERRORS, error_text, open_session
 from trtune.configs.errors import DataError, ModelError, did_you_mean
 from trtune.datasets.batches import InputSpec
-from trtune.precision.graph.file import SAVE_LIMIT
-from trtune.precision.graph.normalise import tensor_bytes
-from trtune.precision.graph.view import save_model
-from trtune.precision.runtime.api import (
-    MODEL_FILE,
-)
+from trtune.precision.graph.file import SAVE_LIMIT, save_model
+from trtune.precision.graph.proto import is_external, tensor_bytes
+from trtune.precision.runtime.api import MODEL_FILE
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-log = logging.getLogger(__name__)
-
-Lowering = Literal["emulate", "deploy"]
-
-OPTIMIZATION = {
-    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-}
-
-ORT_ERRORS: tuple[type[Exception], ...] = tuple(
-    kind
-    for kind in vars(ort_errors).values()
-    if isinstance(kind, type) and issubclass(kind, Exception)
-)
-"""onnxruntime's own exceptions, which have no common base."""
 
 NUMPY_NAMES = MappingProxyType({"float": "float32", "double": "float64", "string": "object"})
 
@@ -60,8 +37,9 @@ def make_session(
     optimize: str = "all",
     integer_kernels: bool = False,
     external_dir: Path | None = None,
+    device: str = "cpu",
 ) -> ort.InferenceSession:
-    """An onnxruntime session on the CPU for `model`, which is not touched.
+    """An onnxruntime session for `model`, which is not touched.
 
     `outputs` names inner tensors that the session gives after the model's own outputs, in that
     order; those that are outputs already are not added again. A marked tensor keeps
@@ -70,12 +48,10 @@ def make_session(
     written, so that a pin stays a pin and the numbers are those of TensorRT's arithmetic; with it,
     onnxruntime puts integer kernels in their place. `external_dir` is where external initializers
     of a proto or of bytes lie (for a path: beside it). A proto above 2 GiB goes through a
-    temporary folder.
+    temporary folder. `device` is as `open_session` has it.
 
-    Raises ModelError with onnxruntime's own words if it cannot load the model, ValueError for an
-    output that no node makes or an unknown `optimize`.
+    Raises what `open_session` raises, and ValueError for an output that no node makes.
     """
-    options = _options(threads, optimize, integer_kernels)
     source: bytes | Path
     with ExitStack() as stack:
         if isinstance(model, onnx.ModelProto):
@@ -90,44 +66,14 @@ def make_session(
             # graph.output without parsing, or copying, the weights.
             extra = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in outputs])
             source += onnx.ModelProto(graph=extra).SerializeToString()
-        if external_dir is not None:
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(external_dir.resolve())
-            )
-        return _load(source, options)
-
-
-def _options(threads: int | None, optimize: str, integer_kernels: bool) -> ort.SessionOptions:
-    if optimize not in OPTIMIZATION:
-        raise ValueError(f"optimize is {optimize!r}; known: {', '.join(OPTIMIZATION)}")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = OPTIMIZATION[optimize]
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if not integer_kernels:
-        # onnxruntime otherwise quantizes float weights and biases between a DQ and a Q itself.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Idle workers would spin on the cores that read pictures and sum errors between two runs.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
-
-
-def _load(source: bytes | Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    argument = str(source) if isinstance(source, Path) else source
-    try:
-        return ort.InferenceSession(argument, options, providers=["CPUExecutionProvider"])
-    except ORT_ERRORS as error:
-        what = str(source) if isinstance(source, Path) else "the model"
-        raise ModelError(
-            f"onnxruntime {ort.__version__} cannot load {what}: {_one_line(error)}; "
-            "`trtune inspect MODEL` shows its operators and opset"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)[:400].rstrip(".")
+        return open_session(
+            source,
+            device=device,
+            threads=threads,
+            optimize=optimize,
+            integer_kernels=integer_kernels,
+            external_dir=external_dir,
+        )
 
 
 def _new_outputs(model: onnx.ModelProto, outputs: Sequence[str]) -> tuple[str, ...]:
@@ -145,9 +91,8 @@ def _serialised(
     model: onnx.ModelProto, external_dir: Path | None, stack: ExitStack
 ) -> tuple[bytes, Path | None]:
     """The bytes of `model`, with its weights in a temporary folder if they exceed a protobuf."""
-    if sum(tensor_bytes(tensor) for tensor in model.graph.initializer) <= SAVE_LIMIT or any(
-        tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer
-    ):
+    weights = model.graph.initializer
+    if sum(map(tensor_bytes, weights)) <= SAVE_LIMIT or any(map(is_external, weights)):
         return model.SerializeToString(), external_dir
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trtune-")))
     save_model(model, folder / MODEL_FILE, save_limit=SAVE_LIMIT)
@@ -212,7 +157,7 @@ class OrtEngine:
         except ORT_ERRORS as error:
             shapes = ", ".join(f"{name} {array.shape}" for name, array in wanted.items())
             raise DataError(
-                f"onnxruntime cannot run the model on {shapes}: {_one_line(error)}"
+                f"onnxruntime cannot run the model on {shapes}: {error_text(error)}"
             ) from error
         # An output that is an input may be the caller's own array (before onnxruntime 1.24).
         return {
@@ -261,12 +206,7 @@ def optimized_graph(path: Path) -> onnx.ModelProto:
     Without the layout optimizations, which rename tensors and change no precision.
     Raises ModelError if onnxruntime cannot load or write it.
     """
-    options = _options(None, "extended", integer_kernels=True)
     with tempfile.TemporaryDirectory(prefix="trtune-") as folder:
         target = Path(folder) / "optimized.onnx"
-        options.optimized_model_filepath = str(target)
-        # Weights beside the model, so that one above 2 GiB can be written; they are not read back.
-        key = "session.optimized_model_external_initializers_file_name"
-        options.add_session_config_entry(key, "weights.bin")
-        _load(path, options)
+        open_session(path, optimize="extended", integer_kernels=True, write_optimized=target)
         return onnx.load(target, load_external_data=False)

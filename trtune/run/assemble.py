@@ -17,6 +17,7 @@ from trtune.calibrate.outliers import dominant, outliers
 from trtune.configs.errors import TrtuneError
 from trtune.configs.machine import peak_rss
 from trtune.precision.compare.runtime_errors import inner_kind
+from trtune.precision.graph.macs import macs, parameters
 from trtune.precision.plan.half_rules import flushed_weights
 from trtune.precision.plan.placement import place, shared_ranges
 from trtune.precision.plan.plan import PrecisionPlan
@@ -64,8 +65,8 @@ def layer_rows(job: Job, plan: PrecisionPlan) -> list[LayerRow]:
                 node=node.name,
                 op=node.op_type,
                 shape="x".join("?" if d is None else str(d) for d in shape),
-                macs=view.macs(node.name),
-                parameters=view.parameters(node.name),
+                macs=macs(view, node.name),
+                parameters=parameters(view, node.name),
                 precision=assignment.precision,
                 reason=assignment.reason,
                 origin=assignment.origin,
@@ -230,7 +231,7 @@ def run_record(job: Job, *, command: str, started: str, began: float) -> RunReco
             "opset": job.model.opset,
             "inputs": [[s.name, list(s.shape), s.dtype] for s in job.model.inputs],
             "nodes": len(job.view.nodes),
-            "macs": sum(job.view.macs(node.name) for node in job.view.nodes),
+            "macs": sum(macs(job.view, node.name) for node in job.view.nodes),
         },
         target=None if target is None else target.model_dump(exclude_none=True),
         baseline=Baseline(

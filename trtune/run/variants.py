@@ -17,7 +17,7 @@ from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.backends.trt.backend import LAYERS_FILE
 from trtune.precision.backends.trt.inspector import parse_layers
 from trtune.precision.backends.trt.layer_times import node_times
-from trtune.precision.graph.normalise import tensor_bytes
+from trtune.precision.graph.proto import tensor_bytes
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import UNKNOWN, Backend, BuildInfo, device_name
 from trtune.precision.runtime.session import OrtEngine, make_session

@@ -19,7 +19,7 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import TrtuneError
 from trtune.precision.backends.ort.readback import read_precisions
 from trtune.precision.graph.file import Model, save_model, tensor_spec
-from trtune.precision.graph.normalise import without_weights
+from trtune.precision.graph.proto import without_weights
 from trtune.precision.lower.half_on_cpu import in_float32
 from trtune.precision.runtime.api import (
     MODEL_FILE,

@@ -47,7 +47,7 @@ from trtune.precision.backends.rtx.support import (
     unsupported,
     why_not,
 )
-from trtune.precision.graph.normalise import default_opset
+from trtune.precision.graph.proto import default_opset
 from trtune.precision.graph.view import save_model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.plan import SHAPE, PrecisionPlan

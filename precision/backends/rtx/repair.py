@@ -15,6 +15,7 @@ from types import MappingProxyType
 import onnx
 from onnx import TensorProto, helper
 
+from trtune.precision.graph.proto import copy_of, replace_field
 from trtune.precision.plan.plan import COMPILER, PrecisionPlan
 
 REFUSAL = re.compile(r"could not find any implementation for|cannot compile operation", re.I)
@@ -84,14 +85,12 @@ def insert_guards(proto: onnx.ModelProto, nodes: Collection[str]) -> None:
     }
     result: list[onnx.NodeProto] = []
     for node in graph.node:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
+        copy = copy_of(node)
         result.append(copy)
         kind = scales.get(node.input[1], 0) if node.name in nodes else 0
         if kind in LARGEST:
             result.append(_guard(graph, copy, kind))
-    del graph.node[:]
-    graph.node.extend(result)
+    replace_field(graph.node, result)
 
 
 def _guard(graph: onnx.GraphProto, node: onnx.NodeProto, kind: int) -> onnx.NodeProto:

@@ -7,7 +7,7 @@ import tinymodels
 from onnx import TensorProto, helper, numpy_helper
 
 from trtune.configs.errors import ModelError
-from trtune.precision.graph.normalise import normalise, tensor_bytes
+from trtune.precision.graph.normalise import normalise
 
 RUNNABLE = sorted(set(tinymodels.MODELS) - {"duplicate_names"})  # onnxruntime refuses that one
 
@@ -302,11 +302,3 @@ def test_old_resizes_inside_a_branch_too() -> None:
     inputs = tinymodels.feeds(proto)
     expected, found = tinymodels.run(proto, inputs), tinymodels.run(normalise(proto)[0], inputs)
     np.testing.assert_allclose(found["output"], expected["output"], rtol=1e-4, atol=1e-5)
-
-
-def test_tensor_bytes() -> None:
-    assert tensor_bytes(numpy_helper.from_array(np.zeros((2, 3), np.float16))) == 12
-    assert tensor_bytes(numpy_helper.from_array(np.float32(1.0).reshape(()))) == 4
-    assert tensor_bytes(numpy_helper.from_array(np.array(["ab", "c"], object))) == 3
-    packed = helper.make_tensor("w", TensorProto.INT4, [5], [1, 2, 3, 4, 5])
-    assert tensor_bytes(packed) == len(packed.raw_data or packed.int32_data) == 3

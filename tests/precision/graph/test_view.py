@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 import tinymodels
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from trtune.precision.graph.view import GraphView, attribute, elements, model_from_proto
+from trtune.precision.graph.view import GraphView, elements, model_from_proto
 
 
 def view(name: str) -> GraphView:
@@ -108,45 +108,6 @@ def test_ancestors_and_descendants() -> None:
     assert "n_right" not in graph.descendants(["left_w"])
 
 
-@pytest.mark.parametrize(
-    ("model", "node", "macs", "parameters"),
-    [
-        pytest.param("conv_relu", "n_conv1", 16 * 8 * 8 * 3 * 9, 16 * 27 + 16, id="Conv"),
-        pytest.param("conv_relu", "n_conv2", 32 * 4 * 4 * 16 * 9, 32 * 144 + 32, id="strided"),
-        pytest.param("depthwise", "n_dw", 32 * 64 * 9, 32 * 9 + 32, id="depthwise"),
-        pytest.param("resize", "n_up", 16 * 64 * 8 * 4, 16 * 8 * 4, id="ConvTranspose"),
-        pytest.param("mlp", "n_fc1", 16 * 32, 16 * 32 + 32, id="Gemm"),
-        pytest.param("mlp", "n_fc2", 32 * 10, 320, id="MatMul with a weight"),
-        pytest.param("mlp", "n_logits", 0, 10, id="Add of a bias: parameters, no MACs"),
-        pytest.param("attention", "n_scores", 6 * 6 * 16, 0, id="MatMul of two activations"),
-        pytest.param("attention", "n_ln", 0, 32, id="LayerNormalization"),
-        pytest.param("int64_input", "n_embedded", 0, 320, id="Gather from an embedding"),
-        pytest.param("depthwise", "n_clip1", 0, 0, id="the bounds of a Clip are no parameters"),
-        pytest.param("dynamic_reshape", "n_flat", 0, 0, id="a shape is no parameter"),
-        pytest.param("dynamic_reshape", "n_target", 0, 0, id="shape computation has none"),
-        pytest.param("quantized", "n_conv", 16 * 64 * 27, 16 * 27, id="weights behind Q/DQ"),
-        pytest.param("quantized", "n_w", 0, 0, id="scales are no parameters"),
-        pytest.param("dynamic_weight", "n_output", 4 * 64 * 144, 0, id="a weight that is an input"),
-        pytest.param("branches", "n_chosen", 0, 0, id="subgraphs are left alone"),
-    ],
-)
-def test_macs_and_parameters(model: str, node: str, macs: int, parameters: int) -> None:
-    graph = view(model)
-    assert graph.macs(node) == macs
-    assert graph.parameters(node) == parameters
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-def test_macs_are_those_of_one_sample_whatever_the_fixed_batch(batch: int) -> None:
-    proto = tinymodels.fixed_batch()
-    for info in (*proto.graph.input, *proto.graph.output):
-        info.type.tensor_type.shape.dim[0].dim_value = batch
-    fixed, free = GraphView.of(model_from_proto(proto)), view("conv_relu")
-    assert {n.name: fixed.macs(n.name) for n in fixed.nodes} == {
-        n.name: free.macs(n.name) for n in free.nodes
-    }
-
-
 def test_constants_are_initializers_and_what_is_computed_from_them() -> None:
     graph = view("quantized")
     assert graph.is_constant("w_q")
@@ -202,23 +163,6 @@ def test_names_must_be_unique() -> None:
         GraphView(tinymodels.duplicate_names())
     with pytest.raises(ValueError, match="not unique"):
         GraphView(tinymodels.unnamed_nodes())
-
-
-def test_attribute() -> None:
-    node = helper.make_node("Gemm", ["a", "b"], ["c"], transB=1, alpha=0.5)
-    assert attribute(node, "transB") == 1
-    assert attribute(node, "alpha") == 0.5
-    assert attribute(node, "beta", 1.0) == 1.0
-    assert attribute(node, "beta") is None
-
-
-def test_gemm_with_transposed_left_side() -> None:
-    net = tinymodels.Net()
-    x = net.input("input", (16, 5))
-    net.const("w", numpy_helper.to_array(numpy_helper.from_array(np.ones((16, 3), np.float32))))
-    net.op("Gemm", x, "w", out="output", transA=1)
-    graph = GraphView.of(model_from_proto(net.model({"output": (5, 3)})))
-    assert graph.macs("n_output") == 5 * 16 * 3
 
 
 def test_elements_counts_free_dimensions_as_one() -> None:

@@ -1,0 +1,124 @@
+"""onnxruntime sessions, made here and nowhere else, on the CPU or an NVIDIA GPU.
+
+This is the lowest place that needs one; what tells a model's outputs, checks what is fed and frees
+it is `trtune.precision.runtime.session`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from trtune.configs.errors import ConfigError, ModelError, TrtuneError
+
+OPTIMIZATION = MappingProxyType(
+    {
+        "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    }
+)
+
+ORT_ERRORS: tuple[type[Exception], ...] = tuple(
+    kind
+    for kind in vars(ort_errors).values()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+)
+"""onnxruntime's own exceptions, which have no common base."""
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+OPTIMIZED_WEIGHTS = "weights.bin"
+
+
+def open_session(
+    model: bytes | Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    optimize: str = "all",
+    integer_kernels: bool = False,
+    external_dir: Path | None = None,
+    write_optimized: Path | None = None,
+) -> ort.InferenceSession:
+    """An onnxruntime session for a serialized model, or the file that holds one.
+
+    `device` is "cpu", or "cuda" or "cuda:N" for an NVIDIA GPU, where float32 stays float32 (no
+    TF32). `threads` None leaves the number to onnxruntime. `optimize` is none, basic, extended or
+    all. Without `integer_kernels`, Q/DQ pairs are computed as they are written; with it,
+    onnxruntime puts integer kernels in their place. `external_dir` is where external initializers
+    of bytes lie (for a path: beside it). The graph that onnxruntime made of the model goes to
+    `write_optimized`, with large weights beside it.
+
+    Raises ModelError with onnxruntime's own words if it cannot load the model, ConfigError for
+    another device than those, TrtuneError for one that is not here, ValueError for an unknown
+    `optimize`.
+    """
+    providers = providers_of(device)
+    options = _options(threads, optimize, integer_kernels)
+    if external_dir is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(external_dir.resolve())
+        )
+    if write_optimized is not None:
+        options.optimized_model_filepath = str(write_optimized)
+        # Weights beside the model, so that one above 2 GiB can be written.
+        key = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(key, OPTIMIZED_WEIGHTS)
+    argument = str(model) if isinstance(model, Path) else model
+    try:
+        return ort.InferenceSession(argument, options, providers=providers)
+    except ORT_ERRORS as error:
+        what = str(model) if isinstance(model, Path) else "the model"
+        raise ModelError(
+            f"onnxruntime {ort.__version__} cannot load {what}: {error_text(error)}; "
+            "`trtune inspect MODEL` shows its operators and opset"
+        ) from error
+
+
+def _options(threads: int | None, optimize: str, integer_kernels: bool) -> ort.SessionOptions:
+    if optimize not in OPTIMIZATION:
+        raise ValueError(f"optimize is {optimize!r}; known: {', '.join(OPTIMIZATION)}")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = OPTIMIZATION[optimize]
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not integer_kernels:
+        # onnxruntime otherwise quantizes float weights and biases between a DQ and a Q itself.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Idle workers would spin on the cores that read pictures and sum errors between two runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def providers_of(device: str) -> list[Any]:
+    """onnxruntime's execution providers for `device`, in its own form.
+
+    Raises ConfigError if that is no device, TrtuneError if onnxruntime here cannot use it.
+
+    >>> providers_of("cpu")
+    ['CPUExecutionProvider']
+    """
+    if device == "cpu":
+        return [CPU]
+    found = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if found is None:
+        raise ConfigError(f"device is {device!r}: take 'cpu', 'cuda' or 'cuda:N'")
+    if CUDA not in ort.get_available_providers():
+        raise TrtuneError(
+            f"onnxruntime {ort.__version__} here has no CUDA provider, so {device!r} cannot be "
+            "used: pip install onnxruntime-gpu in the place of onnxruntime, or take 'cpu'"
+        )
+    return [(CUDA, {"device_id": int(found[1] or 0), "use_tf32": 0}), CPU]
+
+
+def error_text(error: Exception) -> str:
+    """onnxruntime's words on one line, without its own numbers."""
+    text = " ".join(str(error).split())
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)[:400].rstrip(".")
