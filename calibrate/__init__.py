@@ -15,9 +15,9 @@ The names below are imported when they are first used: what compiles histograms 
 if __name__ != "trtune.calibrate":
     raise ImportError(f"{__name__!r} was found through the repository root: use trtune.calibrate")
 
-import importlib
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trtune.configs.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trtune.calibrate.cache import (
@@ -36,21 +36,6 @@ if TYPE_CHECKING:
     from trtune.calibrate.methods import AMAX_METHODS, CANDIDATES, choose
     from trtune.calibrate.outliers import DominantPicture, Outlier, dominant
     from trtune.calibrate.table import CalibrationTable, MissingScaleError
-
-_WHERE = MappingProxyType(
-    {
-        "cache": (
-            *("Cache", "CacheDifference", "convert", "diff", "dump_cache"),
-            *("load_table", "parse_cache", "read_cache", "save_table"),
-        ),
-        "collect": ("Collection",),
-        "histogram": ("Histogram", "PictureMaxima"),
-        "methods": ("AMAX_METHODS", "CANDIDATES", "choose"),
-        "outliers": ("DominantPicture", "Outlier", "dominant"),
-        "table": ("CalibrationTable", "MissingScaleError"),
-    }
-)
-_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "AMAX_METHODS",
@@ -75,12 +60,17 @@ __all__ = [
     "save_table",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "cache": (
+            "Cache CacheDifference convert diff "
+            "dump_cache load_table parse_cache read_cache save_table"
+        ),
+        "collect": "Collection",
+        "histogram": "Histogram PictureMaxima",
+        "methods": "AMAX_METHODS CANDIDATES choose",
+        "outliers": "DominantPicture Outlier dominant",
+        "table": "CalibrationTable MissingScaleError",
+    },
+)

@@ -11,9 +11,9 @@ The names are imported when they are first used: the runtimes behind some of the
 if __name__ != "trtune.precision":
     raise ImportError(f"{__name__!r} was found through the repository root: use trtune.precision")
 
-import importlib
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trtune.configs.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trtune.precision.compare.alone import Alone, alone_errors
@@ -29,25 +29,6 @@ if TYPE_CHECKING:
     from trtune.precision.tune.ladder import Score, Tuned
     from trtune.precision.tune.ranges import Choice, choose_by_output
     from trtune.precision.tune.scales import Calibrated, calibrate_model, without_zero_ranges
-
-_WHERE = MappingProxyType(
-    {
-        "tune.ranges": ("Choice", "choose_by_output"),
-        "runtime.api": ("Backend", "BuildInfo", "Candidate", "Engine", "Usable"),
-        "tune.scales": ("Calibrated", "calibrate_model", "without_zero_ranges"),
-        "compare.layers": ("compare_layers", "fp32_gate"),
-        "graph.view": ("GraphView",),
-        "quantized.describe": ("Inspection", "inspect_model"),
-        "lower.emulate": ("LOWERINGS", "lower_deploy", "lower_emulate"),
-        "runtime.errors": ("ErrorSums",),
-        "graph.file": ("Model", "load_model", "model_from_proto", "save_model"),
-        "plan.placement": ("Placement", "place"),
-        "plan.plan": ("Assignment", "PrecisionPlan", "make_plan"),
-        "compare.alone": ("Alone", "alone_errors"),
-        "tune.ladder": ("Score", "Tuned"),
-    }
-)
-_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "LOWERINGS",
@@ -84,12 +65,21 @@ __all__ = [
     "without_zero_ranges",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "graph.file": "Model load_model model_from_proto save_model",
+        "graph.view": "GraphView",
+        "plan.plan": "Assignment PrecisionPlan make_plan",
+        "plan.placement": "Placement place",
+        "lower.emulate": "LOWERINGS lower_deploy lower_emulate",
+        "runtime.api": "Backend BuildInfo Candidate Engine Usable",
+        "runtime.errors": "ErrorSums",
+        "compare.alone": "Alone alone_errors",
+        "compare.layers": "compare_layers fp32_gate",
+        "tune.ladder": "Score Tuned",
+        "tune.ranges": "Choice choose_by_output",
+        "tune.scales": "Calibrated calibrate_model without_zero_ranges",
+        "quantized.describe": "Inspection inspect_model",
+    },
+)

@@ -29,8 +29,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from trtune.configs.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trtune.calibrate.table import CalibrationTable
@@ -63,29 +65,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_WHERE = MappingProxyType(
-    {
-        "trtune.calibrate.table": ("CalibrationTable",),
-        "trtune.configs.errors": (
-            *("CacheError", "ConfigError", "DataError"),
-            *("InputError", "ModelError", "TrtuneError"),
-        ),
-        "trtune.configs.load": ("json_schema", "load_config"),
-        "trtune.configs.progress": ("Progress",),
-        "trtune.configs.schema": ("Config",),
-        "trtune.doctor": ("diagnose",),
-        "trtune.run.pipeline": ("build", "compare", "report", "run_folder", "tune"),
-        "trtune.precision.runtime.api": ("BuildInfo",),
-        "trtune.precision.quantized.describe": ("Inspection",),
-        "trtune.reports.record": ("LayerRow", "RunRecord"),
-        "trtune.tools": (
-            *("cache_from_qdq", "convert_cache", "init_config", "insert_qdq", "inspect"),
-            *("inspect_engine", "migrate", "strip_qdq"),
-        ),
-    }
-)
 _STAGES = ("calibrate", "run")
-_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "BuildInfo",
@@ -122,6 +102,30 @@ __all__ = [
     "tune",
 ]
 
+_named, __dir__ = lazy_names(
+    __name__,
+    {
+        "calibrate.table": "CalibrationTable",
+        "configs.errors": "CacheError ConfigError DataError InputError ModelError TrtuneError",
+        "configs.load": "json_schema load_config",
+        "configs.progress": "Progress",
+        "configs.schema": "Config",
+        "doctor": "diagnose",
+        "precision.quantized.describe": "Inspection",
+        "precision.runtime.api": "BuildInfo",
+        "reports.record": "LayerRow RunRecord",
+        "run.pipeline": "build compare report run_folder tune",
+        "tools": (
+            "cache_from_qdq convert_cache init_config insert_qdq "
+            "inspect inspect_engine migrate strip_qdq"
+        ),
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    return importlib.import_module(f"trtune.{name}") if name in _STAGES else _named(name)
+
 
 class _Stage(ModuleType):
     """A package that is a stage too: `trtune.calibrate(config)`, `trtune.run(config)`."""
@@ -143,15 +147,3 @@ class _Root(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Root
-
-
-def __getattr__(name: str) -> Any:
-    if name in _STAGES:
-        return importlib.import_module(f"trtune.{name}")
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(_MODULE_OF[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
