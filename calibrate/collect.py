@@ -12,9 +12,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import onnx
 from numpy.typing import NDArray
 
 from trtune.calibrate.histogram import Counter, Histogram
-from trtune.calibrate.sessions import open_session
+from trtune.calibrate.on_gpu import count_on_gpu, device_memory, not_a_number
+from trtune.calibrate.sessions import cuda_number, open_session
 from trtune.calibrate.taps import Reader, Tapped, tap, with_outputs
-from trtune.configs.errors import DataError, ModelError
+from trtune.configs.errors import DataError
 from trtune.configs.machine import usable_cores
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import (
@@ -44,6 +46,10 @@ DEFAULT_MEMORY = 2 << 30
 READ_BYTES = 128 << 20
 LARGEST_STEP = 16
 """Pictures an inference: enough to amortise a call, few enough for caches and for memory."""
+
+LARGEST_STEP_ON_GPU = 64
+DEVICE_SHARE = 4
+"""The part of a GPU's memory that marked tensors may take: 1 / DEVICE_SHARE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ def collect(
     *,
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
+    device: str = "cpu",
     external_dir: Path | None = None,
     progress: Progress = silent,
 ) -> Collection:
@@ -84,15 +91,20 @@ def collect(
     `tensors` are names of float tensors in `model` (inner ones or inputs), in graph order.
     `memory` bounds the bytes of marked tensors held at once: a smaller one means fewer workers,
     then further passes, each over some of the tensors. `workers` defaults to the number of
-    usable cores. `external_dir` is where external weights of `model` lie.
+    usable cores. `device` is cpu, cuda or cuda:N; on a GPU the inference runs there and a share of
+    its memory takes the place of `memory`. `external_dir` is where external weights of `model` lie.
 
-    Raises DataError if there is no picture, ModelError if a tensor holds NaN or infinity, naming
-    tensor and picture, or if the runtime cannot load or run the model.
+    Raises DataError if there is no picture, ModelError if a tensor holds NaN, naming tensor and
+    picture, or if the runtime cannot load or run the model.
     """
     started = time.perf_counter()
     first = next((batch for batch in source if len(batch)), None)
     if first is None:
         raise DataError("calibration data: no picture was read; check path, take and skip")
+    gpu = cuda_number(device)
+    largest = LARGEST_STEP
+    if gpu is not None:
+        memory, workers, largest = device_memory(gpu) // DEVICE_SHARE, 1, LARGEST_STEP_ON_GPU
     inner = [tensor for tensor in tensors if tensor not in first.feeds]
     extents = measure(model, tensors, first, external_dir=external_dir)
     layout, workers = _schedule(
@@ -100,9 +112,10 @@ def collect(
         max(sum(extents[tensor].bytes for tensor in inner), 1),
         mixed=any(extent.axis is None for extent in extents.values()),
         given=len(first),
-        count=source.count or LARGEST_STEP,
+        count=source.count or largest,
         memory=memory,
         workers=workers or usable_cores(),
+        largest=largest,
     )
     chunks = _chunks(inner, extents, memory // workers // layout.step) or [[]]
     if len(chunks) > 1:
@@ -113,18 +126,12 @@ def collect(
     busy, pictures = 0.0, 0
     for number, chunk in enumerate(chunks):
         wanted = chunk if number else [*(t for t in tensors if t in first.feeds), *chunk]
-        tapped = tap(
-            model,
-            chunk,
-            sizes={tensor: extents[tensor].bytes * layout.step for tensor in chunk},
-            threads=1 if workers > 1 else usable_cores(),
-            external_dir=external_dir,
-        )
         what = "calibrate" if len(chunks) == 1 else f"calibrate, pass {number + 1} of {len(chunks)}"
-        run = _Pass(tapped, wanted, extents, layout, workers)
-        found, pictures = run.over(source, what, progress)
+        work = _Work(model, chunk, wanted, extents, layout, workers, external_dir)
+        count = _on_cpu if gpu is None else partial(_on_gpu, gpu)
+        found, pictures, ran = count(work, source, partial(progress, what))
         histograms.update(found)
-        busy += run.busy / workers
+        busy += ran
     ordered = {tensor: histograms[tensor] for tensor in tensors}
     return Collection(ordered, pictures, len(chunks), time.perf_counter() - started, busy)
 
@@ -221,6 +228,7 @@ def _schedule(
     count: int,
     memory: int,
     workers: int,
+    largest: int = LARGEST_STEP,
 ) -> tuple[Layout, int]:
     """Pictures an inference, and workers: as many as caches like, within `memory`.
 
@@ -228,7 +236,8 @@ def _schedule(
     the number of pictures. Tensors in which pictures are `mixed` are the same only for the same
     batches, so those stay as `given`. A source of single pictures may have one shape each.
     """
-    step = max(min(READ_BYTES // each, memory // each, LARGEST_STEP, count), 1)
+    cached = READ_BYTES if largest == LARGEST_STEP else memory
+    step = max(min(cached // each, memory // each, largest, count), 1)
     step = fixed or (given if mixed or given == 1 else step)
     workers = max(1, min(workers, memory // (each * step)))
     return Layout(step, fill=bool(fixed) or not mixed), workers
@@ -245,6 +254,63 @@ def _chunks(tensors: Sequence[str], extents: Mapping[str, Extent], budget: int) 
         chunks[-1].append(tensor)
         room -= extents[tensor].bytes
     return chunks
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One pass: the inner tensors of `chunk`, and with the first one the inputs, are `wanted`."""
+
+    model: onnx.ModelProto
+    chunk: Sequence[str]
+    wanted: Sequence[str]
+    extents: Mapping[str, Extent]
+    layout: Layout
+    workers: int
+    external_dir: Path | None
+
+
+Told = Callable[[int, int | None], None]
+
+
+def _on_cpu(
+    work: _Work, source: BatchSource, progress: Told
+) -> tuple[dict[str, Histogram], int, float]:
+    tapped = tap(
+        work.model,
+        work.chunk,
+        sizes={tensor: work.extents[tensor].bytes * work.layout.step for tensor in work.chunk},
+        threads=1 if work.workers > 1 else usable_cores(),
+        external_dir=work.external_dir,
+    )
+    run = _Pass(tapped, work.wanted, work.extents, work.layout, work.workers)
+    found, pictures = run.over(source, progress)
+    return found, pictures, run.busy / work.workers
+
+
+def _on_gpu(
+    gpu: int, work: _Work, source: BatchSource, progress: Told
+) -> tuple[dict[str, Histogram], int, float]:
+    done = 0
+
+    def counted(pictures: int) -> None:
+        nonlocal done
+        done += pictures
+        progress(done, source.count)
+
+    def batches() -> Iterator[tuple[Mapping[str, NDArray[Any]], tuple[str, ...], int]]:
+        for batch in rebatch(source, work.layout.step):
+            full = fit_batch(batch, work.layout.step) if work.layout.fill else batch
+            yield full.feeds, batch.items, len(full)
+
+    found, busy = count_on_gpu(
+        work.model,
+        {tensor: work.extents[tensor].axis for tensor in work.wanted},
+        batches(),
+        gpu,
+        external_dir=work.external_dir,
+        counted=counted,
+    )
+    return found, done, busy
 
 
 class _Pass:
@@ -265,9 +331,7 @@ class _Pass:
         self._all: list[dict[str, Counter]] = []
         self._lock = threading.Lock()
 
-    def over(
-        self, source: BatchSource, what: str, progress: Progress
-    ) -> tuple[dict[str, Histogram], int]:
+    def over(self, source: BatchSource, progress: Told) -> tuple[dict[str, Histogram], int]:
         pictures = 0
         waiting: deque[Future[int]] = deque()
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="calibrate")
@@ -276,10 +340,10 @@ class _Pass:
                 waiting.append(pool.submit(self._count, batch))
                 if len(waiting) > 2 * self._workers:
                     pictures += waiting.popleft().result()
-                    progress(what, pictures, source.count)
+                    progress(pictures, source.count)
             for future in waiting:
                 pictures += future.result()
-                progress(what, pictures, source.count)
+                progress(pictures, source.count)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         return self._merged(), pictures
@@ -314,9 +378,8 @@ class _Pass:
     def _add(self, tensor: str, array: NDArray[Any], held: int, items: tuple[str, ...]) -> None:
         names, rows = _by_picture(array, held, items, self._extents[tensor].axis)
         maxima = self._mine.counters[tensor].add(names, rows)
-        if not np.isfinite(maxima).all():
-            worst = int(np.argmin(np.isfinite(maxima)))
-            raise _not_finite(tensor, names[worst], rows[worst])
+        if np.isnan(maxima).any():
+            raise not_a_number(tensor, names[int(np.argmax(np.isnan(maxima)))])
 
 
 def _by_picture(
@@ -334,13 +397,5 @@ def _by_picture(
 
 
 def _as_float(array: NDArray[Any]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # a double too large for float32 is reported as infinity
+    with np.errstate(over="ignore"):  # a double too large for float32 is infinity
         return np.ascontiguousarray(array, np.float32)
-
-
-def _not_finite(tensor: str, item: str, row: NDArray[np.float32]) -> ModelError:
-    kind = "NaN" if np.isnan(row).any() else "infinity"
-    return ModelError(
-        f"tensor {tensor!r} holds {kind} for picture {item!r}; the FP32 model itself gives it, so "
-        "no scale can be right: check the model and the preprocessing of that picture"
-    )

@@ -22,7 +22,8 @@ from trtune.calibrate.compiled import compiled
 
 SHIFT = 16
 BINS = 1 << (31 - SHIFT)
-FIRST_NON_FINITE = 0x7F800000 >> SHIFT
+INFINITY_BITS = 0x7F800000
+FIRST_NON_FINITE = INFINITY_BITS >> SHIFT
 
 Counts = NDArray[np.int64]
 
@@ -141,7 +142,8 @@ class Counter:
     def add(self, items: Sequence[str], values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Count `values` (pictures x values, C-contiguous), row by row named by `items`.
 
-        Returns the largest magnitude of each row, exactly; infinity or NaN where there is one.
+        Returns the largest finite magnitude of each row, exactly, or NaN where there is one.
+        Infinities are no range (masks of attention hold them) and are left out of the counts.
         Releases the GIL while it counts.
         """
         if values.size > self._room:
@@ -150,6 +152,9 @@ class Counter:
         largest = np.zeros(len(values), np.uint32)
         first, second, third, fourth = self._tables
         _fill(values.view(np.uint32), first, second, third, fourth, largest)
+        for row in np.flatnonzero(largest == INFINITY_BITS).tolist():
+            finite = np.isfinite(values[row])
+            largest[row : row + 1].view(np.float32)[:] = np.abs(values[row][finite]).max(initial=0)
         for index in (largest >> SHIFT).tolist():
             self._maxima[index] = self._maxima.get(index, 0) + 1
         maxima: NDArray[np.float32] = largest.view(np.float32)
@@ -193,7 +198,13 @@ class Counter:
         counts = np.zeros(BINS, np.int64)
         counts[list(self._maxima)] = list(self._maxima.values())
         maxima = PictureMaxima(counts, item, max(self._second, 0.0))
-        return Histogram(self._total(), max(largest, 0.0), maxima)
+        return Histogram(finite_counts(self._total()), max(largest, 0.0), maxima)
+
+
+def finite_counts(counts: Counts) -> Counts:
+    """`counts` with the bins of infinity and NaN emptied, in place."""
+    counts[..., FIRST_NON_FINITE:] = 0
+    return counts
 
 
 def quantile(counts: Counts, q: float) -> float:

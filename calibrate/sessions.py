@@ -40,6 +40,7 @@ def open_session(
     model: bytes | Path,
     *,
     device: str = "cpu",
+    stream: int | None = None,
     threads: int | None = None,
     optimize: str = "all",
     integer_kernels: bool = False,
@@ -49,7 +50,7 @@ def open_session(
     """An onnxruntime session for a serialized model, or the file that holds one.
 
     `device` is "cpu", or "cuda" or "cuda:N" for an NVIDIA GPU, where float32 stays float32 (no
-    TF32). `threads` None leaves the number to onnxruntime. `optimize` is none, basic, extended or
+    TF32); there `stream` is the handle of a CUDA stream to compute on. `threads` None leaves the number to onnxruntime. `optimize` is none, basic, extended or
     all. Without `integer_kernels`, Q/DQ pairs are computed as they are written; with it,
     onnxruntime puts integer kernels in their place. `external_dir` is where external initializers
     of bytes lie (for a path: beside it). The graph that onnxruntime made of the model goes to
@@ -59,7 +60,7 @@ def open_session(
     another device than those, TrtuneError for one that is not here, ValueError for an unknown
     `optimize`.
     """
-    providers = providers_of(device)
+    providers = providers_of(device, stream)
     options = _options(threads, optimize, integer_kernels)
     if external_dir is not None:
         options.add_session_config_entry(
@@ -97,25 +98,42 @@ def _options(threads: int | None, optimize: str, integer_kernels: bool) -> ort.S
     return options
 
 
-def providers_of(device: str) -> list[Any]:
+def cuda_number(device: str) -> int | None:
+    """N of "cuda:N" (0 of "cuda"), or None for "cpu". Raises ConfigError for another word.
+
+    >>> cuda_number("cpu"), cuda_number("cuda"), cuda_number("cuda:1")
+    (None, 0, 1)
+    """
+    if device == "cpu":
+        return None
+    found = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if found is None:
+        raise ConfigError(f"device is {device!r}: take 'cpu', 'cuda' or 'cuda:N'")
+    return int(found[1] or 0)
+
+
+def providers_of(device: str, stream: int | None = None) -> list[Any]:
     """onnxruntime's execution providers for `device`, in its own form.
 
-    Raises ConfigError if that is no device, TrtuneError if onnxruntime here cannot use it.
+    cuDNN's algorithms are chosen by its heuristic: its timed choice may differ from run to run, and
+    the numbers with it. Raises ConfigError if that is no device, TrtuneError if onnxruntime here
+    cannot use it.
 
     >>> providers_of("cpu")
     ['CPUExecutionProvider']
     """
-    if device == "cpu":
+    number = cuda_number(device)
+    if number is None:
         return [CPU]
-    found = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if found is None:
-        raise ConfigError(f"device is {device!r}: take 'cpu', 'cuda' or 'cuda:N'")
     if CUDA not in ort.get_available_providers():
         raise TrtuneError(
             f"onnxruntime {ort.__version__} here has no CUDA provider, so {device!r} cannot be "
             "used: pip install onnxruntime-gpu in the place of onnxruntime, or take 'cpu'"
         )
-    return [(CUDA, {"device_id": int(found[1] or 0), "use_tf32": 0}), CPU]
+    chosen = {"device_id": str(number), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    if stream is not None:
+        chosen["user_compute_stream"] = str(stream)
+    return [(CUDA, chosen), CPU]
 
 
 def error_text(error: Exception) -> str:

@@ -154,13 +154,14 @@ def test_tables_that_are_full_are_emptied_without_losing_a_count(
 @pytest.mark.parametrize(
     ("row", "check"),
     [
-        pytest.param([1, math.inf], math.isinf, id="infinity"),
-        pytest.param([-math.inf, 1e38], math.isinf, id="minus infinity"),
+        pytest.param([1, math.inf], lambda largest: largest == 1, id="infinity is no range"),
+        pytest.param([-math.inf, -3], lambda largest: largest == 3, id="minus infinity"),
+        pytest.param([math.inf, math.inf], lambda largest: largest == 0, id="nothing else"),
         pytest.param([math.nan, 1e38], math.isnan, id="NaN"),
         pytest.param([math.nan, math.inf], math.isnan, id="NaN outranks infinity"),
     ],
 )
-def test_a_value_that_is_not_finite_is_returned_as_its_pictures_maximum(row, check) -> None:  # type: ignore[no-untyped-def]
+def test_the_largest_finite_value_of_a_picture_or_nan(row, check) -> None:  # type: ignore[no-untyped-def]
     maxima = Counter().add(["a", "b"], np.float32([[3, 4], row]))
     assert maxima[0] == 4
     assert check(maxima[1])
@@ -239,3 +240,8 @@ def test_quantiles_rise(rows: NDArray[np.float32], qs: list[float]) -> None:
 def test_an_empty_histogram_has_no_quantile() -> None:
     with pytest.raises(ValueError, match="quantile of an empty histogram"):
         quantile(np.zeros(BINS, np.int64), 0.5)
+
+
+def test_infinities_are_not_counted() -> None:
+    found = Histogram.of(np.float32([-np.inf, 2, 3, np.inf]), np.float32([np.inf, 1, 1, 0]))
+    assert_same(found, Histogram.of(np.float32([2, 3]), np.float32([1, 1, 0])))

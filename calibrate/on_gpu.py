@@ -1,0 +1,503 @@
+"""Calibration where the tensors are: a CUDA device counts |x|, and only the counts come back.
+
+The network runs in onnxruntime's CUDA provider with the tensors of interest bound to memory of the
+device; one launch of `histogram.cu` counts all of them; pictures of the next batch are copied
+meanwhile. Everything is put on two streams in order, so that neither the host nor the device waits
+for a batch to end. The bins are those of `calibrate.histogram`: for the same activations the
+histograms are those of a CPU, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from trtune.calibrate.histogram import BINS, SHIFT, Histogram, PictureMaxima, finite_counts
+from trtune.calibrate.sessions import open_session
+from trtune.calibrate.taps import with_outputs
+from trtune.configs.errors import ModelError, TrtuneError
+
+log = logging.getLogger(__name__)
+
+THREADS = 512
+PIECE = 1 << 17
+"""Values a block counts: enough to hide that it then adds its own table to the large one."""
+
+WHOLE_ROW = 1 << 14
+"""Values of a picture from which on a piece holds one picture alone."""
+
+KINDS: Mapping[str, tuple[int, type[Any]]] = {
+    "tensor(float)": (0, np.float32),
+    "tensor(float16)": (1, np.float16),
+    "tensor(double)": (2, np.float64),
+}
+TENSOR = np.dtype([("data", "<u8"), ("inner", "<i8"), ("pictures", "<i4"), ("kind", "<i4")])
+PIECE_OF = np.dtype([("start", "<i8"), ("length", "<i4"), ("tensor", "<i4")])
+"""The structs of the same names in histogram.cu."""
+
+NAN_BITS = 0x7F800001
+RANKED_AT_ONCE = 1024
+COUNT_LIMIT = (1 << 32) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """How the values of one tensor belong to pictures.
+
+    Value i is of picture `(i // inner) % pictures`; `size` values in all, `kind` as in `KINDS`.
+    """
+
+    size: int
+    inner: int
+    pictures: int
+    kind: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int], axis: int | None, held: int, kind: int) -> Counted:
+        """A tensor of `shape` in a batch of `held` pictures, which lie along `axis`.
+
+        Without an axis the pictures cannot be told apart, and all of it counts as one.
+
+        >>> Counted.of((2, 12, 5), 1, 4, 0)
+        Counted(size=120, inner=15, pictures=4, kind=0)
+        """
+        size = math.prod(shape)
+        if axis is None:
+            return cls(size, max(size, 1), 1, kind)
+        return cls(size, max(math.prod(shape[axis:]) // held, 1), held, kind)
+
+
+def pieces(tensors: Sequence[Counted]) -> NDArray[Any]:
+    """What each block counts: pieces that cover every tensor once, of dtype `PIECE_OF`.
+
+    A picture that is long enough starts a piece of its own, since a block then keeps one maximum.
+    """
+    found: list[tuple[int, int, int]] = []
+    for number, tensor in enumerate(tensors):
+        unit = tensor.inner if tensor.inner >= WHOLE_ROW else tensor.size
+        for begin in range(0, tensor.size, max(unit, 1)):
+            end = min(begin + unit, tensor.size)
+            found += [(at, min(PIECE, end - at), number) for at in range(begin, end, PIECE)]
+    return np.array(found, PIECE_OF)
+
+
+class Ranking:
+    """The largest |x| a picture of many tensors, picture by picture, into `PictureMaxima`."""
+
+    def __init__(self, tensors: int) -> None:
+        self._counts = np.zeros((tensors, BINS), np.uint32)
+        self._best = np.full(tensors, -1.0, np.float32)
+        self._second = np.zeros(tensors, np.float32)
+        self._names = [""] * tensors
+
+    def add(
+        self, names: Sequence[str], which: NDArray[np.intp], maxima: NDArray[np.uint32]
+    ) -> None:
+        """Add the bits of finite maxima of the tensors `which`, a row each, a column a name."""
+        order = np.argsort(np.array(names, dtype=object), kind="stable")
+        sorted_bits = maxima[:, order]
+        np.add.at(self._counts, (which[:, None], sorted_bits >> SHIFT), 1)
+        values = sorted_bits.view(np.float32)
+        first = values.argmax(axis=1)  # of equals the first by name
+        top = values[np.arange(len(values)), first]
+        rest = values.copy()
+        rest[np.arange(len(values)), first] = -1
+        rising = (top >= self._second[which]) | (top >= self._best[which])
+        for row in np.flatnonzero(rising).tolist():
+            tensor, mine = int(which[row]), float(top[row])
+            second = max(float(self._second[tensor]), float(rest[row].max(initial=-1)))
+            name, best = names[order[first[row]]], float(self._best[tensor])
+            if mine > best or (mine == best and name < self._names[tensor]):
+                self._second[tensor] = max(second, best)
+                self._best[tensor], self._names[tensor] = mine, name
+            else:
+                self._second[tensor] = max(second, mine)
+
+    def maxima(self, tensor: int) -> tuple[float, PictureMaxima]:
+        """The largest |x| of a tensor, and its pictures."""
+        found = PictureMaxima(
+            self._counts[tensor].astype(np.int64),
+            self._names[tensor],
+            max(float(self._second[tensor]), 0.0),
+        )
+        return max(float(self._best[tensor]), 0.0), found
+
+
+@lru_cache(maxsize=1)
+def cuda_core() -> Any:
+    """The module `cuda.core`. Raises TrtuneError where cuda-python is not installed."""
+    try:
+        return importlib.import_module("cuda.core")
+    except ImportError as error:
+        raise TrtuneError(
+            "calibration on a GPU needs cuda-python: pip install 'trtune[gpu]', or "
+            "runtime.device: cpu"
+        ) from error
+
+
+@lru_cache(maxsize=4)
+def _kernel(device: int) -> Any:
+    core = cuda_core()
+    core.Device(device).set_current()
+    source = files("trtune.calibrate").joinpath("histogram.cu").read_text("utf-8")
+    options = core.ProgramOptions(std="c++17")
+    try:
+        code = core.Program(source, "c++", options).compile("cubin")
+    except Exception as error:  # NVRTC's errors have no common base
+        raise TrtuneError(f"NVRTC cannot compile histogram.cu: {error}") from error
+    return code.get_kernel("count")
+
+
+class _Memory:
+    """Device memory and its pinned twin on the host, seen as a NumPy array."""
+
+    def __init__(self, core: Any, device: Any, size: int, stream: Any) -> None:
+        size = max(size, 16)
+        self.device = device.allocate(size, stream=stream)
+        self.pinned = core.LegacyPinnedMemoryResource().allocate(size, stream=stream)
+        raw = (ctypes.c_uint8 * size).from_address(int(self.pinned.handle))
+        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(raw)
+
+    def put(self, array: NDArray[Any], stream: Any) -> None:
+        """Copy `array` here; its own memory may be used again at once, the pinned one not."""
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.bytes[: flat.size] = flat
+        self.device.copy_from(self.pinned, stream=stream)
+
+    def fetch(self, stream: Any) -> None:
+        """Start the copy back into `bytes`."""
+        self.device.copy_to(self.pinned, stream=stream)
+
+    @property
+    def address(self) -> int:
+        return int(self.device.handle)
+
+    def close(self) -> None:
+        self.device.close()
+        self.pinned.close()
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What one of the two batches under way occupies."""
+
+    inputs: dict[str, _Memory]
+    tensors: _Memory
+    maxima: _Memory
+    binding: Any
+    items: tuple[str, ...] = ()
+    started: Any = None
+    done: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """Everything that holds for batches of one shape."""
+
+    layout: tuple[Counted, ...]
+    pieces: _Memory
+    blocks: int
+    values: int
+    outputs: Mapping[str, Any]
+    slots: tuple[_Slot, _Slot]
+
+    def close(self) -> None:
+        for memory in (self.pieces, *(m for s in self.slots for m in _memories(s))):
+            memory.close()
+
+
+def _memories(slot: _Slot) -> Iterable[_Memory]:
+    return (*slot.inputs.values(), slot.tensors, slot.maxima)
+
+
+class GpuCounter:
+    """Counts tensors of one session, batch by batch.
+
+    `session` runs on `device` with `stream` as its compute stream. `axes` names the
+    tensors, each with the axis of its pictures or None; those that are inputs of the session are
+    counted as they are given.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        device: int,
+        stream: Any,
+        axes: Mapping[str, int | None],
+    ) -> None:
+        core = cuda_core()
+        self._core, self._device, self._number = core, core.Device(device), device
+        self._session, self._stream, self._axes = session, stream, dict(axes)
+        self._copies = self._device.create_stream()
+        self._kernel = _kernel(device)
+        self._counts = self._device.allocate(4 * BINS * max(len(axes), 1), stream=stream)
+        self._counts.fill(0, stream=stream)
+        self._total = np.zeros((len(axes), BINS), np.int64)
+        self._room = COUNT_LIMIT
+        self._ranking = Ranking(len(axes))
+        self._waiting: list[tuple[tuple[str, ...], NDArray[np.intp], NDArray[np.uint32]]] = []
+        self._bound: tuple[tuple[Any, ...], _Bound] | None = None
+        self._turn = 0
+        self._shapes_vary = False
+        self.busy = 0.0
+
+    def add(self, feeds: Mapping[str, NDArray[Any]], items: tuple[str, ...], held: int) -> None:
+        """Run a batch of `held` pictures and count the first `len(items)`, named by `items`.
+
+        Returns before that is done. Raises ModelError if an earlier batch held NaN.
+        """
+        key = (held, *((name, array.shape, array.dtype.str) for name, array in feeds.items()))
+        if self._bound is None or self._bound[0] != key or self._shapes_vary:
+            self._settle()
+            self._bound = key, self._open(feeds, held)
+        bound = self._bound[1]
+        if bound.values > self._room:
+            self._flush()
+        self._room -= bound.values
+        slot = bound.slots[self._turn]
+        self._turn = 1 - self._turn
+        self._drain(slot)
+        for name, memory in slot.inputs.items():
+            memory.put(feeds[name], self._copies)
+        self._stream.wait(self._copies.record())
+        slot.items, slot.started = items, self._stream.record(options=self._timed())
+        try:
+            self._session.run_with_iobinding(slot.binding, _asynchronous())
+        except Exception:  # a shape that depends on the data: the buffers bound do not fit
+            if self._shapes_vary:
+                raise
+            log.info("shapes follow the data: the buffers of each batch are made anew")
+            self._shapes_vary = True
+            slot.items = ()
+            self._room += bound.values
+            self.add(feeds, items, held)
+            return
+        self._launch(bound, slot, len(items))
+
+    def histograms(self) -> dict[str, Histogram]:
+        """Wait for everything, and the histogram of each tensor; in order of `axes`."""
+        self._settle()
+        self._flush()
+        self._rank()
+        found = {}
+        for number, tensor in enumerate(self._axes):
+            maximum, pictures = self._ranking.maxima(number)
+            found[tensor] = Histogram(finite_counts(self._total[number]), maximum, pictures)
+        self._counts.close()
+        return found
+
+    def _timed(self) -> Any:
+        return self._core.EventOptions(timing_enabled=True)
+
+    def _launch(self, bound: _Bound, slot: _Slot, valid: int) -> None:
+        slot.maxima.device.fill(0, stream=self._stream)
+        if bound.blocks:
+            stride = max(t.pictures for t in bound.layout)
+            self._core.launch(
+                self._stream,
+                self._core.LaunchConfig(grid=bound.blocks, block=THREADS),
+                self._kernel,
+                *(np.uint64(m) for m in (slot.tensors.address, bound.pieces.address)),
+                *(np.uint64(m) for m in (int(self._counts.handle), slot.maxima.address)),
+                np.int32(stride),
+                np.int32(valid),
+            )
+        slot.maxima.fetch(self._stream)
+        slot.done = self._stream.record(options=self._timed())
+
+    def _open(self, feeds: Mapping[str, NDArray[Any]], held: int) -> _Bound:
+        """Run once to learn the shapes; what that gave is where later batches go."""
+        inputs = [self._inputs(feeds) for _ in range(2)]
+        binding = self._session.io_binding()
+        self._bind_inputs(binding, inputs[0], feeds)
+        given = {i.name for i in self._session.get_inputs()}
+        names = [tensor for tensor in self._axes if tensor not in given]
+        for name in names:
+            binding.bind_output(name, "cuda", self._number)
+        for name, memory in inputs[0].items():
+            memory.put(feeds[name], self._stream)
+        self._session.run_with_iobinding(binding)
+        outputs = dict(zip(names, binding.get_outputs(), strict=True))
+        layout = self._layout(feeds, outputs, held)
+        table = pieces(layout)
+        held_pieces = _Memory(self._core, self._device, table.nbytes, self._stream)
+        held_pieces.put(table, self._stream)
+        slots = [self._slot(layout, inputs[i], outputs, feeds) for i in range(2)]
+        values = max((t.size for t in layout), default=0)
+        return _Bound(layout, held_pieces, len(table), values, outputs, (slots[0], slots[1]))
+
+    def _layout(
+        self, feeds: Mapping[str, NDArray[Any]], outputs: Mapping[str, Any], held: int
+    ) -> tuple[Counted, ...]:
+        types = {i.name: i.type for i in self._session.get_inputs()}
+        types |= {o.name: o.type for o in self._session.get_outputs()}
+        found = []
+        for tensor, axis in self._axes.items():
+            shape = outputs[tensor].shape() if tensor in outputs else feeds[tensor].shape
+            if types[tensor] not in KINDS:
+                raise ModelError(f"tensor {tensor!r} is {types[tensor]}, not a float: no range")
+            found.append(Counted.of(shape, axis, held, KINDS[types[tensor]][0]))
+        return tuple(found)
+
+    def _inputs(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, _Memory]:
+        taken = {i.name for i in self._session.get_inputs()}
+        return {
+            name: _Memory(self._core, self._device, array.nbytes, self._stream)
+            for name, array in feeds.items()
+            if name in taken
+        }
+
+    def _bind_inputs(
+        self, binding: Any, inputs: Mapping[str, _Memory], feeds: Mapping[str, NDArray[Any]]
+    ) -> None:
+        for name, memory in inputs.items():
+            array = feeds[name]
+            binding.bind_input(name, "cuda", self._number, array.dtype, array.shape, memory.address)
+
+    def _slot(
+        self,
+        layout: Sequence[Counted],
+        inputs: dict[str, _Memory],
+        outputs: Mapping[str, Any],
+        feeds: Mapping[str, NDArray[Any]],
+    ) -> _Slot:
+        binding = self._session.io_binding()
+        self._bind_inputs(binding, inputs, feeds)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        table = np.zeros(len(layout), TENSOR)
+        for number, (tensor, counted) in enumerate(zip(self._axes, layout, strict=True)):
+            data = outputs[tensor].data_ptr() if tensor in outputs else inputs[tensor].address
+            table[number] = (data, counted.inner, counted.pictures, counted.kind)
+        tensors = _Memory(self._core, self._device, table.nbytes, self._stream)
+        tensors.put(table, self._stream)
+        stride = max((t.pictures for t in layout), default=1)
+        maxima = _Memory(self._core, self._device, 4 * stride * len(layout), self._stream)
+        return _Slot(inputs, tensors, maxima, binding)
+
+    def _drain(self, slot: _Slot) -> None:
+        """Wait for the batch that `slot` holds, and keep its maxima."""
+        if not slot.items:
+            return
+        slot.done.sync()
+        self.busy += (slot.done - slot.started) / 1e3
+        assert self._bound is not None
+        layout = self._bound[1].layout
+        stride = max(t.pictures for t in layout)
+        bits = slot.maxima.bytes[: 4 * stride * len(layout)].view(np.uint32).copy()
+        bits = bits.reshape(len(layout), stride)
+        apart = np.array([axis is not None for axis in self._axes.values()])
+        together = f"{slot.items[0]} to {slot.items[-1]}" if len(slot.items) > 1 else slot.items[0]
+        for chosen, names in ((apart, slot.items), (~apart, (together,))):
+            which = np.flatnonzero(chosen)
+            self._check_numbers(which, bits[which, : len(names)], names)
+            self._waiting.append((names, which, bits[which, : len(names)]))
+        slot.items = ()
+        if sum(len(names) for names, *_ in self._waiting) >= RANKED_AT_ONCE:
+            self._rank()
+
+    def _check_numbers(
+        self, which: NDArray[np.intp], bits: NDArray[np.uint32], names: Sequence[str]
+    ) -> None:
+        bad = np.argwhere(bits >= NAN_BITS)
+        if len(bad):
+            tensors = tuple(self._axes)
+            raise not_a_number(tensors[which[bad[0][0]]], names[bad[0][1]])
+
+    def _rank(self) -> None:
+        for names, which, bits in self._waiting:
+            if len(which):
+                self._ranking.add(names, which, bits)
+        self._waiting = []
+
+    def _settle(self) -> None:
+        if self._bound is None:
+            return
+        for slot in (self._bound[1].slots[self._turn], self._bound[1].slots[1 - self._turn]):
+            self._drain(slot)
+        self._stream.sync()
+        self._bound[1].close()
+        self._bound = None
+
+    def _flush(self) -> None:
+        """Move the device's table into the large one before a count can overflow."""
+        table = np.empty((max(len(self._axes), 1), BINS), np.uint32)
+        memory = self._core.LegacyPinnedMemoryResource().allocate(table.nbytes, stream=self._stream)
+        self._counts.copy_to(memory, stream=self._stream)
+        self._stream.sync()
+        ctypes.memmove(table.ctypes.data, int(memory.handle), table.nbytes)
+        memory.close()
+        self._total += table[: len(self._axes)]
+        self._counts.fill(0, stream=self._stream)
+        self._room = COUNT_LIMIT
+
+
+def not_a_number(tensor: str, item: str) -> ModelError:
+    """The error for a tensor that holds NaN for the picture `item`."""
+    return ModelError(
+        f"tensor {tensor!r} holds NaN for picture {item!r}; the FP32 model itself gives it, so no "
+        "scale can be right: check the model and the preprocessing of that picture"
+    )
+
+
+@lru_cache(maxsize=1)
+def _asynchronous() -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
+
+
+def count_on_gpu(
+    model: onnx.ModelProto,
+    axes: Mapping[str, int | None],
+    batches: Iterable[tuple[Mapping[str, NDArray[Any]], tuple[str, ...], int]],
+    device: int,
+    *,
+    external_dir: Path | None = None,
+    counted: Callable[[int], None],
+) -> tuple[dict[str, Histogram], float]:
+    """Histograms of |x| of the tensors in `axes`, and the seconds the device was busy.
+
+    `batches` gives feeds, the names of the pictures that count, and how many the batch holds;
+    `counted` is told of each. Raises ModelError for NaN or a model that CUDA's provider refuses.
+    """
+    core = cuda_core()
+    where = core.Device(device)
+    where.set_current()
+    stream = where.create_stream()
+    present = {info.name for info in model.graph.input}
+    inner = [tensor for tensor in axes if tensor not in present]
+    session = open_session(
+        with_outputs(model, inner),
+        device=f"cuda:{device}",
+        stream=int(stream.handle),
+        external_dir=external_dir,
+    )
+    counter = GpuCounter(session, device, stream, axes)
+    for feeds, items, held in batches:
+        counter.add(feeds, items, held)
+        counted(len(items))
+    return counter.histograms(), counter.busy
+
+
+def device_memory(device: int) -> int:
+    """Bytes of memory of CUDA device `device`, used or not."""
+    cuda_core().Device(device).set_current()
+    driver = importlib.import_module("cuda.bindings.driver")
+    status, _, total = driver.cuMemGetInfo()
+    if int(status):
+        raise TrtuneError(f"CUDA device {device} does not answer: {status}")
+    return int(total)
