@@ -50,11 +50,12 @@ def open_session(
     """An onnxruntime session for a serialized model, or the file that holds one.
 
     `device` is "cpu", or "cuda" or "cuda:N" for an NVIDIA GPU, where float32 stays float32 (no
-    TF32); there `stream` is the handle of a CUDA stream to compute on. `threads` None leaves the number to onnxruntime. `optimize` is none, basic, extended or
-    all. Without `integer_kernels`, Q/DQ pairs are computed as they are written; with it,
-    onnxruntime puts integer kernels in their place. `external_dir` is where external initializers
-    of bytes lie (for a path: beside it). The graph that onnxruntime made of the model goes to
-    `write_optimized`, with large weights beside it.
+    TF32); there `stream` is the handle of a CUDA stream to compute on. `threads` None leaves the
+    number to onnxruntime. `optimize` is none, basic, extended or all. Without `integer_kernels`,
+    Q/DQ pairs are computed as they are written; with it, onnxruntime puts integer kernels in their
+    place. `external_dir` is where external initializers of bytes lie (for a path: beside it). The
+    graph that onnxruntime made of the model goes to `write_optimized`, with large weights beside
+    it.
 
     Raises ModelError with onnxruntime's own words if it cannot load the model, ConfigError for
     another device than those, TrtuneError for one that is not here, ValueError for an unknown

@@ -65,7 +65,9 @@ def test_a_gpu_comes_before_the_cpu(
     device: str, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
-    assert providers_of(device) == [(CUDA, {"device_id": index, "use_tf32": 0}), CPU]
+    (kind, chosen), fallback = providers_of(device)
+    assert (kind, fallback) == (CUDA, CPU)
+    assert (chosen["device_id"], chosen["use_tf32"]) == (str(index), "0")
 
 
 def test_without_a_cuda_provider_the_error_says_what_to_install(
