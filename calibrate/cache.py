@@ -4,6 +4,9 @@ A cache is ASCII in TensorRT's own use; names in UTF-8 pass through it unharmed.
 `TRT-<version>-<algorithm>`, every other one `<tensor>: <hex>`, the scale as a big-endian float32
 without leading zeros. TensorRT ignores a file whose header is not its own and calibrates again, so
 a cache that shall be used elsewhere needs `convert`.
+
+A scale of infinity or NaN is normal where attention masks or reciprocals pass: TensorRT writes it,
+and treats the tensor as one without a scale.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from trtune.calibrate.provider_table import PROVIDER, read_provider_table
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, nearest
 from trtune.configs.files import hash_bytes, hash_json, write_bytes, write_json
@@ -30,17 +34,42 @@ ALGORITHMS = (
 )
 Version = tuple[int, int, int]
 DEFAULT_HEADER = "TRT-101401-EntropyCalibration2"
+INFINITE = "7f800000"
+"""How TensorRT writes that no range was found."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """A calibration cache: its header line, and tensor -> scale (= amax / 127) in file order."""
+    """A calibration cache: its header line, and tensor -> scale (= amax / 127) in file order.
+
+    `no_range` are the tensors whose scale is infinite or NaN: TensorRT treats them as if they had
+    none. `words` (every tensor's hex digits in file order), `newline` and `end` are how a file
+    wrote it, so that it can be written again byte for byte. `origin` is what wrote it, if that was
+    not TensorRT; its header is then the one that it would be given.
+    """
 
     header: str
     scales: Mapping[str, float] = field(default_factory=dict)
+    no_range: tuple[str, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict, compare=False)
+    newline: str = field(default="\n", compare=False)
+    end: str | None = field(default=None, compare=False)
+    origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", MappingProxyType(dict(self.scales)))
+        object.__setattr__(self, "words", MappingProxyType(dict(self.words)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor with an entry, those without a range too, in file order."""
+        return tuple(dict.fromkeys([*self.words, *self.scales, *self.no_range]))
+
+    @property
+    def text_lines(self) -> tuple[str, ...]:
+        """The entries as they stand in the file. Raises ValueError for what it cannot hold."""
+        known = {*self.scales, *self.no_range}
+        return tuple(_line(self, name) for name in self.names if name in known)
 
     @property
     def version(self) -> Version:
@@ -81,6 +110,11 @@ def parse_header(header: str) -> tuple[Version, str]:
     Raises CacheError if it is not one.
     """
     match = re.fullmatch(r"TRT-(\d{4,7})-(\w+)", header)
+    if re.fullmatch(r"\d+|[A-Za-z]+Calibration2?", header.strip()):
+        raise CacheError(
+            f"line 1: {_quoted(header)} is the header of a cache of TensorRT before 5.0, whose "
+            "scales were taken after layers were fused; no later version reads it. Calibrate again"
+        )
     if not match:
         raise CacheError(
             f"line 1: expected a header such as {DEFAULT_HEADER!r}, found {_quoted(header)}; "
@@ -96,41 +130,71 @@ def parse_cache(text: str) -> Cache:
     """Read the text of a calibration cache.
 
     A name may itself hold ': ', so a line is split at its last one. Line ends of Windows and blank
-    lines at the end are accepted.
+    lines at the end are accepted, and kept. Infinity and NaN of either sign are no range. The
+    plain table of onnxruntime's TensorRT execution provider is read too.
 
     >>> parse_cache(dump_cache(Cache("TRT-101300-EntropyCalibration2", {"a: b": 0.5}))).scales
     mappingproxy({'a: b': 0.5})
 
     Raises CacheError with the line's number and text if a line is malformed, a name stands twice,
-    or a scale is negative or not finite.
+    or a scale is negative.
     """
-    lines = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
+    text = text.removeprefix("\ufeff")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
         raise CacheError("the calibration cache is empty: not even a header line")
+    provided = read_provider_table(text)
+    if provided is not None:
+        return _of_provider(provided)
     parse_header(lines[0])
+    words: dict[str, str] = {}
     scales: dict[str, float] = {}
     first: dict[str, int] = {}
     for number, line in enumerate(lines[1:], start=2):
-        name, separator, word = line.rpartition(": ")
-        if not separator or not name or not re.fullmatch(r"[0-9a-fA-F]{1,8}", word):
-            raise CacheError(
-                f"line {number}: expected '<tensor>: <1 to 8 hex digits>', found {_quoted(line)}"
-            )
-        (scale,) = struct.unpack(">f", bytes.fromhex(word.zfill(8)))
-        if not math.isfinite(scale) or scale < 0 or word.lower() == "80000000":
-            raise CacheError(
-                f"line {number}: the scale of {name!r} is {scale}; scales are finite and not "
-                f"negative. Found {_quoted(line)}"
-            )
+        name, word, scale = _entry(number, line)
         if name in first:
             raise CacheError(
                 f"line {number}: {name!r} already has a scale in line {first[name]}; "
                 f"remove one of them. Found {_quoted(line)}"
             )
-        scales[name], first[name] = scale, number
-    return Cache(lines[0], scales)
+        words[name], first[name] = word, number
+        if math.isfinite(scale):
+            scales[name] = scale
+    newline = "\r\n" if "\r\n" in text else "\n"
+    end = text[len(text.rstrip("\r\n")) :] if not text.endswith(" ") else newline
+    none = tuple(name for name in words if name not in scales)
+    return Cache(lines[0], scales, none, words, newline, end)
+
+
+def _entry(number: int, line: str) -> tuple[str, str, float]:
+    """Name, hex digits and scale of a line."""
+    name, separator, word = line.rpartition(": ")
+    if not separator or not name or not re.fullmatch(r"[0-9a-fA-F]{1,8}", word):
+        raise CacheError(
+            f"line {number}: expected '<tensor>: <1 to 8 hex digits>', found {_quoted(line)}"
+        )
+    scale = _value(word)
+    if math.isfinite(scale) and math.copysign(1, scale) < 0:
+        raise CacheError(
+            f"line {number}: the scale of {name!r} is {scale}; scales are not negative. "
+            f"Found {_quoted(line)}"
+        )
+    return name, word, scale
+
+
+def _value(word: str) -> float:
+    (scale,) = struct.unpack(">f", bytes.fromhex(word.zfill(8)))
+    return float(scale)
+
+
+def _of_provider(ranges: Mapping[str, float]) -> Cache:
+    """Ranges of onnxruntime's table as scales, divided in float32 as everywhere."""
+    table = {t: r for t, r in ranges.items() if math.isfinite(r)}
+    scales = CalibrationTable.from_amax(table).scales
+    none = tuple(name for name in ranges if name not in scales)
+    return Cache(DEFAULT_HEADER, scales, none, origin=PROVIDER)
 
 
 def dump_cache(cache: Cache) -> str:
@@ -141,36 +205,46 @@ def dump_cache(cache: Cache) -> str:
 
     Raises ValueError for a name or scale that the format cannot hold.
     """
-    lines = [cache.header]
-    for name, scale in cache.scales.items():
-        if not name or "\n" in name:
-            raise ValueError(f"a cache cannot hold the tensor name {name!r}")
-        if not math.isfinite(scale) or scale < 0:
-            raise ValueError(f"a cache cannot hold the scale {scale} of {name!r}")
-        (word,) = struct.unpack(">I", struct.pack(">f", abs(scale)))
-        lines.append(f"{name}: {word:x}")
-    return "\n".join(lines) + "\n"
+    end = cache.newline if cache.end is None else cache.end
+    return cache.newline.join([cache.header, *cache.text_lines]) + end
+
+
+def _line(cache: Cache, name: str) -> str:
+    """The entry of `name`, with the digits that were read if they still say its scale."""
+    if not name or "\n" in name:
+        raise ValueError(f"a cache cannot hold the tensor name {name!r}")
+    read = cache.words.get(name)
+    scale = cache.scales.get(name)
+    if scale is None:
+        return f"{name}: {INFINITE if read is None else read}"
+    if not math.isfinite(scale) or scale < 0:
+        raise ValueError(f"a cache cannot hold the scale {scale} of {name!r}")
+    if read is not None and _value(read) == scale:
+        return f"{name}: {read}"
+    (word,) = struct.unpack(">I", struct.pack(">f", abs(scale)))
+    return f"{name}: {word:x}"
 
 
 def convert(cache: Cache, version: Version) -> Cache:
     """The same scales under the header of another TensorRT version.
 
-    Only caches of EntropyCalibration2 and MinMaxCalibration mean the same everywhere: TensorRT
-    takes them before it fuses layers. Raises CacheError for the other algorithms.
+    Everything else stays as it was read, byte for byte. Only caches of EntropyCalibration2 and
+    MinMaxCalibration mean the same everywhere: TensorRT takes them before it fuses layers. Raises
+    CacheError for the other algorithms.
     """
     if cache.algorithm not in ("EntropyCalibration2", "MinMaxCalibration"):
         raise CacheError(
             f"a cache of {cache.algorithm} was made after TensorRT fused layers, so it fits only "
             "the version and GPU it came from; calibrate again instead of converting it"
         )
-    return replace(cache, header=header_for(version, cache.algorithm))
+    return replace(cache, header=header_for(version, cache.algorithm), origin="")
 
 
 @dataclass(frozen=True, slots=True)
 class CacheDifference:
-    """One tensor of two caches: a scale is None where the tensor is missing.
+    """One tensor of two caches: a scale is None where the tensor is missing, inf without a range.
 
-    `ratio` is b / a; None if one is missing, inf if only a is zero, 1 if both are.
+    `ratio` is b / a; None if one is missing or has no range, inf if only a is zero.
     """
 
     tensor: str
@@ -188,12 +262,12 @@ def diff(a: Cache, b: Cache) -> list[CacheDifference]:
     [('x', 2.0)]
     """
     rows = []
-    for tensor in {**a.scales, **b.scales}:
-        left, right = a.scales.get(tensor), b.scales.get(tensor)
+    for tensor in dict.fromkeys([*a.names, *b.names]):
+        left, right = _scale_in(a, tensor), _scale_in(b, tensor)
         if left == right:
             continue
         ratio = None
-        if left is not None and right is not None:
+        if left is not None and right is not None and math.inf not in (left, right):
             ratio = right / left if left else math.inf
         rows.append(CacheDifference(tensor, left, right, ratio))
 
@@ -203,6 +277,10 @@ def diff(a: Cache, b: Cache) -> list[CacheDifference]:
         return (1, -abs(math.log(row.ratio)) if row.ratio else -math.inf, row.tensor)
 
     return sorted(rows, key=distance)
+
+
+def _scale_in(cache: Cache, tensor: str) -> float | None:
+    return math.inf if tensor in cache.no_range else cache.scales.get(tensor)
 
 
 def sidecar_of(path: Path) -> Path:
@@ -295,7 +373,8 @@ def _read_bytes(path: Path) -> bytes:
 
 def _parse_bytes(path: Path, data: bytes) -> Cache:
     try:
-        return parse_cache(data.decode("utf-8"))
+        provided = read_provider_table(data)
+        return parse_cache(data.decode("utf-8")) if provided is None else _of_provider(provided)
     except UnicodeDecodeError as error:
         raise CacheError(
             f"{path} is not a TensorRT calibration cache: byte {error.start} is not UTF-8 text"

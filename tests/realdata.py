@@ -25,3 +25,11 @@ def data_dir() -> Path:
     """The data folder, for tests marked `needs_data`."""
     assert DATA is not None
     return DATA
+
+
+def trace(*parts: str) -> Path:
+    """A file that a real TensorRT left, below `data/trt`; skips the test where it is absent."""
+    path = data_dir().joinpath("trt", *parts)
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    return path

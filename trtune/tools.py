@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from trtune.run.calibrating import CACHE_FILE
 
 if TYPE_CHECKING:
     from trtune.calibrate.outliers import DominantPicture
+
+log = logging.getLogger(__name__)
 
 PLAN_SUFFIXES = (".plan", ".engine", ".trt")
 FALLBACKS = ("fp32", "fp16", "bf16")
@@ -124,6 +127,12 @@ def convert_cache(
         converted = convert(read_cache(source), wanted)
     except CacheError as error:
         raise CacheError(_with_path(source, str(error))) from error
+    if wanted[0] >= 11:
+        log.warning(
+            "TensorRT %s has no calibrators: it reads no calibration cache, this one neither. "
+            "`trtune migrate` writes these scales into the model as Q/DQ, which it does read",
+            version,
+        )
     table = load_table(source, allow_unkeyed=True)
     if table.provenance == {"source": "unkeyed"}:
         write_text(target, dump_cache(converted))

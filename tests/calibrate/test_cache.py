@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import realdata
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,8 +104,8 @@ def test_a_header_alone_is_a_cache_without_scales() -> None:
         pytest.param(f"{HEAD}\n: 0", r"line 2: .* found ': 0'", id="no name"),
         pytest.param(f"{HEAD}\n\nx: 0", r"line 2: .* found ''", id="a blank line within"),
         pytest.param(f"{HEAD}\na: 0\nb: 0\na: 1", r"line 4: 'a' already .* line 2", id="twice"),
-        pytest.param(f"{HEAD}\nx: 7f800000", r"line 2: the scale of 'x' is inf", id="infinite"),
-        pytest.param(f"{HEAD}\nx: 7fc00000", r"line 2: the scale of 'x' is nan", id="not a number"),
+        pytest.param("1\ndata: 3c000889\n", r"header of a cache of TensorRT before 5", id="old"),
+        pytest.param("x: 40000000\n", r"line 1: expected a header", id="no header, digits only"),
         pytest.param(f"{HEAD}\nx: bf800000", r"line 2: the scale of 'x' is -1.0", id="negative"),
         pytest.param(f"{HEAD}\nx: 80000000", r"line 2: the scale of 'x' is -0.0", id="minus zero"),
         pytest.param(f"{HEAD}\n{'x' * 500}", r"found 'x{117}\.\.\.'", id="a long line is cut"),
@@ -112,6 +114,87 @@ def test_a_header_alone_is_a_cache_without_scales() -> None:
 def test_malformed(text: str, message: str) -> None:
     with pytest.raises(CacheError, match=message):
         parse_cache(text)
+
+
+@pytest.mark.parametrize("word", ["7f800000", "ff800000", "7fc00000", "7FC00001"])
+def test_infinity_and_nan_are_no_range_and_written_as_they_were_read(word: str) -> None:
+    text = f"{HEAD}\na: 3f800000\nmask: {word}\nb: 3C010A14\n"
+    cache = parse_cache(text)
+    assert (dict(cache.scales).keys(), cache.no_range) == ({"a", "b"}, ("mask",))
+    assert dump_cache(cache) == text
+    moved = convert(cache, (10, 14, 1))
+    assert dump_cache(moved) == text.replace(HEAD, "TRT-101401-EntropyCalibration2")
+    (row,) = diff(cache, Cache(HEAD, {"a": 1.0, "mask": 2.0, "b": cache.scales["b"]}))
+    assert (row.tensor, row.a, row.b, row.ratio) == ("mask", math.inf, 2.0, None)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "", "\r\n\r\n"])
+def test_line_ends_of_windows_are_kept(end: str) -> None:
+    text = f"{HEAD}\r\na: 3f800000\r\nb: 7f800000{end}"
+    assert dump_cache(parse_cache(text)) == text
+
+
+def test_a_cache_that_was_changed_is_written_with_its_new_scales() -> None:
+    read = parse_cache(f"{HEAD}\na: 3F800000\nb: 3F800000\n")
+    changed = replace(read, scales={"a": 1.0, "c": 0.5})
+    assert dump_cache(changed) == f"{HEAD}\na: 3F800000\nc: 3f000000\n"
+
+
+def provider_files(folder: Path) -> dict[str, float]:
+    """What onnxruntime itself writes into `folder`; the largest magnitudes in it."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    calibrate = pytest.importorskip("onnxruntime.quantization.calibrate")
+    ranges = {"conv out": (-2.0, 2.5), "relu": (0.0, 1.27)}
+    data = {
+        name: calibrate.TensorData(lowest=np.float32(low), highest=np.float32(high))
+        for name, (low, high) in ranges.items()
+    }
+    quantization.write_calibration_table(data, str(folder))
+    return {"conv out": 2.5, "relu": 1.27}
+
+
+@pytest.mark.parametrize("name", ["cache", "json", "flatbuffers"])
+def test_the_tables_of_onnxruntime_are_read(tmp_path: Path, name: str) -> None:
+    expected = provider_files(tmp_path)
+    cache = read_cache(tmp_path / f"calibration.{name}")
+    assert "execution provider" in cache.origin
+    assert dict(cache.scales) == pytest.approx({t: a / 127 for t, a in expected.items()}, rel=1e-6)
+    assert dump_cache(convert(cache, (10, 14, 1))).startswith("TRT-101401-EntropyCalibration2\n")
+
+
+FIGURES = {
+    "c.cache": ("TRT-8600-EntropyCalibration2", 5, 0),
+    "diffusion_8600_inf.cache": ("TRT-8601-EntropyCalibration2", 3656, 0),
+    "inf.cache": ("TRT-8600-EntropyCalibration2", 5, 1),
+    "mlperf05_gnmt_minmax_inf.cache": ("TRT-6001-MinMaxCalibration", 50, 3),
+    "mlperf05_resnet.cache": ("TRT-6001-EntropyCalibration2", 125, 0),
+    "mlperf07_dlrm.cache": ("TRT-7200-EntropyCalibration2", 21, 0),
+    "mlperf07_rnnt_minmax.cache": ("TRT-7200-MinMaxCalibration", 22, 0),
+    "mlperf10_resnet50.cache": ("TRT-7203-EntropyCalibration2", 125, 0),
+    "mlperf20_3dunet_minmax.cache": ("TRT-8201-MinMaxCalibration", 57, 0),
+    "mlperf21_retinanet.cache": ("TRT-8402-EntropyCalibration2", 448, 0),
+    "tao_detectnet_v2.bin": ("TRT-7000-EntropyCalibration2", 131, 0),
+    "tao_frcnn.bin": ("TRT-7000-EntropyCalibration2", 69, 0),
+    "tao_retinanet.bin": ("TRT-7000-EntropyCalibration2", 245, 0),
+    "tao_yolov3.bin": ("TRT-7000-EntropyCalibration2", 262, 0),
+    "yolo_deepstream_8502.table": ("TRT-8502-EntropyCalibration2", 459, 0),
+    "yolov5s_qat2ptq_8600.cache": ("TRT-8600-EntropyCalibration2", 197, 0),
+    "yolov8n_101401.bin": ("TRT-101401-EntropyCalibration2", 249, 0),
+}
+"""Real caches: header, scales, tensors without a range."""
+
+
+@realdata.needs_data
+@pytest.mark.parametrize("name", FIGURES)
+def test_real_caches_are_read_and_written_byte_for_byte(name: str) -> None:
+    path = realdata.trace("caches", name)
+    cache = read_cache(path)
+    assert (cache.header, len(cache.scales), len(cache.no_range)) == FIGURES[name]
+    assert dump_cache(cache).encode() == path.read_bytes()
+    assert (
+        dump_cache(convert(cache, (10, 14, 1))).encode().split(b"\n")[1:]
+        == (path.read_bytes().split(b"\n")[1:])
+    )
 
 
 names = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), min_size=1)

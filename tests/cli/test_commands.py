@@ -145,6 +145,22 @@ class TestCache:
             "scales": {"x": 1.0, "a: b": 0.0, "only a": 0.5},
         }
 
+    def test_tensors_without_a_range_are_shown_and_kept(self, caches: Path) -> None:
+        text = (caches / "a.cache").read_text() + "mask: 7f800000\r\n"
+        (caches / "a.cache").write_bytes(text.encode())
+        shown = invoke("cache", "show", "a.cache").stdout
+        assert re.search(r"mask .*no range", shown)
+        assert "1 tensor without a range" in shown
+        value = json.loads(invoke("cache", "show", "a.cache", "--json").stdout)
+        assert value["no_range"] == ["mask"]
+        invoke("cache", "convert", "a.cache", "--to", "10.14.1", "-o", "c.cache")
+        assert b"mask: 7f800000" in Path("c.cache").read_bytes()
+
+    def test_converting_for_tensorrt_11_warns_that_nothing_reads_it(self, caches: Path) -> None:
+        result = invoke("cache", "convert", "a.cache", "--to", "11.1.0", "-o", "c.cache")
+        assert "has no calibrators" in result.stderr
+        assert "trtune migrate" in " ".join(result.stderr.split())
+
     def test_a_malformed_line_is_quoted_with_its_number(self, caches: Path) -> None:
         with (caches / "a.cache").open("a") as file:
             file.write("y 3f800000\n")

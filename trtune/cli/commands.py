@@ -274,6 +274,8 @@ def cache_show(
             "version": list(cache.version),
             "algorithm": cache.algorithm,
             "scales": cache.scales,
+            **({"no_range": list(cache.no_range)} if cache.no_range else {}),
+            **({"origin": cache.origin} if cache.origin else {}),
         }
         terminal.result(value, *show.cache_table(file, cache))
 

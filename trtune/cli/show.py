@@ -68,14 +68,24 @@ def cache_table(path: Path, cache: Cache) -> Iterator[RenderableType]:
     """What a calibration cache's header means, and its scales."""
     major, minor, patch = cache.version
     zero = sum(scale == 0 for scale in cache.scales.values())
-    yield (
-        f"{near(path)}: {cache.algorithm} of TensorRT {major}.{minor}.{patch} ({cache.header}), "
-        f"{plural(len(cache.scales), 'tensor')}"
-    )
-    rows = [(name, f"{s:.9g}", f"{127 * s:.6g}") for name, s in cache.scales.items()]
+    written = f"{cache.algorithm} of TensorRT {major}.{minor}.{patch} ({cache.header})"
+    kind = f"a calibration table of {cache.origin}, no TensorRT cache" if cache.origin else written
+    yield f"{near(path)}: {kind}, {plural(len(cache.names), 'tensor')}"
+    rows = [_cache_row(name, cache.scales.get(name)) for name in cache.names]
     yield table_of(("tensor", "scale", "amax"), rows, text_columns=1)
+    if cache.no_range:
+        yield (
+            f"{plural(len(cache.no_range), 'tensor')} without a range (infinity or NaN was seen): "
+            "TensorRT treats that as no scale"
+        )
     if zero:
         yield f"{plural(zero, 'tensor')} with scale 0: only zeros, or nothing, was ever seen in it"
+
+
+def _cache_row(name: str, scale: float | None) -> tuple[str, str, str]:
+    if scale is None:
+        return name, "no range", DASH
+    return name, f"{scale:.9g}", f"{127 * scale:.6g}"
 
 
 def difference_table(
@@ -85,7 +95,7 @@ def difference_table(
     a, b = caches
     if a.header != b.header:
         yield f"headers: {a.header} and {b.header}"
-    tensors = len({**a.scales, **b.scales})
+    tensors = len({*a.names, *b.names})
     if not rows:
         yield f"the scales are equal: {plural(tensors, 'tensor')}"
         return
@@ -98,6 +108,8 @@ def difference_table(
 
 
 def _scale(value: float | None) -> str:
+    if value is not None and math.isinf(value):
+        return "no range"
     return "missing" if value is None else f"{value:.9g}"
 
 
