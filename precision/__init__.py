@@ -17,7 +17,8 @@ from trtune.configs.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trtune.precision.compare.alone import Alone, alone_errors
-    from trtune.precision.compare.layers import compare_layers, fp32_gate
+    from trtune.precision.compare.gate import fp32_gate
+    from trtune.precision.compare.layers import compare_layers
     from trtune.precision.graph.file import Model, load_model, model_from_proto, save_model
     from trtune.precision.graph.view import GraphView
     from trtune.precision.lower.emulate import LOWERINGS, lower_deploy, lower_emulate

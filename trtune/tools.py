@@ -37,7 +37,8 @@ from trtune.precision.quantized.importing import (
 )
 from trtune.precision.quantized.migrate import Migrated, migrate_files, to_cache
 from trtune.precision.quantized.strip import Stripped
-from trtune.precision.runtime.api import ENGINE_JSON, MODEL_FILE, BuildInfo, read_engine_json
+from trtune.precision.runtime.api import MODEL_FILE, BuildInfo
+from trtune.precision.runtime.engine_json import ENGINE_JSON, read_engine_json
 from trtune.run.calibrating import CACHE_FILE
 
 if TYPE_CHECKING:

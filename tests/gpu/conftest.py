@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 import trtune
 from trtune.configs.errors import TrtuneError
 from trtune.configs.schema import Config
-from trtune.precision.backends.gpu.driver import DeviceProperties, device_properties
+from trtune.precision.backends.gpu.runtime import DeviceProperties, device_properties
 from trtune.precision.runtime.api import BuildInfo
 
 REQUIRE = "TRTUNE_REQUIRE"

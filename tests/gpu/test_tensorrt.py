@@ -19,8 +19,8 @@ import tinymodels
 import trtune
 from trtune.configs.errors import DataError, TrtuneError
 from trtune.datasets.batches import Batch
-from trtune.precision.backends.gpu.driver import DeviceProperties, device_properties
 from trtune.precision.backends.gpu.engine import TrtEngine
+from trtune.precision.backends.gpu.runtime import DeviceProperties, device_properties
 from trtune.precision.backends.trt.backend import TensorRTBackend
 from trtune.precision.backends.trt.build import Settings
 from trtune.precision.graph.file import load_model

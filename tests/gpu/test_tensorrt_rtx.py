@@ -12,8 +12,8 @@ import pytest
 import tinymodels
 
 from trtune.configs.errors import TrtuneError
-from trtune.precision.backends.gpu.driver import DeviceProperties
 from trtune.precision.backends.gpu.engine import TrtEngine
+from trtune.precision.backends.gpu.runtime import DeviceProperties
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,7 @@ from tinyproject import BOTH, config_of, log_of, write_project
 
 from trtune.calibrate.cache import load_table
 from trtune.configs.schema import Config
-from trtune.precision.runtime.api import read_engine_json
+from trtune.precision.runtime.engine_json import read_engine_json
 from trtune.reports.record import RunRecord
 from trtune.run.pipeline import build, calibrate, compare, run, run_folder, tune
 

@@ -16,10 +16,11 @@ from tinyproject import BOTH, config_of, job_of, write_project
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import TrtuneError
-from trtune.precision.backends.gpu.driver import GpuTiming, Spread
+from trtune.precision.backends.gpu.timing import GpuTiming, Spread
 from trtune.precision.graph.view import save_model
 from trtune.precision.lower.emulate import lower_emulate
-from trtune.precision.runtime.api import BuildInfo, Candidate, Usable, write_engine_json
+from trtune.precision.runtime.api import BuildInfo, Candidate, Usable
+from trtune.precision.runtime.engine_json import write_engine_json
 from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.record import Latency

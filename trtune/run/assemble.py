@@ -16,13 +16,13 @@ from trtune.calibrate.histogram import Histogram, bin_edges
 from trtune.calibrate.outliers import dominant, outliers
 from trtune.configs.errors import TrtuneError
 from trtune.configs.machine import peak_rss
-from trtune.precision.compare.runtime_errors import inner_kind
+from trtune.precision.compare.inner import inner_kind
 from trtune.precision.graph.macs import macs, parameters
 from trtune.precision.plan.half_rules import flushed_weights
 from trtune.precision.plan.placement import place, shared_ranges
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.quantized.findings import summary
-from trtune.precision.runtime.api import ENGINE_JSON
+from trtune.precision.runtime.engine_json import ENGINE_JSON
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.reports.record import (
     Baseline,

@@ -24,7 +24,7 @@ from trtune.configs.schema import Config
 from trtune.datasets.batches import BatchSource
 from trtune.datasets.holdout import hold_out
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
-from trtune.precision.compare.layers import fp32_gate
+from trtune.precision.compare.gate import fp32_gate
 from trtune.precision.graph.file import Model, load_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_rules import keep_fp32, refuse_half_model
@@ -33,7 +33,8 @@ from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.plan.plan import PrecisionPlan, make_plan
 from trtune.precision.quantized.importing import Imported, import_quantized
 from trtune.precision.quantized.insert import completed
-from trtune.precision.runtime.api import Backend, BuildInfo, Candidate, Engine, reusable
+from trtune.precision.runtime.api import Backend, BuildInfo, Candidate, Engine
+from trtune.precision.runtime.engine_json import reusable
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.precision.tune.ladder import Score, Tuned, tune

@@ -14,13 +14,10 @@ from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch
 from trtune.datasets.holdout import join
 from trtune.precision.compare.alone import alone_errors
 from trtune.precision.compare.alone_half import half_alone_errors, half_nodes
+from trtune.precision.compare.gate import engine_gate, gate_limits
+from trtune.precision.compare.inner import opens_inner
 from trtune.precision.compare.layers import compare_layers
-from trtune.precision.compare.runtime_errors import (
-    engine_gate,
-    gate_limits,
-    opens_inner,
-    runtime_errors,
-)
+from trtune.precision.compare.runtime_errors import runtime_errors
 from trtune.precision.graph.file import Model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_emulate

@@ -12,14 +12,15 @@ from typing import Any, Protocol, runtime_checkable
 from numpy.typing import NDArray
 
 from trtune.configs.schema import Latency as LatencySection
-from trtune.precision.backends.gpu.driver import GpuTiming
+from trtune.precision.backends.gpu.timing import GpuTiming
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.backends.trt.backend import LAYERS_FILE
 from trtune.precision.backends.trt.inspector import parse_layers
 from trtune.precision.backends.trt.layer_times import node_times
 from trtune.precision.graph.proto import tensor_bytes
 from trtune.precision.plan.plan import PrecisionPlan
-from trtune.precision.runtime.api import UNKNOWN, Backend, BuildInfo, device_name
+from trtune.precision.runtime.api import UNKNOWN, Backend, BuildInfo
+from trtune.precision.runtime.engine_json import device_name
 from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.latency import measure_together

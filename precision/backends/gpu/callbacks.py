@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtune.precision.backends.gpu.driver import DeviceBuffer, read_device
+from trtune.precision.backends.gpu.memory import DeviceBuffer, read_device
 
 log = logging.getLogger(__name__)
 

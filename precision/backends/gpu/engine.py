@@ -24,7 +24,7 @@ from trtune.precision.backends.gpu.callbacks import (
     make_profiler,
     process_logger,
 )
-from trtune.precision.backends.gpu.driver import GpuTiming, Stream, time_gpu, use_device
+from trtune.precision.backends.gpu.driver import Stream
 from trtune.precision.backends.gpu.ports import (
     Buffers,
     Port,
@@ -33,7 +33,8 @@ from trtune.precision.backends.gpu.ports import (
     nbytes_of,
     numpy_type,
 )
-from trtune.precision.backends.gpu.runtime import size_text
+from trtune.precision.backends.gpu.runtime import binary_size, use_device
+from trtune.precision.backends.gpu.timing import GpuTiming, time_gpu
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -127,7 +128,7 @@ class TrtEngine:
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise self._failed(
-                f"cannot load {self._plan} ({size_text(len(plan))})",
+                f"cannot load {self._plan} ({binary_size(len(plan))})",
                 "an engine is bound to the TensorRT version and the GPU that it was built with: "
                 "build it here with `trtune build CONFIG`",
             )
@@ -136,7 +137,7 @@ class TrtEngine:
     def _new_context(self) -> Any:
         context = self._engine.create_execution_context()
         if context is None:
-            needs = size_text(self._engine.device_memory_size_v2)
+            needs = binary_size(self._engine.device_memory_size_v2)
             raise self._failed(
                 f"cannot make a context for {self._plan}, which needs {needs} of GPU memory",
                 "free the GPU's memory (`nvidia-smi` shows what holds it), or build for smaller "

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError, TrtuneError, did_you_mean
 from trtune.datasets.batches import InputSpec
-from trtune.precision.backends.gpu.driver import DeviceBuffer, PinnedBuffer
+from trtune.precision.backends.gpu.memory import DeviceBuffer, PinnedBuffer
 
 NUMPY_OF = MappingProxyType(
     {

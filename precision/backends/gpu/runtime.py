@@ -70,7 +70,7 @@ def load_runtime() -> ModuleType:
         ) from error
 
 
-def check(result: tuple[Any, ...], doing: str) -> Any:
+def checked(result: tuple[Any, ...], doing: str) -> Any:
     """What a `cuda.bindings.runtime` function gave behind its status: one value, or a tuple.
 
     `doing` says what for, as in "allocating 4.0 MiB". Raises CudaError if the status is one.
@@ -100,13 +100,13 @@ def cuda_error(status: Any, doing: str) -> CudaError:
 
 def _memory_note(runtime: ModuleType) -> str:
     status, free, total = runtime.cudaMemGetInfo()
-    return "" if int(status) else f" ({size_text(free)} of {size_text(total)} are free)"
+    return "" if int(status) else f" ({binary_size(free)} of {binary_size(total)} are free)"
 
 
-def size_text(nbytes: int) -> str:
+def binary_size(nbytes: int) -> str:
     """A number of bytes for a reader.
 
-    >>> size_text(512), size_text(3 * 1024**3 // 2)
+    >>> binary_size(512), binary_size(3 * 1024**3 // 2)
     ('512 B', '1.5 GiB')
     """
     value, unit = float(nbytes), "B"
@@ -140,15 +140,15 @@ def device_properties(index: int = 0) -> DeviceProperties:
     """What GPU `index` is. Raises TrtuneError if there is none such, or no cuda-python."""
     runtime = load_runtime()
     with use_device(index):
-        found = check(runtime.cudaGetDeviceProperties(index), f"asking what GPU {index} is")
-        free, total = check(runtime.cudaMemGetInfo(), f"asking for the memory of GPU {index}")
+        found = checked(runtime.cudaGetDeviceProperties(index), f"asking what GPU {index} is")
+        free, total = checked(runtime.cudaMemGetInfo(), f"asking for the memory of GPU {index}")
     return DeviceProperties(
         index=index,
         name=found.name.decode(errors="replace").rstrip("\0"),
         compute_capability=f"{found.major}.{found.minor}",
         driver=driver_version(),
-        driver_cuda=_cuda_version(check(runtime.cudaDriverGetVersion(), "asking the driver")),
-        runtime_cuda=_cuda_version(check(runtime.cudaRuntimeGetVersion(), "asking the runtime")),
+        driver_cuda=_cuda_version(checked(runtime.cudaDriverGetVersion(), "asking the driver")),
+        runtime_cuda=_cuda_version(checked(runtime.cudaRuntimeGetVersion(), "asking the runtime")),
         total_bytes=int(total),
         free_bytes=int(free),
     )
@@ -187,9 +187,9 @@ def use_device(index: int) -> Iterator[None]:
     Raises CudaError if there is no such GPU.
     """
     runtime = load_runtime()
-    before = check(runtime.cudaGetDevice(), "asking for the current GPU")
-    check(runtime.cudaSetDevice(index), f"choosing GPU {index}")
+    before = checked(runtime.cudaGetDevice(), "asking for the current GPU")
+    checked(runtime.cudaSetDevice(index), f"choosing GPU {index}")
     try:
         yield
     finally:
-        check(runtime.cudaSetDevice(before), f"going back to GPU {before}")
+        checked(runtime.cudaSetDevice(before), f"going back to GPU {before}")

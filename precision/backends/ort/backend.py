@@ -21,14 +21,8 @@ from trtune.precision.backends.ort.readback import read_precisions
 from trtune.precision.graph.file import Model, save_model, tensor_spec
 from trtune.precision.graph.proto import without_weights
 from trtune.precision.lower.half_on_cpu import in_float32
-from trtune.precision.runtime.api import (
-    MODEL_FILE,
-    BuildInfo,
-    Candidate,
-    Usable,
-    read_engine_json,
-    write_engine_json,
-)
+from trtune.precision.runtime.api import MODEL_FILE, BuildInfo, Candidate, Usable
+from trtune.precision.runtime.engine_json import read_engine_json, write_engine_json
 from trtune.precision.runtime.not_honoured import not_honoured
 from trtune.precision.runtime.session import OrtEngine, make_session, optimized_graph
 

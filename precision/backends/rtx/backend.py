@@ -52,16 +52,14 @@ from trtune.precision.graph.view import save_model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.plan import SHAPE, PrecisionPlan
 from trtune.precision.runtime.api import (
-    ENGINE_JSON,
     LOG_FILE,
     MODEL_FILE,
     PLAN_FILE,
     BuildInfo,
     Candidate,
     Usable,
-    read_engine_json,
-    write_engine_json,
 )
+from trtune.precision.runtime.engine_json import ENGINE_JSON, read_engine_json, write_engine_json
 
 if TYPE_CHECKING:
     from trtune.precision.runtime.api import Engine

@@ -57,11 +57,11 @@ from trtune.precision.backends.trt.version import (
     is_weak,
     load_tensorrt,
 )
+from trtune.precision.compare.inner import DEBUG_TENSORS
 from trtune.precision.graph.view import GraphView, save_model
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import (
-    ENGINE_JSON,
     LOG_FILE,
     MODEL_FILE,
     PLAN_FILE,
@@ -70,16 +70,14 @@ from trtune.precision.runtime.api import (
     Candidate,
     Engine,
     Usable,
-    write_engine_json,
 )
+from trtune.precision.runtime.engine_json import ENGINE_JSON, write_engine_json
 from trtune.precision.runtime.not_honoured import not_honoured
 
 log = logging.getLogger(__name__)
 
 LAYERS_FILE = "layers.json"
 CACHE_FILE = "calibration.cache"
-DEBUG_TENSORS = "debug tensors"
-"""What `marked` is in the engine.json of an engine that shows what fusion left whole."""
 
 
 @dataclass(slots=True)

@@ -16,13 +16,9 @@ from typing import Any
 from trtune.calibrate.calibrators import Allocate, version_of
 from trtune.configs.errors import TrtuneError
 from trtune.configs.files import hash_file
-from trtune.precision.backends.gpu.driver import (
-    DeviceBuffer,
-    DeviceProperties,
-    device_properties,
-    use_device,
-)
-from trtune.precision.runtime.api import ENGINE_JSON
+from trtune.precision.backends.gpu.memory import DeviceBuffer
+from trtune.precision.backends.gpu.runtime import DeviceProperties, device_properties, use_device
+from trtune.precision.runtime.engine_json import ENGINE_JSON
 
 log = logging.getLogger(__name__)
 

@@ -4,62 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import tinymodels
+from comparing import Pictures, coarse, pictures
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from trtune.configs.errors import DataError, ModelError
 from trtune.datasets.batches import Batch
-from trtune.precision.compare import layers as compare
-from trtune.precision.compare.layers import compare_layers, fp32_gate
-from trtune.precision.graph.view import load_model
+from trtune.precision.compare.gate import fp32_gate
+from trtune.precision.compare.layers import compare_layers
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
-
-
-class Rows:
-    """A `BatchSource` over arrays in memory that counts its passes."""
-
-    identity = "rows"
-    skipped: tuple[str, ...] = ()
-
-    def __init__(self, feeds: Mapping[str, NDArray[Any]], size: int, *, known: bool = True) -> None:
-        self.feeds, self.size, self.known = feeds, size, known
-        self.rows = len(next(iter(feeds.values())))
-        self.passes = 0
-
-    @property
-    def count(self) -> int | None:
-        return self.rows if self.known else None
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.passes += 1
-        for start in range(0, self.rows, self.size):
-            part = {name: array[start : start + self.size] for name, array in self.feeds.items()}
-            items = tuple(f"p{k}" for k in range(start, min(start + self.size, self.rows)))
-            yield Batch(part, items)
-
-
-def pictures(model: onnx.ModelProto, rows: int = 7, *, size: int = 3) -> Rows:
-    return Rows(tinymodels.feeds(model, batch=rows), size)
-
-
-def coarse(model: onnx.ModelProto, *, step: float = 0.05) -> onnx.ModelProto:
-    """`model` with its weights rounded to multiples of `step`: a candidate with known layers."""
-    rounded = onnx.ModelProto()
-    rounded.CopyFrom(model)
-    for tensor in rounded.graph.initializer:
-        value = numpy_helper.to_array(tensor)
-        if value.dtype == np.float32 and value.ndim > 1:
-            value = (np.round(value / step) * step).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
-    return rounded
 
 
 def inner(model: onnx.ModelProto) -> list[str]:
@@ -218,41 +178,19 @@ def test_a_picture_that_breaks_the_reference_is_named_with_the_tensor(
         compare_layers(model, model, ["conv1", "logits"], source, pictures=7)
 
 
-@pytest.mark.parametrize(
-    ("items", "shape", "index", "expected"),
-    [
-        pytest.param(("a", "b"), (2, 3), 4, "picture 'b'", id="batch first: by the row"),
-        pytest.param(("a", "b"), (6,), 4, "pictures 'a' to 'b'", id="no batch axis: any of them"),
-        pytest.param(("a",), (6,), 4, "picture 'a'", id="no batch axis but one picture"),
-        pytest.param(("a", "b"), (), 0, "pictures 'a' to 'b'", id="a scalar"),
-    ],
-)
-def test_culprit(items: tuple[str, ...], shape: tuple[int, ...], index: int, expected: str) -> None:
-    assert expected in compare.culprit(Batch({}, items), shape, index)
-
-
 def test_no_pictures_at_all_is_an_error() -> None:
     model = tinymodels.conv_relu()
-    empty = Rows({"input": np.zeros((0, 3, 8, 8), np.float32)}, 2)
+    empty = Pictures({"input": np.zeros((0, 3, 8, 8), np.float32)}, 2)
     with pytest.raises(DataError, match="no samples"):
         compare_layers(model, model, ["conv1"], empty, pictures=3)
     with pytest.raises(DataError, match="no samples"):
         fp32_gate(model, model, empty)
 
 
-def test_no_more_batches_are_read_than_the_pictures_take() -> None:
-    source = pictures(tinymodels.mlp(), rows=7, size=3)
-
-    def reads(count: int) -> list[int]:
-        return [len(batch) for batch in compare.limited(source, count)]
-
-    assert [reads(0), reads(3), reads(5), reads(99)] == [[], [3], [3, 2], [3, 3, 1]]
-
-
 @pytest.mark.parametrize(("known", "total"), [(True, 7 * 2), (False, None)])
 def test_progress_counts_every_picture_of_every_pass(known: bool, total: int | None) -> None:
     model = tinymodels.mlp()
-    source = Rows(tinymodels.feeds(model, batch=7), 3, known=known)
+    source = Pictures(tinymodels.feeds(model, batch=7), 3, known=known)
     seen: list[tuple[int, int | None]] = []
     compare_layers(
         model, model, ["fc1", "fc2"], source, pictures=9, memory=1,
@@ -264,7 +202,7 @@ def test_progress_counts_every_picture_of_every_pass(known: bool, total: int | N
 def test_interrupting_the_data_leaves_no_session_open() -> None:
     model = tinymodels.mlp()
 
-    class Interrupted(Rows):
+    class Interrupted(Pictures):
         def __iter__(self) -> Iterator[Batch]:
             yield next(super().__iter__())
             raise KeyboardInterrupt
@@ -273,74 +211,3 @@ def test_interrupting_the_data_leaves_no_session_open() -> None:
     with pytest.raises(KeyboardInterrupt):
         compare_layers(model, model, ["fc1"], source, pictures=4)
     assert compare_layers(model, model, ["fc1"], pictures(model), pictures=4).pictures == 4
-
-
-@pytest.mark.parametrize(
-    ("sizes", "limit", "expected"),
-    [
-        pytest.param({"a": 1, "b": 2, "c": 3}, 6, [["a", "b", "c"]], id="all fit exactly"),
-        pytest.param({"a": 1, "b": 2, "c": 3}, 5, [["a", "b"], ["c"]], id="one too many"),
-        pytest.param({"a": 9, "b": 9}, 5, [["a"], ["b"]], id="larger than the limit: alone"),
-        pytest.param({}, 5, [], id="nothing"),
-    ],
-)
-def test_chunked(sizes: dict[str, int], limit: int, expected: list[list[str]]) -> None:
-    assert compare.chunked(sizes, limit) == expected
-
-
-@pytest.mark.parametrize("name", sorted(tinymodels.MODELS))
-def test_the_gate_passes_every_normalised_model(name: str, tmp_path: Path) -> None:
-    proto = tinymodels.MODELS[name]()
-    path = tmp_path / "model.onnx"
-    onnx.save(proto, path)
-    model = load_model(path)
-    feeds = tinymodels.feeds(proto, batch=4)
-    sums = fp32_gate(path, model.proto, Rows(feeds, 4), pictures=4)
-    assert list(sums) == [spec.name for spec in model.outputs]
-    assert all(total.mean_relative <= 1e-5 for total in sums.values())
-
-
-def test_the_gate_stops_at_a_model_that_computes_something_else() -> None:
-    model = tinymodels.conv_relu()
-    with pytest.raises(ModelError, match=r"output 'logits' .* mean relative error \d.*1e-05"):
-        fp32_gate(model, coarse(model), pictures(model))
-
-
-def test_the_gate_accepts_what_its_limit_allows() -> None:
-    model = tinymodels.conv_relu()
-    sums = fp32_gate(model, coarse(model, step=1e-3), pictures(model), limit=1.0)
-    assert 1e-5 < sums["logits"].mean_relative < 1.0
-
-
-def test_the_gate_names_the_picture_on_which_the_original_gives_nan() -> None:
-    model = tinymodels.conv_relu()
-    source = pictures(model)
-    source.feeds["input"][5] = math.nan
-    with pytest.raises(ModelError, match="picture 'p5' gives nan in tensor 'logits'"):
-        fp32_gate(model, model, source)
-
-
-@pytest.mark.parametrize("where", ["file", "memory"])
-def test_a_file_that_onnxruntime_cannot_load_is_refused_with_its_words(
-    where: str, tmp_path: Path
-) -> None:
-    model = tinymodels.conv_relu()
-    broken = onnx.ModelProto()
-    broken.CopyFrom(model)
-    broken.graph.node[0].op_type = "Convolve"
-    onnx.save(broken, tmp_path / "model.onnx")
-    original = tmp_path / "model.onnx" if where == "file" else broken
-    with pytest.raises(ModelError, match=r"cannot load .*Convolve"):
-        fp32_gate(original, model, pictures(model))
-
-
-def test_the_gate_fails_when_the_prepared_model_gives_nan() -> None:
-    model = tinymodels.conv_relu()
-    broken = onnx.ModelProto()
-    broken.CopyFrom(model)
-    for tensor in broken.graph.initializer:
-        if tensor.name == "conv1_b":
-            values = np.full(list(tensor.dims), math.inf, np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    with pytest.raises(ModelError, match="mean relative error inf"):
-        fp32_gate(model, broken, pictures(model))

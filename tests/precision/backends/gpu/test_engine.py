@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from trtune.configs.errors import DataError, TrtuneError
 from trtune.datasets.batches import InputSpec
 from trtune.precision.backends.gpu.callbacks import address_of
-from trtune.precision.backends.gpu.driver import Spread
 from trtune.precision.backends.gpu.engine import TrtEngine
 from trtune.precision.backends.gpu.runtime import RUNTIME, load_runtime
+from trtune.precision.backends.gpu.timing import Spread
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from trtune.datasets.batches import InputSpec
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.graph.view import Model, model_from_proto
 from trtune.precision.runtime import session as session_module
-from trtune.precision.runtime.api import Candidate, read_engine_json, reusable
+from trtune.precision.runtime.api import Candidate
+from trtune.precision.runtime.engine_json import read_engine_json, reusable
 from trtune.precision.runtime.errors import sqnr_db
 from trtune.precision.runtime.session import OrtEngine, make_session
 

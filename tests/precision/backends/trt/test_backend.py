@@ -26,10 +26,11 @@ from trtune.calibrate.cache import read_cache
 from trtune.calibrate.table import CalibrationTable, MissingScaleError
 from trtune.configs.errors import ConfigError, DataError, ModelError, TrtuneError
 from trtune.precision.backends.gpu.callbacks import messages_to, process_logger
-from trtune.precision.backends.gpu.driver import DeviceProperties
+from trtune.precision.backends.gpu.runtime import DeviceProperties
 from trtune.precision.backends.trt.backend import Settings, TensorRTBackend, load_tensorrt
 from trtune.precision.backends.trt.engine_file import Cuda
-from trtune.precision.runtime.api import BuildInfo, Candidate, read_engine_json, reusable
+from trtune.precision.runtime.api import BuildInfo, Candidate
+from trtune.precision.runtime.engine_json import read_engine_json, reusable
 
 ADA = DeviceProperties(0, "NVIDIA L4", "8.9", "580.95.05", "13.0", "13.0", 24 << 30, 20 << 30)
 VERSIONS = {10: "10.16.1.11", 11: "11.4.0.106"}

@@ -12,11 +12,12 @@ import pytest
 import tinymodels
 
 from trtune.configs.errors import TrtuneError
-from trtune.precision.backends.gpu.driver import DeviceProperties
+from trtune.precision.backends.gpu.runtime import DeviceProperties
 from trtune.precision.backends.trt.engine_file import Cuda, check_plan, gpu_facts
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.plan.plan import make_plan
-from trtune.precision.runtime.api import BuildInfo, Candidate, write_engine_json
+from trtune.precision.runtime.api import BuildInfo, Candidate
+from trtune.precision.runtime.engine_json import write_engine_json
 
 ADA = DeviceProperties(0, "NVIDIA L4", "8.9", "580.95.05", "13.0", "13.0", 24 << 30, 20 << 30)
 HOPPER = replace(ADA, name="NVIDIA H200", compute_capability="9.0")

@@ -1,0 +1,126 @@
+"""Two models run on the same batches: how many pictures, which tensors at once, whose fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtune.configs.errors import DataError, ModelError
+from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, take_rows
+from trtune.precision.runtime.api import Engine
+from trtune.precision.runtime.errors import ErrorSums, NotFiniteError
+
+MEMORY = 2 << 30
+"""Bytes that both models' copies of the tensors compared at once may take."""
+
+
+Opens = Callable[[Sequence[str]], AbstractContextManager[Engine]]
+"""Gives an engine whose `infer` has the tensors that are named, as far as it can show them."""
+
+
+def chunked(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The names of `sizes` in their order, in runs whose sizes sum to at most `limit`.
+
+    A name above `limit` gets a run of its own.
+
+    >>> chunked({"a": 4, "b": 4, "c": 9, "d": 1}, 8)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    chunks: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not chunks or size > room:
+            chunks.append([])
+            room = limit
+        chunks[-1].append(name)
+        room -= size
+    return chunks
+
+
+def limited(source: BatchSource, pictures: int) -> Iterator[Batch]:
+    """Batches until `pictures` samples; the last is cut to fit."""
+    left = pictures
+    if left <= 0:
+        return
+    for batch in source:
+        yield batch if len(batch) <= left else take_rows(batch, slice(0, left))
+        left -= len(batch)
+        if left <= 0:
+            return
+
+
+def batch_bytes(source: BatchSource, tensors: Sequence[str], opens: Opens) -> dict[str, int]:
+    """Bytes of each of `tensors` for a batch as large as the first, measured on one sample.
+
+    `opens` gives the engine that has them. Raises DataError if there is no sample.
+    """
+    batch = next(iter(source), None)
+    if batch is None:
+        raise no_samples()
+    with opens(tensors) as engine:
+        size = batch_size(engine.inputs, 1)
+        outputs = engine.infer(fit_batch(take_rows(batch, slice(0, 1)), size).feeds)
+    return {name: outputs[name].nbytes * -(-len(batch) // size) for name in tensors}
+
+
+def no_samples() -> DataError:
+    """The error where a data source gives nothing to compare on."""
+    return DataError("there are no samples to compare on")
+
+
+def infer(engine: Engine, batch: Batch) -> dict[str, NDArray[Any]]:
+    """The engine's outputs for `batch`, which is padded, and the padding cut off again, if need be.
+
+    For models that fix their batch size. An output without the batch as its first axis stays whole.
+    """
+    size = batch_size(engine.inputs, len(batch))
+    outputs = engine.infer(fit_batch(batch, size).feeds)
+    if size == len(batch):
+        return outputs
+    return {
+        name: array[: len(batch)] if array.shape[:1] == (size,) else array
+        for name, array in outputs.items()
+    }
+
+
+def add_batch(
+    sums: Mapping[str, ErrorSums], reference: Engine, candidate: Engine, batch: Batch
+) -> dict[str, ErrorSums]:
+    """`sums` with one batch added, run through both engines; its keys are the outputs compared.
+
+    Raises ModelError, naming picture and tensor, for NaN or Inf in the reference or if an output's
+    shapes differ.
+    """
+    exact, tested = infer(reference, batch), infer(candidate, batch)
+    added = {}
+    for name, total in sums.items():
+        if exact[name].shape != tested[name].shape:
+            raise ModelError(
+                f"tensor {name!r} has shape {list(exact[name].shape)} in the FP32 model and "
+                f"{list(tested[name].shape)} in the candidate, so they cannot be compared"
+            )
+        try:
+            added[name] = total.add(exact[name], tested[name])
+        except NotFiniteError as error:
+            where = culprit(batch, exact[name].shape, error.index)
+            raise ModelError(
+                f"{where} gives {error.value} in tensor {name!r} of the FP32 model, so nothing can "
+                "be compared with it; check that picture and its preprocessing, or leave it out"
+            ) from error
+    return added
+
+
+def culprit(batch: Batch, shape: Sequence[int], index: int) -> str:
+    """Which sample of `batch` an element of a tensor of `shape` belongs to, for a message.
+
+    Tensors without the batch as their first axis are any sample's.
+    """
+    if shape and shape[0] == len(batch):
+        return f"picture {batch.items[index // int(np.prod(shape[1:], dtype=np.int64))]!r}"
+    if len(batch) == 1:
+        return f"picture {batch.items[0]!r}"
+    return f"one of the pictures {batch.items[0]!r} to {batch.items[-1]!r}"

@@ -1,0 +1,143 @@
+"""Is FP32 right? Gates before anything is quantized: past one that fails, no number means a thing.
+
+`fp32_gate` compares the prepared FP32 model with the user's own file, `engine_gate` an FP32 engine
+with the FP32 model in onnxruntime.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+
+from trtune.configs.errors import ModelError, TrtuneError
+from trtune.datasets.batches import BatchSource
+from trtune.precision.compare.batches import add_batch, limited, no_samples
+from trtune.precision.graph.proto import copy_model
+from trtune.precision.runtime.api import Engine
+from trtune.precision.runtime.errors import ErrorSums
+from trtune.precision.runtime.session import OrtEngine, make_session
+
+log = logging.getLogger(__name__)
+
+SAME_MODEL = 1e-5
+"""Mean relative error above which the prepared model is another model than the file."""
+FP32_ENGINE = 1e-3
+"""Mean relative error above which an FP32 engine is not FP32; float noise is about 1e-6."""
+FLOAT_NOISE = 1e-5
+"""Relative L2 error that is float noise however large the error of the tiniest elements is."""
+TF32_ENGINE, TF32_NOISE = 1e-1, 1e-2
+"""The same two for engines that may compute in TF32, whose mantissa has 10 bits and not 23."""
+
+
+def fp32_gate(
+    original: onnx.ModelProto | Path,
+    normalised: onnx.ModelProto,
+    source: BatchSource,
+    *,
+    pictures: int = 8,
+    limit: float = SAME_MODEL,
+    threads: int | None = None,
+    external_dir: Path | None = None,
+) -> dict[str, ErrorSums]:
+    """The errors of the normalised FP32 model's outputs against the user's own file.
+
+    Run before anything is quantized: if these differ, no later number means anything.
+    `external_dir` is where external weights of protos are.
+
+    Raises ModelError if any output's mean relative error exceeds `limit`, or the original gives
+    NaN or Inf; DataError if there are no samples.
+    """
+    engines = (
+        OrtEngine(lambda: _original_session(original, threads, external_dir)),
+        OrtEngine(lambda: make_session(normalised, threads=threads, external_dir=external_dir)),
+    )
+    with engines[0] as exact, engines[1] as tested:
+        sums = {spec.name: ErrorSums() for spec in exact.outputs}
+        seen = 0
+        for batch in limited(source, pictures):
+            sums = add_batch(sums, exact, tested, batch)
+            seen += len(batch)
+    if not seen:
+        raise no_samples()
+    for name, total in sums.items():
+        if not total.mean_relative <= limit:
+            raise ModelError(
+                f"output {name!r} of the prepared FP32 model differs from the original file: mean "
+                f"relative error {total.mean_relative:.2g}, at most {limit:.0e} is float noise. "
+                "Nothing was quantized yet; please report this with the model"
+            )
+        log.info("FP32 gate: %s differs by %.1e on average", name, total.mean_relative)
+    return sums
+
+
+def _original_session(
+    model: onnx.ModelProto | Path, threads: int | None, external_dir: Path | None
+) -> ort.InferenceSession:
+    if isinstance(model, Path):
+        external_dir = None
+    try:
+        return make_session(model, threads=threads, external_dir=external_dir)
+    except ModelError:
+        # onnxruntime refuses files with repeated node names, which mean nothing to the values.
+        if isinstance(model, Path):
+            nameless, external_dir = onnx.load(model, load_external_data=False), model.parent
+        else:
+            nameless = copy_model(model)
+        for node in nameless.graph.node:
+            node.ClearField("name")
+        return make_session(nameless, threads=threads, external_dir=external_dir)
+
+
+def engine_gate(
+    reference: Engine,
+    engine: Engine,
+    source: BatchSource,
+    *,
+    pictures: int,
+    backend: str,
+    limit: float = FP32_ENGINE,
+    noise: float = FLOAT_NOISE,
+) -> dict[str, ErrorSums]:
+    """The errors of an FP32 engine's outputs against the FP32 model in onnxruntime.
+
+    Both engines must be entered. An output passes if its mean relative error is at most `limit`,
+    or its relative L2 error at most `noise`: elements next to zero may differ by all that they are.
+    `backend` is for the message.
+
+    Raises TrtuneError, naming the output, if one does not pass; ModelError for NaN or Inf in the
+    reference or other shapes, DataError if there are no samples.
+    """
+    sums = {spec.name: ErrorSums() for spec in reference.outputs}
+    seen = 0
+    for batch in limited(source, pictures):
+        sums = add_batch(sums, reference, engine, batch)
+        seen += len(batch)
+    if not seen:
+        raise no_samples()
+    for name, total in sums.items():
+        if not (total.mean_relative <= limit or total.relative_l2 <= noise):
+            raise TrtuneError(
+                f"the FP32 engine of {backend} is not the FP32 model: output {name!r} differs from "
+                f"onnxruntime by a mean relative error of {total.mean_relative:.2g} (relative L2 "
+                f"{total.relative_l2:.2g}) over {seen} pictures, at most {limit:.0e} passes and "
+                "about 1e-06 is usual. Nothing quantized can be judged by it: leave `tf32` off, "
+                "delete the timing cache, set a lower `optimization_level`; if it stays, another "
+                f"version of {backend} may compile the model rightly"
+            )
+        log.info("FP32 gate of %s: %s differs by %.1e on average", backend, name,
+                 total.mean_relative)  # fmt: skip
+    return sums
+
+
+def gate_limits(settings: Mapping[str, Any]) -> tuple[float, float]:
+    """`limit` and `noise` of `engine_gate` for a backend with these settings.
+
+    >>> gate_limits({"tf32": False})
+    (0.001, 1e-05)
+    """
+    return (TF32_ENGINE, TF32_NOISE) if settings.get("tf32") else (FP32_ENGINE, FLOAT_NOISE)
