@@ -44,7 +44,7 @@ def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, An
     from trtune import load_config
     from trtune.datasets import Batch
     from trtune.precision.graph.view import GraphView, load_model
-    from trtune.precision.plan.plan import make_plan
+    from trtune.precision.plan.rules import make_plan
     from trtune.precision.runtime.session import make_session
     from trtune.precision.tune.scales import calibrate_model
     from trtune.run.inputs import open_data

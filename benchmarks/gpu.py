@@ -33,7 +33,7 @@ from trtune.datasets.batches import Batch
 from trtune.precision.graph.file import load_model, model_from_proto
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import place
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 
 CASES = {  # name: file, pictures an inference, height and width, batches
     "resnet50 b64": ("", 64, 224, 8),

@@ -23,7 +23,8 @@ from pathlib import Path
 import trtune
 from trtune.precision.graph.file import load_model
 from trtune.precision.graph.view import GraphView
-from trtune.precision.plan.plan import PrecisionPlan, make_plan
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.rules import make_plan
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("TRTUNE_DATA", HERE.parents[1] / "shared" / "data"))

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from trtune.precision.graph.view import GraphView
     from trtune.precision.lower.emulate import LOWERINGS, lower_deploy, lower_emulate
     from trtune.precision.plan.placement import Placement, place
-    from trtune.precision.plan.plan import Assignment, PrecisionPlan, make_plan
+    from trtune.precision.plan.plan import Assignment, PrecisionPlan
+    from trtune.precision.plan.rules import make_plan
     from trtune.precision.quantized.describe import Inspection, inspect_model
     from trtune.precision.runtime.api import Backend, BuildInfo, Candidate, Engine, Usable
     from trtune.precision.runtime.errors import ErrorSums
@@ -71,7 +72,8 @@ __getattr__, __dir__ = lazy_names(
     {
         "graph.file": "Model load_model model_from_proto save_model",
         "graph.view": "GraphView",
-        "plan.plan": "Assignment PrecisionPlan make_plan",
+        "plan.plan": "Assignment PrecisionPlan",
+        "plan.rules": "make_plan",
         "plan.placement": "Placement place",
         "lower.emulate": "LOWERINGS lower_deploy lower_emulate",
         "runtime.api": "Backend BuildInfo Candidate Engine Usable",

@@ -21,7 +21,8 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.datasets.batches import Batch
 from trtune.precision.graph.view import GraphView, Model, model_from_proto
 from trtune.precision.lower.deploy import deploy_tensors
-from trtune.precision.plan.plan import PrecisionPlan, make_plan
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.session import make_session
 
 Array = NDArray[Any]

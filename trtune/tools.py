@@ -25,7 +25,7 @@ from trtune.configs.template import init_text
 from trtune.precision.graph.file import save_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_emulate
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.describe import Inspection, inspect_model
 from trtune.precision.quantized.findings import summary
 from trtune.precision.quantized.importing import (

@@ -86,7 +86,8 @@ def keep_fp32(view: GraphView, plan: PrecisionPlan, ranges: Mapping[str, Range])
 
     `ranges` maps tensors (those of `tensors_for_ranges`) to histograms of |x|, or to their largest
     magnitude; what it lacks is not judged. Pins stay. What is fused with a node that stays FP32,
-    and what stands between such nodes only, does so too.
+    and what stands between such nodes only, does so too. The plan then also refuses these halves
+    to nodes that are int8 now (`may`): a tuner that takes them out of int8 has to ask.
 
     Raises ModelError if the model is half already, or if nothing is left in half (a warning for a
     plan with int8 nodes, which are worth something without).
@@ -97,12 +98,24 @@ def keep_fp32(view: GraphView, plan: PrecisionPlan, ranges: Mapping[str, Range])
     missing = [tensor for tensor in tensors_for_ranges(view) if tensor not in ranges]
     if missing:
         log.warning("%d tensors have no measured range, such as %s", len(missing), missing[0])
-    reasons = _Judge(view, plan, bounds(view, ranges)).reasons()
-    kept = _with_reasons(plan, reasons)
+    judge = _Judge(view, plan, bounds(view, ranges))
+    kept = _with_reasons(plan, judge.reasons())
     kept = _fused_alike(kept)
     kept = _without_lonely(view, kept)
     _require_some(plan, kept)
+    for precision in plan.halves:
+        forbidden = judge.forbidden(HALVES[precision])
+        kept = kept.refusing(precision, forbidden)
+        _warn_of_pins(kept, precision, forbidden)
     return kept
+
+
+def _warn_of_pins(plan: PrecisionPlan, precision: str, forbidden: Mapping[str, str]) -> None:
+    """Say which pins of the user's hold against what was measured."""
+    for name in plan.pinned:
+        if plan.precision(name) == precision and name in forbidden:
+            why = forbidden[name]
+            log.warning("precision.pin: %s stays %s as you say, although %s", name, precision, why)
 
 
 def _is_half(plan: PrecisionPlan, name: str) -> bool:
@@ -209,14 +222,28 @@ class _Judge:
         for node in self._view.nodes:
             if _is_half(self._plan, node.name) and node.op_type not in QDQ:
                 half = HALVES[self._plan.float_type(node.name)]
-                reason = self._of_node(node, half) or self._of_tensors(node, half)
+                int8 = self._plan.is_int8(node.name)
+                reason = self._of_node(node, half, int8=int8) or self._of_tensors(node, half)
                 if reason:
                     found[node.name] = reason
-        for name, reason in self._coarse().items():
+        for name, reason in self._coarse(HALVES.values(), everywhere=False).items():
             found.setdefault(name, reason)
         return {node.name: found[node.name] for node in self._view.nodes if node.name in found}
 
-    def _of_node(self, node: onnx.NodeProto, half: Half) -> str:
+    def forbidden(self, half: Half) -> dict[str, str]:
+        """Node -> why it may not compute in `half`, whatever it computes in now."""
+        found: dict[str, str] = {}
+        for node in self._view.nodes:
+            if self._plan.nodes[node.name].role == SHAPE or node.op_type in QDQ:
+                continue
+            reason = self._of_node(node, half, int8=False) or self._of_tensors(node, half)
+            if reason:
+                found[node.name] = reason
+        for name, reason in self._coarse([half], everywhere=True).items():
+            found.setdefault(name, reason)
+        return found
+
+    def _of_node(self, node: onnx.NodeProto, half: Half, *, int8: bool) -> str:
         """What speaks against half in the node itself: what it is, how much it sums, constants."""
         if node.name in self._internal:
             return self._internal[node.name]
@@ -224,7 +251,6 @@ class _Judge:
             return "it sums exponentials or takes the logarithm of a sum"
         if node.op_type in OWN_STATISTICS and not float32_statistics(node, self._opset):
             return f"{node.op_type} computes its statistics in the type of its input"
-        int8 = self._plan.is_int8(node.name)
         count = summands(self._view, node)
         if not int8 and count > (LONG_SUM if node.op_type in SUMS else LONG_PRODUCT):
             return f"it sums {count} values"
@@ -262,13 +288,15 @@ class _Judge:
                     )
         return ""
 
-    def _coarse(self) -> dict[str, str]:
-        """The nodes whose result, or something that it leads to, is too coarse in half."""
+    def _coarse(self, halves: Iterable[Half], *, everywhere: bool) -> dict[str, str]:
+        """The nodes whose result, or something that it leads to, is too coarse in half: those that
+        are to run in it, or, `everywhere`, all."""
         found: dict[str, str] = {}
         for node in self._view.nodes:
-            for half in HALVES.values():
+            for half in halves:
                 limit, reason = self._coarseness(node, half)
-                for name in self._leading_to(node, half, limit) if reason else ():
+                names = self._leading_to(node, limit) if reason else []
+                for name in names if everywhere else self._of_those_in(half, names):
                     found.setdefault(name, reason if name == node.name else f"before {reason}")
         return found
 
@@ -286,9 +314,9 @@ class _Judge:
             return limit, f"difference {node.name!r} of {largest:.6g} that is at most {result:.6g}"
         return math.inf, ""
 
-    def _leading_to(self, node: onnx.NodeProto, half: Half, limit: float) -> list[str]:
+    def _leading_to(self, node: onnx.NodeProto, limit: float) -> list[str]:
         """`node`, and the nodes that made what it reads beyond `limit`, back to those that
-        computed it anew: those that are to run in `half`."""
+        computed it anew."""
         found: list[str] = []
         waiting = [node.name]
         while waiting:
@@ -303,8 +331,12 @@ class _Judge:
                     for tensor in current.input
                     if tensor in self._view.producer and self._bound.get(tensor, 0.0) > limit
                 )
+        return found
+
+    def _of_those_in(self, half: Half, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are to run in `half`."""
         plan = self._plan
-        return [n for n in found if _is_half(plan, n) and plan.float_type(n) == half.name]
+        return [n for n in names if _is_half(plan, n) and plan.float_type(n) == half.name]
 
 
 def float_constants(view: GraphView, node: onnx.NodeProto) -> tuple[str, ...]:

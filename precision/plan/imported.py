@@ -54,7 +54,7 @@ class ImportedPlan(PrecisionPlan):
         """The same precisions with pairs where the rules of this package put them, which is what
         `lower_deploy` needs; they may stand on tensors that the imported table has no scale for.
         """
-        return PrecisionPlan(self.default, self.fallback, self.nodes, self.groups)
+        return PrecisionPlan(self.default, self.fallback, self.nodes, self.groups, self.refusals)
 
     @property
     def decisions(self) -> dict[str, Any]:
@@ -76,4 +76,4 @@ class ImportedPlan(PrecisionPlan):
             Read(tensor, node, index, tuple(owners))
             for tensor, node, index, owners in json.loads(text)["reads"]
         )
-        return cls(base.default, base.fallback, base.nodes, base.groups, reads)
+        return cls(base.default, base.fallback, base.nodes, base.groups, reads=reads)

@@ -18,7 +18,8 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.precision.graph.proto import attribute
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.imported import ImportedPlan
-from trtune.precision.plan.plan import PrecisionPlan, weight_axis
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.rules import weight_axis
 
 MOVES = {
     *("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Identity"),

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
-import onnx
-
-from trtune.configs.errors import ConfigError, did_you_mean
-from trtune.precision.graph.proto import attribute, default_opset
-from trtune.precision.graph.view import GraphView
-from trtune.precision.plan.half_types import HALVES, QDQ, half_slots
-
-log = logging.getLogger(__name__)
+from trtune.precision.plan.half_types import HALVES
 
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators with integer kernels of their own; the others follow what surrounds them."""
-
-ACTIVATIONS = {
-    *("Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh"),
-    *("Elu", "Selu", "Softplus", "Mish", "Gelu", "BatchNormalization"),
-}
 
 COMPUTE, FOLLOWS, SHAPE = "compute", "follows", "shape"
 
@@ -67,17 +53,50 @@ class PrecisionPlan:
 
     `groups` maps a compute node to the nodes that are fused with it and share its fate: its
     activation, the Add behind it. `default` and `fallback` are what the user asked for: what
-    nodes run in, and what those run in that cannot.
+    nodes run in, and what those run in that cannot. `refusals` maps a precision to the nodes that
+    cannot run in it, with the reason: by their types, and by ranges once those are measured. It
+    follows from the model, so it is not written to JSON, and two plans are equal without it.
     """
 
     default: str
     fallback: str
     nodes: Mapping[str, Assignment]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    refusals: Mapping[str, Mapping[str, str]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    _leaders: Mapping[str, str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        leaders = {member: name for name, members in self.groups.items() for member in members}
         object.__setattr__(self, "nodes", MappingProxyType(dict(self.nodes)))
         object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
+        object.__setattr__(self, "refusals", MappingProxyType(dict(self.refusals)))
+        object.__setattr__(self, "_leaders", MappingProxyType(leaders))
+
+    def leader(self, node: str) -> str:
+        """The compute node that `node` is fused with; `node` itself if it is in no group, or is
+        that compute node."""
+        return self._leaders.get(node, node)
+
+    def may(self, node: str, precision: str) -> str:
+        """Why `node`, with the whole group that it is fused in, may not run in `precision`; empty
+        if it may.
+
+        What types, measured ranges and an imported model's scales forbid, whoever asks: the user's
+        pins, the tuner, a migration. Raises KeyError for a node that is not there.
+        """
+        leader = self.leader(node)
+        role = self.nodes[leader].role
+        if role == SHAPE:
+            return "it computes shapes"
+        refused = self.refusals.get(precision, {})
+        if precision == "int8":
+            return refused.get(leader, "") if role == COMPUTE else "it has no integer kernel"
+        for member in (leader, *self.groups.get(leader, ())):
+            if member in refused:
+                return refused[member] if member == leader else f"{member!r}: {refused[member]}"
+        return ""
 
     def precision(self, node: str) -> str:
         """What `node` should run in."""
@@ -129,9 +148,7 @@ class PrecisionPlan:
             found[precision] = found.get(precision, 0) + 1
         return found
 
-    def pin(
-        self, nodes: Iterable[str], precision: str, reason: str, *, origin: str = USER
-    ) -> PrecisionPlan:
+    def pin(self, nodes: Iterable[str], precision: str, reason: str, *, origin: str = USER) -> Self:
         """The plan with `nodes`, and the whole groups of the compute nodes among them, in
         `precision`.
 
@@ -144,6 +161,24 @@ class PrecisionPlan:
                     changed[member], precision=precision, reason=reason, origin=origin
                 )
         return replace(self, nodes=changed)
+
+    def without_int8(self, reasons: Mapping[str, str], *, origin: str) -> Self:
+        """The plan with the nodes in `reasons` in its fallback, or in FP32 where that is forbidden.
+
+        What is fused with them keeps its float type. `origin` says who found that they cannot run
+        in int8, and `reasons` why.
+        """
+        changed, refused = dict(self.nodes), dict(self.refusals.get("int8", {}))
+        for node, reason in reasons.items():
+            floats = "fp32" if self.may(node, self.fallback) else self.fallback
+            changed[node] = replace(changed[node], precision=floats, reason=reason, origin=origin)
+            refused[node] = reason
+        return replace(self, nodes=changed, refusals={**self.refusals, "int8": refused})
+
+    def refusing(self, precision: str, reasons: Mapping[str, str]) -> Self:
+        """The plan that also knows why the nodes in `reasons` may not run in `precision`."""
+        known = {**self.refusals.get(precision, {}), **reasons}
+        return replace(self, refusals={**self.refusals, precision: known})
 
     @property
     def decisions(self) -> dict[str, Any]:
@@ -191,198 +226,3 @@ class PrecisionPlan:
             {name: Assignment(**a) for name, a in value["nodes"].items()},
             {name: tuple(members) for name, members in value["groups"].items()},
         )
-
-
-def make_plan(
-    view: GraphView,
-    *,
-    default: str = "int8",
-    fallback: str = "fp32",
-    pins: Mapping[str, str] | None = None,
-) -> PrecisionPlan:
-    """The plan before tuning: every node that can be quantized is, but for the user's pins.
-
-    `pins` maps a node name, `op:TYPE` or `re:EXPRESSION` (matched against the whole node name) to
-    a precision; of several that match a node the last one counts. A pin holds for the whole group
-    of the node. Pinned to int8, fp16 or bf16, a node that cannot run in it stays what it was, and
-    the log says so. `fallback` is for what an int8 plan does not quantize; in a plan of another
-    default the nodes without weights run in that default too. What ONNX does not define in a half
-    type stays fp32. Raises ConfigError for a pin that matches nothing.
-    """
-    groups = fusion_groups(view)
-    nodes = {node.name: _assignment(view, node, default, fallback) for node in view.nodes}
-    plan = PrecisionPlan(default, fallback, nodes, groups)
-    owner = {member: leader for leader, members in groups.items() for member in members}
-    for pattern, precision in (pins or {}).items():
-        leaders = dict.fromkeys(owner.get(name, name) for name in match_pin(view, pattern))
-        refused = {name: _unpinnable(view, plan, name, precision) for name in leaders}
-        plan = plan.pin(
-            [name for name, why in refused.items() if not why],
-            precision,
-            f"pinned by the user: {pattern!r}",
-        )
-        reasons = {name: why for name, why in refused.items() if why}
-        if reasons:
-            log.warning("precision.pin: %r is not possible for %s", pattern, _listed(reasons))
-    return plan
-
-
-def _unpinnable(view: GraphView, plan: PrecisionPlan, node: str, precision: str) -> str:
-    """Why `node` cannot be pinned to `precision`; empty if it can."""
-    role = plan.nodes[node].role
-    if role == SHAPE:
-        return "it computes shapes"
-    if precision in HALVES:
-        return half_refusal(view, view.by_name[node], precision)
-    if precision != "int8":
-        return ""
-    return refusal_of(view, view.by_name[node]) if role == COMPUTE else "it has no integer kernel"
-
-
-def _listed(reasons: Mapping[str, str]) -> str:
-    shown = [f"{name} ({why})" for name, why in list(reasons.items())[:3]]
-    return ", ".join(shown) + (f" and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-
-
-def match_pin(view: GraphView, pattern: str) -> list[str]:
-    """The nodes that a pin names, in graph order; ConfigError with the nearest words if none."""
-    names = [node.name for node in view.nodes]
-    kind, word = (pattern[:3], pattern[3:]) if pattern[:3] in ("op:", "re:") else ("", pattern)
-    choices = names
-    if kind == "op:":
-        choices = [node.op_type for node in view.nodes]
-        found = [name for name, op in zip(names, choices, strict=True) if op == word]
-    elif kind == "re:":
-        found = _matching(names, word)
-    else:
-        found = [name for name in names if name == word]
-    if not found:
-        raise ConfigError(
-            f"precision.pin: {pattern!r} matches none of the {len(names)} nodes"
-            f"{did_you_mean(word, choices, count=3)} (`trtune inspect MODEL` lists them)"
-        )
-    return found
-
-
-def _matching(names: Iterable[str], expression: str) -> list[str]:
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        raise ConfigError(
-            f"precision.pin: {'re:' + expression!r} is not a regular expression: {error}"
-        ) from error
-    return [name for name in names if compiled.fullmatch(name)]
-
-
-def _assignment(view: GraphView, node: onnx.NodeProto, default: str, fallback: str) -> Assignment:
-    if node.name in view.shape_nodes:
-        return Assignment("fp32", "shape computation", SHAPE)
-    floats = fallback if default == "int8" else default
-    against = half_refusal(view, node, floats)
-    if node.op_type not in COMPUTE_OPS:
-        wanted = Assignment(floats, "follows its neighbours", FOLLOWS, origin=DEFAULT)
-        return Assignment("fp32", against, FOLLOWS) if against else wanted
-    if default != "int8":
-        if against:
-            return Assignment("fp32", against)
-        return Assignment(default, "default", origin=DEFAULT)
-    refusal = refusal_of(view, node)
-    if not refusal:
-        return Assignment("int8", "default", around="fp32" if against else "", origin=DEFAULT)
-    return Assignment("fp32", f"{refusal}; {against}") if against else Assignment(floats, refusal)
-
-
-def half_refusal(view: GraphView, node: onnx.NodeProto, precision: str) -> str:
-    """Why `node` cannot run in fp16 or bf16 by its types; empty if it can, or for another type."""
-    if precision not in HALVES or node.op_type in QDQ:  # Q/DQ take what they stand between
-        return ""
-    opset = default_opset(view.proto)
-    assert opset is not None
-    return half_slots(node, view.dtypes, opset, HALVES[precision]).refusal
-
-
-def refusal_of(view: GraphView, node: onnx.NodeProto) -> str:
-    """Why a Conv, ConvTranspose, Gemm or MatMul cannot be quantized; empty if it can."""
-    data, weight = node.input[0], node.input[1]
-    if view.is_constant(data):
-        return "its data input is a constant"
-    if view.dtypes.get(data, "float32") != "float32":
-        return f"its data input is {view.dtypes[data]}"
-    if not view.is_constant(weight):
-        return "its weights are computed at run time (attention pattern)"
-    if weight not in view.initializers:
-        return "its weights are the result of other nodes"
-    rank = len(view.initializers[weight].dims)
-    if node.op_type == "MatMul" and rank != 2:
-        return f"its weights have {rank} dimension{'s' if rank != 1 else ''}"
-    if node.op_type == "Gemm" and attribute(node, "transA", 0):
-        return "its data input is transposed (transA)"
-    return ""
-
-
-def weight_axis(node: onnx.NodeProto) -> int:
-    """The output-channel axis of a compute node's weights."""
-    if node.op_type == "ConvTranspose":
-        return 1
-    if node.op_type == "Gemm":
-        return 0 if attribute(node, "transB", 0) else 1
-    return 1 if node.op_type == "MatMul" else 0
-
-
-def fusion_groups(view: GraphView) -> dict[str, tuple[str, ...]]:
-    """Compute node -> the nodes fused behind it: bias Add, activation (SiLU too), residual Add.
-
-    The walk goes on as long as a tensor has one reader (two for x * sigmoid(x)); an Add of two
-    convolutions belongs to the later one.
-    """
-    groups: dict[str, tuple[str, ...]] = {}
-    taken: set[str] = set()
-    for node in reversed(view.nodes):
-        if node.op_type not in COMPUTE_OPS or node.name in view.shape_nodes:
-            continue
-        members = _followers(view, node, taken)
-        taken.update(members)
-        groups[node.name] = members
-    return {name: groups[name] for name in (n.name for n in view.nodes) if groups.get(name)}
-
-
-def _followers(view: GraphView, node: onnx.NodeProto, taken: set[str]) -> tuple[str, ...]:
-    members: list[str] = []
-    tensor, added = node.output[0], False
-    while tensor not in view.graph_outputs:
-        readers = list(dict.fromkeys(name for name, _ in view.consumers.get(tensor, ())))
-        following = _gated(view, tensor, readers) or (readers if len(readers) == 1 else [])
-        last = view.by_name[following[-1]] if following else None
-        if last is None or taken & set(following) or not _joins(view, last, len(following), added):
-            break
-        added = added or _is_residual(view, last)
-        members.extend(following)
-        tensor = last.output[0]
-    return tuple(members)
-
-
-def _gated(view: GraphView, tensor: str, readers: list[str]) -> list[str]:
-    """[Sigmoid, Mul] if the readers of `tensor` are x * sigmoid(x)."""
-    if len(readers) != 2:
-        return []
-    gates = [r for r in readers if view.by_name[r].op_type in ("Sigmoid", "HardSigmoid")]
-    products = [r for r in readers if view.by_name[r].op_type == "Mul"]
-    if len(gates) != 1 or len(products) != 1:
-        return []
-    gate, product = view.by_name[gates[0]], view.by_name[products[0]]
-    only = [name for name, _ in view.consumers.get(gate.output[0], ())] == [product.name]
-    return [gate.name, product.name] if only and gate.output[0] in product.input else []
-
-
-def _joins(view: GraphView, node: onnx.NodeProto, length: int, added: bool) -> bool:
-    if length == 2 or node.op_type in ACTIVATIONS:
-        return True
-    if node.op_type == "Add":
-        return not (added and _is_residual(view, node))
-    constant = any(view.is_constant(name) for name in node.input)
-    return node.op_type in ("Mul", "Sub", "Div") and constant and len(node.input) == 2
-
-
-def _is_residual(view: GraphView, node: onnx.NodeProto) -> bool:
-    """An Add of two computed tensors."""
-    return node.op_type == "Add" and not any(view.is_constant(name) for name in node.input)

@@ -13,18 +13,10 @@ from trtune.configs.errors import CacheError, did_you_mean
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.imported import FLOAT_IN_FILE, IN_FILE, QAT, ImportedPlan, Read
+from trtune.precision.plan.pins import with_pins
 from trtune.precision.plan.placement import is_move, place
-from trtune.precision.plan.plan import (
-    COMPUTE,
-    COMPUTE_OPS,
-    FILE,
-    SHAPE,
-    Assignment,
-    PrecisionPlan,
-    half_refusal,
-    make_plan,
-    match_pin,
-)
+from trtune.precision.plan.plan import COMPUTE, COMPUTE_OPS, FILE, Assignment, PrecisionPlan
+from trtune.precision.plan.rules import make_plan
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +50,20 @@ def plan_from_table(
                 floats = assigned.around or fallback
                 assigned = Assignment(floats, FLOAT_IN_FILE, origin=FILE)
         nodes[name] = assigned
-    plan = ImportedPlan(QAT, fallback, nodes, base.groups, _reads(view, table, nodes, base))
-    return _pinned(view, plan, pins or {})
+    unscaled = {
+        name: "the QAT model has no scales for it"
+        for name, assigned in nodes.items()
+        if assigned.role == COMPUTE and assigned.precision != "int8"
+    }
+    plan = ImportedPlan(
+        QAT,
+        fallback,
+        nodes,
+        base.groups,
+        {**base.refusals, "int8": unscaled},
+        reads=_reads(view, table, nodes, base),
+    )
+    return with_pins(view, plan, pins or {})
 
 
 def _carried(view: GraphView, quantized: set[Edge]) -> set[Edge]:
@@ -80,26 +84,25 @@ def _reads(
     base: PrecisionPlan,
 ) -> tuple[Read, ...]:
     int8 = {n for n, a in nodes.items() if a.role == COMPUTE and a.precision == "int8"}
-    leader = {member: name for name, members in base.groups.items() for member in members}
     found = []
     for tensor, edges in table.reads.items():
         for name, index in edges:
             if name not in nodes:
                 continue
-            owners = _owners(view, name, index, leader)
+            owners = _owners(view, name, index, base)
             found.append(Read(tensor, name, index, tuple(o for o in owners if o in int8)))
     return tuple(found)
 
 
-def _owners(view: GraphView, name: str, index: int, leader: Mapping[str, str]) -> list[str]:
+def _owners(view: GraphView, name: str, index: int, plan: PrecisionPlan) -> list[str]:
     """The products that an input works for: its own node's, or those behind moving operators."""
     found: dict[str, None] = {}
     waiting, seen = [(name, index)], {(name, index)}
     while waiting:
         name, index = waiting.pop(0)
         node = view.by_name[name]
-        if name in leader or not is_move(node, index):
-            found[leader.get(name, name)] = None
+        if plan.leader(name) != name or not is_move(node, index):
+            found[plan.leader(name)] = None
             continue
         for output in node.output:
             onward = [edge for edge in view.consumers.get(output, ()) if edge not in seen]
@@ -130,34 +133,6 @@ def without_spare_reads(
     spare = tuple(e for edges in table.reads.values() for e in edges if e not in wanted)
     kept = {tensor: edges for tensor, edges in reads.items() if edges}
     return replace(table, reads=kept), spare
-
-
-def _pinned(view: GraphView, plan: ImportedPlan, pins: Mapping[str, str]) -> ImportedPlan:
-    owner = {member: leader for leader, members in plan.groups.items() for member in members}
-    for pattern, precision in pins.items():
-        leaders = dict.fromkeys(owner.get(name, name) for name in match_pin(view, pattern))
-        why = {name: _unpinnable(view, plan, name, precision) for name in leaders}
-        pinned = plan.pin(
-            [name for name, reason in why.items() if not reason],
-            precision,
-            f"pinned by the user: {pattern!r}",
-        )
-        assert isinstance(pinned, ImportedPlan)
-        plan = pinned
-        refused = [f"{name} ({reason})" for name, reason in why.items() if reason]
-        if refused:
-            shown = ", ".join(refused[:3])
-            log.warning("precision.pin: %r is not possible for %s", pattern, shown)
-    return plan
-
-
-def _unpinnable(view: GraphView, plan: ImportedPlan, node: str, precision: str) -> str:
-    """Why `node` cannot be pinned to `precision`; empty if it can."""
-    if plan.nodes[node].role == SHAPE:
-        return "it computes shapes"
-    if precision == "int8":
-        return "" if plan.is_int8(node) else "the QAT model has no scales for it"
-    return half_refusal(view, view.by_name[node], precision)
 
 
 def with_reasons(plan: ImportedPlan, reasons: Mapping[str, str]) -> ImportedPlan:

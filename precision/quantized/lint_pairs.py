@@ -8,7 +8,8 @@ import numpy as np
 
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import is_move
-from trtune.precision.plan.plan import COMPUTE_OPS, weight_axis
+from trtune.precision.plan.plan import COMPUTE_OPS
+from trtune.precision.plan.rules import weight_axis
 from trtune.precision.quantized.find import (
     ACTIVATION,
     BIAS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -18,15 +18,10 @@ from trtune.calibrate.cache import Cache, Version, check_table, header_for, read
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, ConfigError, InputError, ModelError, nearest
 from trtune.precision.graph.view import GraphView, Model, load_model
+from trtune.precision.plan.pins import hold
 from trtune.precision.plan.placement import is_move, place
-from trtune.precision.plan.plan import (
-    COMPUTE,
-    FILE,
-    SHAPE,
-    PrecisionPlan,
-    make_plan,
-    refusal_of,
-)
+from trtune.precision.plan.plan import COMPUTE, FILE, SHAPE, PrecisionPlan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.migrate_pins import LayerPin, explain, parse_pins, parts_of
 from trtune.precision.tune.scales import without_zero_ranges
 
@@ -226,12 +221,11 @@ def _with_pins(
     view: GraphView, plan: PrecisionPlan, pins: Sequence[LayerPin]
 ) -> tuple[PrecisionPlan, tuple[PinNote, ...]]:
     told: list[PinNote] = []
-    owner = {member: leader for leader, members in plan.groups.items() for member in members}
     names = [node.name for node in view.nodes]
     for pin in pins:
         hit = [name for name in names if pin.matches(name)]
         hit = hit or [part for part in parts_of(pin.layer) if part in view.by_name]
-        leaders = list(dict.fromkeys(owner.get(name, name) for name in hit))
+        leaders = list(dict.fromkeys(plan.leader(name) for name in hit))
         leaders = [name for name in leaders if plan.nodes[name].role != SHAPE]
         if not leaders:
             why = "shape computation" if hit else _no_node(pin.layer, names)
@@ -240,14 +234,14 @@ def _with_pins(
         if pin.precision in ("int32", "int64"):
             told.append(PinNote(pin.layer, pin.precision, (), "integers stay what they are"))
             continue
-        leaders, note = _possible(view, plan, leaders, pin)
-        plan = plan.pin(leaders, pin.precision, f"pinned by {pin.layer}:{pin.precision}")
-        members = [m for name in leaders for m in (name, *plan.groups.get(name, ()))]
-        inside = [name for name in hit if name in owner]
-        if inside and leaders:
+        held = hold(plan, leaders, pin.precision, f"pinned by {pin.layer}:{pin.precision}")
+        plan, note = held.plan, _refused(pin, held.refused)
+        members = [m for name in held.nodes for m in (name, *plan.groups.get(name, ()))]
+        inside = [name for name in hit if plan.leader(name) != name]
+        if inside and held.nodes:
             note = (
-                f"{', '.join(inside[:3])} is fused behind {owner[inside[0]]}, so the whole group "
-                "is pinned" + (f"; {note}" if note else "")
+                f"{', '.join(inside[:3])} is fused behind {plan.leader(inside[0])}, so the whole "
+                "group is pinned" + (f"; {note}" if note else "")
             )
         told.append(PinNote(pin.layer, pin.precision, tuple(members), note))
     return plan, tuple(told)
@@ -258,36 +252,25 @@ def _no_node(layer: str, names: Iterable[str]) -> str:
     return explain(layer) or (f"no such node; nearest: {near}" if near else "no such node")
 
 
-def _possible(
-    view: GraphView, plan: PrecisionPlan, leaders: Sequence[str], pin: LayerPin
-) -> tuple[list[str], str]:
-    """Those of `leaders` that can run in the pin's precision, and what to say about the others."""
-    if pin.precision != "int8":
-        return list(leaders), ""
-    able = [
-        name
-        for name in leaders
-        if plan.nodes[name].role == COMPUTE and not refusal_of(view, view.by_name[name])
-    ]
-    refused = [name for name in leaders if name not in able]
-    return able, f"no int8 for {', '.join(refused[:3])}" if refused else ""
+def _refused(pin: LayerPin, refused: Mapping[str, str]) -> str:
+    """Which nodes may not run in the pin's precision, and why the first of them may not."""
+    if not refused:
+        return ""
+    names = list(refused)
+    return f"no {pin.precision} for {', '.join(names[:3])}: {refused[names[0]]}"
 
 
 def _without_missing(
     view: GraphView, plan: PrecisionPlan, table: CalibrationTable
 ) -> PrecisionPlan:
     """`plan` less the nodes that read a tensor without a scale."""
-    changed = dict(plan.nodes)
-    owner = {member: leader for leader, members in plan.groups.items() for member in members}
-    for tensor, edges in place(view, plan).activations.items():
-        if tensor not in table.scales:
-            for name, _ in edges:
-                node = owner.get(name, name)
-                reason = f"the cache has no scale for its input {tensor!r}"
-                changed[node] = replace(
-                    changed[node], precision=plan.fallback, reason=reason, origin=FILE
-                )
-    return replace(plan, nodes=changed)
+    reasons = {
+        plan.leader(name): f"the cache has no scale for its input {tensor!r}"
+        for tensor, edges in place(view, plan).activations.items()
+        if tensor not in table.scales
+        for name, _ in edges
+    }
+    return plan.without_int8(reasons, origin=FILE)
 
 
 def _changes(

@@ -22,7 +22,7 @@ from trtune.precision.graph.proto import (
 from trtune.precision.graph.view import GraphView, Model, model_from_proto
 from trtune.precision.lower.deploy import never_negative
 from trtune.precision.plan.placement import Edge
-from trtune.precision.plan.plan import weight_axis
+from trtune.precision.plan.rules import weight_axis
 from trtune.precision.quantized.find import (
     ACTIVATION,
     BIAS,

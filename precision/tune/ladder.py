@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from trtune.precision.plan.pins import first_that_may
 from trtune.precision.plan.plan import TUNER, PrecisionPlan
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,10 @@ def tune(
     evaluate: Callable[[PrecisionPlan], Score],
     *,
     max_pins: int,
-    precision: str = "fp32",
+    precisions: Sequence[str] = ("fp32",),
 ) -> Tuned:
-    """Pin the worst nodes of `plan` to `precision` until `evaluate` says that the target is met.
+    """Pin the worst nodes of `plan` until `evaluate` says that the target is met, each to the
+    first of `precisions` that `plan.may` allows it (FP32 is always allowed).
 
     `ranking` names int8 nodes, worst first, each with the reason in words. The number of pins
     doubles from step to step, up to `max_pins`; a pin takes the node's whole fusion group. Once
@@ -85,6 +87,7 @@ def tune(
         candidate = plan
         for node, why in pins:
             reason = f"pinned by the tuner: {why}"
+            precision = first_that_may(plan, node, precisions)
             candidate = candidate.pin([node], precision, reason, origin=TUNER)
         started = time.perf_counter()
         score = evaluate(candidate)

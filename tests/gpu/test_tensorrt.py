@@ -25,7 +25,7 @@ from trtune.precision.backends.trt.backend import TensorRTBackend
 from trtune.precision.backends.trt.build import Settings
 from trtune.precision.graph.file import load_model
 from trtune.precision.graph.view import GraphView
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.api import BuildInfo, Candidate
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,8 @@ from trtune.datasets.batches import BatchSource
 from trtune.precision.graph.file import Model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_ranges import tensors_for_ranges
-from trtune.precision.plan.plan import COMPUTE_OPS, PrecisionPlan, make_plan
+from trtune.precision.plan.plan import COMPUTE_OPS, PrecisionPlan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.tune.scales import Calibrated, calibrate_model, carried_tensors
 from trtune.run.store import read_stage, write_stage
 

@@ -30,7 +30,8 @@ from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_rules import keep_fp32, refuse_half_model
 from trtune.precision.plan.half_types import HALVES
 from trtune.precision.plan.imported import ImportedPlan
-from trtune.precision.plan.plan import PrecisionPlan, make_plan
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.importing import Imported, import_quantized
 from trtune.precision.quantized.insert import completed
 from trtune.precision.runtime.api import Backend, BuildInfo, Candidate, Engine
@@ -572,7 +573,7 @@ class Job:
             self.ranking if tunable else [],
             self.score,
             max_pins=section.max_pins,
-            precision="fp32" if section.default in HALVES else section.fallback,
+            precisions=("fp32",) if section.default in HALVES else (section.fallback, "fp32"),
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 import onnx
@@ -45,13 +44,9 @@ def refused_nodes(problems: Sequence[str], plan: PrecisionPlan) -> dict[str, str
 
 def unquantized(plan: PrecisionPlan, nodes: Mapping[str, str]) -> PrecisionPlan:
     """`plan` with `nodes` in its fallback; the reasons are the words of the compiler."""
-    changed = dict(plan.nodes)
-    for node, words in nodes.items():
-        reason = f"TensorRT-RTX has no INT8 implementation of it: {words}"
-        changed[node] = replace(
-            changed[node], precision=plan.fallback, reason=reason, origin=COMPILER
-        )
-    return replace(plan, nodes=changed)
+    what = "TensorRT-RTX has no INT8 implementation of it"
+    reasons = {node: f"{what}: {words}" for node, words in nodes.items()}
+    return plan.without_int8(reasons, origin=COMPILER)
 
 
 def torn_apart(

@@ -10,7 +10,7 @@ import tinymodels
 from tinyquant import Rows, case, initializer, numpy_outputs, outputs, set_weight
 
 from trtune.precision.compare.alone_half import half_alone_errors, half_nodes
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 
 
 def test_the_nodes_are_those_in_half_that_nobody_pinned() -> None:

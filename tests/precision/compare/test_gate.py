@@ -20,7 +20,7 @@ from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.backends.trt.backend import Settings
 from trtune.precision.compare.gate import engine_gate, fp32_gate, gate_limits
 from trtune.precision.graph.view import load_model
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.api import Candidate
 from trtune.run.layers import gate_errors
 

@@ -21,7 +21,7 @@ from trtune.precision.graph.file import tensor_spec
 from trtune.precision.graph.view import GraphView, Model, model_from_proto
 from trtune.precision.lower.casts import insert_casts, needed_opset, raise_opset
 from trtune.precision.lower.half_on_cpu import in_float32
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 
 WORDS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

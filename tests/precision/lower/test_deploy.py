@@ -37,7 +37,7 @@ from trtune.precision.lower.deploy import (
     never_negative,
 )
 from trtune.precision.lower.emulate import lower_emulate
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.errors import sqnr_db
 from trtune.precision.runtime.session import optimized_graph
 

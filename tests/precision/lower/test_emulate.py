@@ -34,7 +34,7 @@ from trtune.precision.graph.file import tensor_spec
 from trtune.precision.graph.view import GraphView, load_model, save_model
 from trtune.precision.lower.emulate import LOWERINGS, lower_deploy, lower_emulate
 from trtune.precision.lower.half_on_cpu import has_halves, in_float32
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.api import Candidate
 
 

@@ -26,7 +26,8 @@ from trtune.precision.plan.half_rules import (
     refuse_half_model,
     tensors_for_ranges,
 )
-from trtune.precision.plan.plan import PrecisionPlan, make_plan
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.rules import make_plan
 
 
 def view_of(proto: onnx.ModelProto) -> GraphView:

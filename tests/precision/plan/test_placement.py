@@ -17,7 +17,7 @@ from trtune.precision.plan.placement import (
     skip_edge,
     with_shared_ranges,
 )
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 
 
 def view_of(proto: onnx.ModelProto) -> GraphView:

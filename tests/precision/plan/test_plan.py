@@ -20,17 +20,10 @@ from tinymodels import Net
 import trtune.precision
 from trtune.configs.errors import ConfigError
 from trtune.precision.graph.view import GraphView, model_from_proto
-from trtune.precision.plan.plan import (
-    ORIGINS,
-    TUNER,
-    Assignment,
-    PrecisionPlan,
-    fusion_groups,
-    make_plan,
-    match_pin,
-    refusal_of,
-    weight_axis,
-)
+from trtune.precision.plan.fusion import fusion_groups
+from trtune.precision.plan.pins import match_pin
+from trtune.precision.plan.plan import ORIGINS, TUNER, Assignment, PrecisionPlan
+from trtune.precision.plan.rules import make_plan, refusal_of, weight_axis
 
 
 def view_of(proto: onnx.ModelProto) -> GraphView:

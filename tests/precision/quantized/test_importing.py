@@ -27,7 +27,7 @@ from trtune.precision.graph.view import GraphView, load_model, model_from_proto
 from trtune.precision.lower.deploy import lower_deploy
 from trtune.precision.plan.imported import FLOAT_IN_FILE, IN_FILE, ImportedPlan
 from trtune.precision.plan.placement import edges_of, place
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.importing import (
     import_quantized,
     insert_file,

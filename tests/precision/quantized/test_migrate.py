@@ -17,7 +17,7 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, ConfigError, InputError, ModelError
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.emulate import lower_emulate
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.migrate import Change, migrate, migrate_files, to_cache
 from trtune.precision.quantized.migrate_pins import LayerPin, explain, parse_pins, parts_of
 
@@ -208,7 +208,7 @@ def test_integer_pins_and_impossible_ones_are_told() -> None:
         [LayerPin("n_scores", "int8"), LayerPin("n_q", "int32")],
     )
     assert [pin.note for pin in found.pins] == [
-        "no int8 for n_scores",
+        "no int8 for n_scores: its weights are computed at run time (attention pattern)",
         "integers stay what they are",
     ]
 

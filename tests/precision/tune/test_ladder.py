@@ -173,7 +173,7 @@ def test_pins_of_the_user_stay_and_do_not_count() -> None:
 
 def test_another_precision_to_pin_to() -> None:
     evaluator = Evaluator(needs("a"), 1.0)
-    tuned = tune(a_plan(), RANKING, evaluator, max_pins=1, precision="fp16")
+    tuned = tune(a_plan(), RANKING, evaluator, max_pins=1, precisions=("fp16", "fp32"))
     assert tuned.plan.precision("a") == "fp16"
 
 
@@ -210,3 +210,14 @@ def test_what_holds_for_every_evaluator_that_pins_never_hurt(
     assert len(evaluator.plans) <= 6 + max_pins  # the start, at most 5 rungs, each pin once back
     best = max(step.score.value for step in tuned.steps)
     assert tuned.met or value(frozenset(tuned.plan.pinned)) == best
+
+
+def test_a_pin_goes_to_the_first_precision_that_the_node_may_run_in() -> None:
+    plan = a_plan().refusing("fp16", {"a": "it reaches 70000", "f_relu": "it reaches 70000"})
+    evaluator = Evaluator(needs("abf"), 1.0)
+    ranking = [(name, "") for name in "abf"]
+    tuned = tune(plan, ranking, evaluator, max_pins=3, precisions=("fp16", "fp32"))
+    assert tuned.met
+    assert {n: tuned.plan.precision(n) for n in (*"abf", "b_relu", "f_relu")} == {
+        "a": "fp32", "b": "fp16", "b_relu": "fp16", "f": "fp32", "f_relu": "fp32",
+    }  # fmt: skip

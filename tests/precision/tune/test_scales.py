@@ -24,7 +24,7 @@ from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.deploy import lower_deploy
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.placement import place
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.errors import sqnr_db
 from trtune.precision.tune.scales import (
     Calibrated,

@@ -31,7 +31,8 @@ from trtune.precision.backends.rtx.process import why_not_loaded
 from trtune.precision.backends.rtx.support import why_not
 from trtune.precision.graph.view import GraphView, load_model, model_from_proto
 from trtune.precision.plan.placement import place
-from trtune.precision.plan.plan import PrecisionPlan, make_plan
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.api import Candidate
 from trtune.precision.runtime.engine_json import read_engine_json, reusable
 from trtune.precision.tune.scales import calibrate_model

@@ -18,7 +18,8 @@ from trtune.precision.backends.rtx.log import (
     where,
 )
 from trtune.precision.graph.view import GraphView, model_from_proto
-from trtune.precision.plan.plan import PrecisionPlan, make_plan
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.rules import make_plan
 
 RECORDED = Path(__file__).parent / "recorded"
 

@@ -30,7 +30,7 @@ from trtune.precision.backends.rtx.support import COMPUTE_CAPABILITIES
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.placement import place
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"

@@ -19,7 +19,7 @@ from trtune.precision.backends.rtx.repair import (
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.placement import place
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 
 MODEL = model_from_proto(tinymodels.residual())
 VIEW = GraphView.of(MODEL)

@@ -15,7 +15,7 @@ from trtune.configs.errors import TrtuneError
 from trtune.precision.backends.gpu.runtime import DeviceProperties
 from trtune.precision.backends.trt.engine_file import Cuda, check_plan, gpu_facts
 from trtune.precision.graph.view import GraphView, model_from_proto
-from trtune.precision.plan.plan import make_plan
+from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.api import BuildInfo, Candidate
 from trtune.precision.runtime.engine_json import write_engine_json
 

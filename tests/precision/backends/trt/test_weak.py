@@ -24,7 +24,8 @@ from trtune.precision.backends.trt.weak import (
     trtexec_constraints,
 )
 from trtune.precision.graph.view import GraphView, save_model
-from trtune.precision.plan.plan import Assignment, PrecisionPlan, make_plan
+from trtune.precision.plan.plan import Assignment, PrecisionPlan
+from trtune.precision.plan.rules import make_plan
 
 
 def plan_of(name: str, **options: Any) -> PrecisionPlan:
