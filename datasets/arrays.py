@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError
 from trtune.configs.files import hash_json
+from trtune.datasets.axes import feed_axes, sample_count
 from trtune.datasets.batches import Batch, InputSpec, batch_size
 from trtune.datasets.feeds import (
     AUTO,
-    equal_lengths,
+    is_pictures,
     label_array,
     match_inputs,
     to_feeds,
@@ -38,11 +39,12 @@ _EVERYTHING = Selection()
 class ArraySource:
     """Batches of rows of arrays; what does not fit the model is an error at construction.
 
-    `arrays` maps a name to rows (the first axis). The one called `labels` (or `label`, `y`, or
-    what `labels` names) holds class indices, ignored if `labels` is None; the others go to the
-    model's inputs by name, a single one to a single input whatever its name, or as `names`
-    (input -> array) says. With `preprocess`, uint8 pictures N x H x W x C or N x H x W go through
-    it. Items are row numbers.
+    `arrays` maps a name to rows along the batch axis of the input (`axes` says it for some), or
+    to what is the same for all samples, if it has exactly the input's shape: see `feed_axes`. The
+    one called `labels` (or `label`, `y`, or what `labels` names) holds a row a sample, ignored if
+    `labels` is None; the others go to the model's inputs by name, a single one to a single input
+    whatever its name, or as `names` (input -> array) says. With `preprocess`, uint8 pictures
+    N x H x W x C or N x H x W go through it. Items are row numbers.
 
     Raises DataError for names, lengths, shapes or dtypes that do not fit, and for no rows; during
     a pass, for NaN or Inf, naming the row.
@@ -59,6 +61,7 @@ class ArraySource:
         preprocess: Preprocess | None = None,
         selection: Selection = _EVERYTHING,
         batch: int = 8,
+        axes: Mapping[str, int] | None = None,
     ) -> None:
         label_name = label_array(arrays, inputs, labels=labels, where=where)
         data = {name: array for name, array in arrays.items() if name != label_name}
@@ -69,12 +72,16 @@ class ArraySource:
         self._preprocess = preprocess
         self._batch = batch_size(inputs, batch)
         self._arrays = used
+        pictures = [s.name for s in inputs if preprocess and is_pictures(used[s.name], s)]
+        self._axes = feed_axes(used, inputs, given=axes, pictures=pictures)
         self._labels: NDArray[Any] | None = None
-        lengths = {matched[name]: array for name, array in used.items()}
+        counted = dict(used)
         if label_name is not None and labels is not None:
             self._labels = arrays[label_name]
-            lengths[label_name] = self._labels
-        self._rows = selection.rows(equal_lengths(lengths, where=where), where)
+            counted["\0labels"] = self._labels
+        shown = {**matched, "\0labels": label_name or ""}
+        count = sample_count(counted, self._axes, where=where, names=shown)
+        self._rows = selection.rows(count, where)
         self._make(self._rows[:1], check_values=False)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -99,18 +106,26 @@ class ArraySource:
         for name, array in arrays.items():
             if array is None:
                 continue
-            head = [name, array.dtype.str, list(array.shape[1:]), len(self._rows)]
+            axis = self._axes.get(name, 0)
+            if axis is None:
+                digest.update(json.dumps([name, array.dtype.str, list(array.shape)]).encode())
+                digest.update(np.ascontiguousarray(array).data)
+                continue
+            shape = [*array.shape[:axis], *array.shape[axis + 1 :]]
+            head = [name, array.dtype.str, shape, len(self._rows), *([axis] if axis else [])]
             digest.update(json.dumps(head).encode())
-            step = max(1, _HASH_BYTES // max(1, array[:1].nbytes))
+            step = max(1, _HASH_BYTES * array.shape[axis] // max(1, array.nbytes))
             for start in range(0, len(self._rows), step):
-                rows = _pick(array, self._rows[start : start + step])
+                rows = _pick(array, self._rows[start : start + step], axis)
                 digest.update(np.ascontiguousarray(rows).data)
         preprocess = None if self._preprocess is None else asdict(self._preprocess)
         return hash_json([digest.hexdigest(), preprocess, [_spec(s) for s in self._inputs]])
 
     def _make(self, rows: range | list[int], *, check_values: bool = True) -> Batch:
         items = tuple(map(str, rows))
-        picked = {name: _pick(array, rows) for name, array in self._arrays.items()}
+        picked = {
+            name: _pick(array, rows, self._axes[name]) for name, array in self._arrays.items()
+        }
         feeds = to_feeds(
             picked,
             self._inputs,
@@ -118,12 +133,14 @@ class ArraySource:
             items=items,
             where=self._where,
             check_values=check_values,
+            axes=self._axes,
         )
         labels = self._labels
         return Batch(
             feeds,
             items,
-            None if labels is None else to_labels(_pick(labels, rows), where=self._where),
+            None if labels is None else to_labels(_pick(labels, rows, 0), where=self._where),
+            {name: axis for name, axis in self._axes.items() if axis != 0},
         )
 
 
@@ -179,10 +196,11 @@ def _map_member(path: Path, info: zipfile.ZipInfo, member: IO[bytes]) -> NDArray
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
 
 
-def _pick(array: NDArray[Any], rows: range | list[int]) -> NDArray[Any]:
-    if isinstance(rows, range):
-        return np.asarray(array[rows.start : rows.stop])
-    return np.asarray(array[rows])
+def _pick(array: NDArray[Any], rows: range | list[int], axis: int | None) -> NDArray[Any]:
+    if axis is None:
+        return np.asarray(array)
+    index = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+    return np.asarray(array[(slice(None),) * axis + (index,)])
 
 
 def _spec(spec: InputSpec) -> list[Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError
+
+Labels: TypeAlias = NDArray[Any] | tuple[NDArray[Any], ...]
+"""What is known of each sample: an array with a row a sample, or an array each (boxes, say)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,24 +27,40 @@ class InputSpec:
     def fixed_batch(self) -> int | None:
         """The size of the first dimension if the model fixes it."""
         first = self.shape[0] if self.shape else None
-        return first if isinstance(first, int) else None
+        return None if is_free(first) else int(first or 0)
+
+
+def is_free(dim: int | str | None) -> bool:
+    """Whether a dimension may have any size: a name, nothing, or below 1 as some exporters write.
+
+    >>> is_free("N"), is_free(None), is_free(-1), is_free(3)
+    (True, True, True, False)
+    """
+    return not isinstance(dim, int) or dim < 1
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some samples: `feeds` maps input name to an array with the batch axis first.
+    """Some samples: `feeds` maps input name to an array, `items` names the samples.
 
-    `items` names each sample for messages and reports (a file name, or the row number);
-    `labels` are class indices, one a sample, or None. The arrays may be views of the source's own
-    (of a file mapped read-only, say): copy before changing them.
+    `labels` are what is known of each sample: class indices, masks of a class a pixel, tokens (an
+    array with a row a sample), or an array for each (boxes: class, left, top, right, bottom in
+    pixels of the input). `axes` names the axis that the samples lie along for every feed where it
+    is not the first; None: the array is the same for all samples. The arrays may be views of the
+    source's own (of a file mapped read-only, say): copy before changing them.
     """
 
     feeds: Mapping[str, NDArray[Any]]
     items: tuple[str, ...]
-    labels: NDArray[np.int64] | None = None
+    labels: Labels | None = None
+    axes: Mapping[str, int | None] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def axis(self, name: str) -> int | None:
+        """The axis of the feed `name` that the samples lie along, or None."""
+        return self.axes.get(name, 0)
 
 
 class BatchSource(Protocol):
@@ -62,19 +81,92 @@ class BatchSource(Protocol):
         """Items left out because they could not be read (`on_error: skip`)."""
 
 
+def batch_symbol(inputs: Sequence[InputSpec]) -> str | None:
+    """The name of the free dimension that counts samples, or None if no input has one.
+
+    The name that most inputs have, the first of the earliest if several do. Of inputs whose free
+    dimensions have no names it is the first one, "".
+
+    >>> x = InputSpec("x", ("time", "n", 8), "float32")
+    >>> batch_symbol([x, InputSpec("state", (2, "n", 16), "float32")])
+    'n'
+    """
+    places: dict[str, list[int]] = {}
+    for spec in inputs:
+        mine: dict[str, int] = {}
+        for axis, dim in enumerate(spec.shape):
+            if is_free(dim) and (_symbol(dim) or axis == 0):
+                mine.setdefault(_symbol(dim), axis)
+        for name, axis in mine.items():
+            places.setdefault(name, []).append(axis)
+    leading = {spec.fixed_batch for spec in inputs if spec.shape}
+    if None not in leading and len(leading) < 2:
+        return None  # all begin with the same number: that is the batch
+    shared = [name for name, axes in places.items() if 0 in axes or (len(axes) > 1 and name)]
+    found = max(shared, key=lambda name: (len(places[name]), -min(places[name])), default=None)
+    main = _main(inputs)
+    if found is None or main is None or main.fixed_batch is None:
+        return found
+    return found if found in map(_symbol, main.shape[1:]) or len(main.shape) < 3 else None
+
+
+def _main(inputs: Sequence[InputSpec]) -> InputSpec | None:
+    """The input of the highest rank, the first of several: pictures beside what goes with them."""
+    return max((spec for spec in inputs if spec.shape), key=lambda s: len(s.shape), default=None)
+
+
+def _symbol(dim: int | str | None) -> str:
+    return dim if isinstance(dim, str) else ""
+
+
+def batch_axes(
+    inputs: Sequence[InputSpec], given: Mapping[str, int] | None = None
+) -> dict[str, int | None]:
+    """By input, the axis that samples lie along, as far as the shapes tell; None: it has none.
+
+    `given` says it for some. Else the axis with the name of `batch_symbol`; where no input has a
+    free dimension, or the input of the highest rank fixes its batch, the first axis of those as
+    long as its first.
+
+    >>> shapes = {"image": ("n", 3, 16, 16), "camera": (16, 16), "index": ("n",), "gain": ()}
+    >>> batch_axes([InputSpec(name, shape, "float32") for name, shape in shapes.items()])
+    {'image': 0, 'camera': None, 'index': 0, 'gain': None}
+    """
+    symbol = batch_symbol(inputs)
+    main = _main(inputs)
+    size = None if main is None else main.fixed_batch
+    axes: dict[str, int | None] = {}
+    for spec in inputs:
+        if spec.name in (given or {}):
+            axes[spec.name] = (given or {})[spec.name]
+        elif symbol is not None:
+            axes[spec.name] = _axis_of(symbol, spec.shape)
+        else:
+            axes[spec.name] = 0 if spec.shape and spec.fixed_batch in (size, None) else None
+    return axes
+
+
+def _axis_of(symbol: str, shape: Sequence[int | str | None]) -> int | None:
+    if symbol:
+        named = [axis for axis, dim in enumerate(shape) if dim == symbol]
+        # Exporters that name every free dimension anew say nothing about the first.
+        return named[0] if named else 0 if shape and is_free(shape[0]) else None
+    return 0 if shape and is_free(shape[0]) else None
+
+
 def batch_size(inputs: Sequence[InputSpec], wanted: int) -> int:
     """Samples to feed at a time: what the model fixes, else `wanted`.
 
-    Raises DataError if the inputs fix different sizes.
-
     >>> batch_size([InputSpec("x", (1, 3, 32, 32), "float32")], 8)
     1
+    >>> batch_size([InputSpec("x", ("n", 3), "float32"), InputSpec("m", (16, 16), "float32")], 8)
+    8
     """
-    fixed = {spec.name: size for spec in inputs if (size := spec.fixed_batch) is not None}
-    if len(set(fixed.values())) > 1:
-        shown = ", ".join(f"{name!r} {size}" for name, size in fixed.items())
-        raise DataError(f"the model's inputs fix different batch sizes: {shown}")
-    return next(iter(fixed.values()), wanted)
+    for spec, axis in zip(inputs, batch_axes(inputs).values(), strict=True):
+        if axis is not None:
+            dim = spec.shape[axis]
+            return wanted if is_free(dim) else int(dim or 0)
+    return wanted
 
 
 def fit_batch(batch: Batch, size: int) -> Batch:
@@ -97,24 +189,39 @@ def take_rows(batch: Batch, rows: slice | Sequence[int]) -> Batch:
     """The samples at `rows`; a slice gives views, anything else copies."""
     numbers = range(len(batch))[rows] if isinstance(rows, slice) else rows
     index = rows if isinstance(rows, slice) else np.asarray(rows, np.intp)
-    return Batch(
-        {name: array[index] for name, array in batch.feeds.items()},
-        tuple(batch.items[number] for number in numbers),
-        None if batch.labels is None else batch.labels[index],
-    )
+    labels = batch.labels
+    if isinstance(labels, tuple):
+        labels = tuple(labels[number] for number in numbers)
+    elif labels is not None:
+        labels = labels[index]
+    feeds = {name: _taken(array, index, batch.axis(name)) for name, array in batch.feeds.items()}
+    return Batch(feeds, tuple(batch.items[number] for number in numbers), labels, batch.axes)
+
+
+def _taken(array: NDArray[Any], index: slice | NDArray[np.intp], axis: int | None) -> NDArray[Any]:
+    if axis is None:
+        return array
+    return np.ascontiguousarray(array[(slice(None),) * axis + (index,)]) if axis else array[index]
 
 
 def rebatch(pieces: Iterable[Batch], size: int) -> Iterator[Batch]:
     """The same samples in the same order, `size` at a time; the last batch may be short.
 
-    Raises DataError if neighbouring pieces differ in shape, or only some have labels.
+    So may one before a sample of another shape (pictures or sequences of different sizes), or
+    with other values in an input that is the same for all samples.
+
+    Raises DataError if only some of the samples have labels.
     """
     held: list[Batch] = []
     count = 0
     for piece in pieces:
-        if len(piece):
-            held.append(piece)
-            count += len(piece)
+        if not len(piece):
+            continue
+        if held and not _fits(held[-1], piece):
+            yield _joined(held)
+            held, count = [], 0
+        held.append(piece)
+        count += len(piece)
         if count < size:
             continue
         joined = _joined(held)
@@ -127,6 +234,26 @@ def rebatch(pieces: Iterable[Batch], size: int) -> Iterator[Batch]:
         yield _joined(held)
 
 
+def sample_shapes(batch: Batch) -> dict[str, tuple[int, ...]]:
+    """The shape of one sample of each feed: the array's without the axis of the samples."""
+    shapes = {}
+    for name, array in batch.feeds.items():
+        axis = batch.axis(name)
+        shape = array.shape
+        shapes[name] = shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
+    return shapes
+
+
+def _fits(held: Batch, piece: Batch) -> bool:
+    if sample_shapes(held) != sample_shapes(piece):
+        return False
+    return all(
+        held.feeds[name] is array or np.array_equal(held.feeds[name], array)
+        for name, array in piece.feeds.items()
+        if piece.axis(name) is None
+    )
+
+
 def require_labels(source: BatchSource, metric: str) -> None:
     """Raises DataError unless the source's first batch has labels, which `metric` needs."""
     for batch in source:
@@ -134,7 +261,7 @@ def require_labels(source: BatchSource, metric: str) -> None:
         return
 
 
-def labels_of(batch: Batch, metric: str) -> NDArray[np.int64]:
+def labels_of(batch: Batch, metric: str) -> Labels:
     """The labels of `batch`; raises DataError if it has none."""
     if batch.labels is None:
         raise DataError(
@@ -166,22 +293,23 @@ def check_labels(
 def _joined(pieces: Sequence[Batch]) -> Batch:
     if len(pieces) == 1:
         return pieces[0]
+    first = pieces[0]
     items = tuple(item for piece in pieces for item in piece.items)
     feeds = {}
-    for name, first in pieces[0].feeds.items():
-        for piece in pieces:
-            if piece.feeds[name].shape[1:] != first.shape[1:]:
-                raise DataError(
-                    f"{piece.items[0]} is {_shape(piece.feeds[name])} for input {name!r}, and "
-                    f"{pieces[0].items[0]} is {_shape(first)}; a batch needs one shape: "
-                    "set `preprocess.resize` and `crop`, or `batch: 1`"
-                )
-        feeds[name] = np.concatenate([piece.feeds[name] for piece in pieces])
+    for name, array in first.feeds.items():
+        axis = first.axis(name)
+        feeds[name] = (
+            array if axis is None else np.concatenate([p.feeds[name] for p in pieces], axis=axis)
+        )
     known = [piece.labels for piece in pieces if piece.labels is not None]
     if known and len(known) < len(pieces):
         raise DataError(f"only some of the samples {items[0]} to {items[-1]} have labels")
-    return Batch(feeds, items, np.concatenate(known) if known else None)
+    return Batch(feeds, items, _joined_labels(known) if known else None, first.axes)
 
 
-def _shape(rows: NDArray[Any]) -> str:
-    return " x ".join(map(str, rows.shape[1:]))
+def _joined_labels(parts: Sequence[Labels]) -> Labels:
+    """Arrays of one shape a sample stay an array; anything else is an array for each sample."""
+    arrays = [part for part in parts if not isinstance(part, tuple)]
+    if len(arrays) == len(parts) and len({array.shape[1:] for array in arrays}) == 1:
+        return np.concatenate(arrays)
+    return tuple(sample for part in parts for sample in part)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError, did_you_mean
-from trtune.datasets.batches import InputSpec
+from trtune.datasets.batches import InputSpec, Labels, is_free
 from trtune.datasets.preprocess import Preprocess, prepare_pictures
 
 AUTO = "auto"
@@ -83,10 +83,12 @@ def to_feeds(
     items: Sequence[str],
     where: str,
     check_values: bool = True,
+    axes: Mapping[str, int | None] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Feeds by input name, cast, checked for shape, NaN and Inf.
 
-    `arrays` maps input name to rows; `items` names the rows. With `preprocess`, uint8 arrays of
+    `arrays` maps input name to rows along `axes` (the first axis, by default); `items` names the
+    rows. With `preprocess`, uint8 arrays of
     pictures for four-dimensional inputs go through it and everything else goes in as it is.
     Without `check_values` NaN and Inf pass.
 
@@ -97,16 +99,17 @@ def to_feeds(
     any_pictures = False
     for spec in inputs:
         array = arrays[spec.name]
-        pictures = preprocess is not None and _is_pictures(array, spec)
+        pictures = preprocess is not None and is_pictures(array, spec)
         any_pictures = any_pictures or pictures
         if preprocess is not None and pictures:
             feeds[spec.name] = picture_feed(prepare_pictures(array, preprocess), spec, where=where)
         elif preprocess is None or len(inputs) > 1:
             hint = _dtype_hint(array)
             feed = cast(array, spec, where=where, hint=hint)
-            check_shape(feed.shape, spec, where=where)
+            axis = (axes or {}).get(spec.name, 0)
+            check_shape(feed.shape, spec, where=where, axis=axis)
             if check_values:
-                check_finite(feed, spec, items=items, where=where)
+                check_finite(feed, spec, items=items, where=where, axis=axis)
             feeds[spec.name] = feed
     if preprocess is not None and not any_pictures:
         shown = ", ".join(f"{a.dtype} {show_shape(a.shape)}" for a in arrays.values())
@@ -160,14 +163,14 @@ def cast(array: NDArray[Any], spec: InputSpec, *, where: str, hint: str = "") ->
     )
 
 
-def check_shape(shape: Sequence[int], spec: InputSpec, *, where: str) -> None:
+def check_shape(shape: Sequence[int], spec: InputSpec, *, where: str, axis: int | None = 0) -> None:
     """Raises DataError unless `shape` has the rank of the input and its fixed dimensions.
 
-    The first dimension is the batch and is not looked at.
+    `axis` is that of the samples, which is not looked at.
     """
-    pairs = list(zip(shape[1:], spec.shape[1:], strict=False))
     if len(shape) == len(spec.shape) and all(
-        found == wanted or not isinstance(wanted, int) for found, wanted in pairs
+        found == wanted or is_free(wanted) or number == axis
+        for number, (found, wanted) in enumerate(zip(shape, spec.shape, strict=True))
     ):
         return
     raise DataError(
@@ -176,7 +179,14 @@ def check_shape(shape: Sequence[int], spec: InputSpec, *, where: str) -> None:
     )
 
 
-def check_finite(array: NDArray[Any], spec: InputSpec, *, items: Sequence[str], where: str) -> None:
+def check_finite(
+    array: NDArray[Any],
+    spec: InputSpec,
+    *,
+    items: Sequence[str],
+    where: str,
+    axis: int | None = 0,
+) -> None:
     """Raises DataError naming the first item with a NaN or Inf, and the input."""
     if array.dtype.kind != "f":
         return
@@ -184,46 +194,47 @@ def check_finite(array: NDArray[Any], spec: InputSpec, *, items: Sequence[str], 
     with np.errstate(invalid="ignore", over="ignore"):
         if np.isfinite(np.sum(array)):
             return
-    bad = ~np.isfinite(array.reshape(len(items), -1)).all(axis=1)
+    rows = array[np.newaxis] if axis is None else np.moveaxis(array, axis, 0)
+    bad = ~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
     if bad.any():
         row = int(np.argmax(bad))
-        values = array[row][~np.isfinite(array[row])]
+        values = rows[row][~np.isfinite(rows[row])]
         what = "NaN" if np.isnan(values).any() else "Inf"
+        whose = "the values for all samples" if axis is None else f"item {items[row]}"
         raise DataError(
-            f"{where}, item {items[row]}: {what} in {len(values)} of {array[row].size} values for "
+            f"{where}, {whose}: {what} in {len(values)} of {rows[row].size} values for "
             f"input {spec.name!r} ({spec.dtype}); repair or leave out that item"
         )
 
 
-def to_labels(values: NDArray[Any], *, where: str) -> NDArray[np.int64]:
-    """Class indices, one a row, as int64.
+def to_labels(values: Any, *, where: str) -> Labels:
+    """What is known of each sample: an array with a row a sample, or a tuple of an array each.
 
-    Whole numbers of any dtype; N x 1 is flattened. Raises DataError for anything else.
+    One number a sample (N or N x 1) becomes N class indices, int64, where all are whole; masks,
+    tokens, boxes and real numbers stay as they are. Raises DataError for what is not numbers.
     """
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.ndim != 1:
-        raise DataError(
-            f"labels of {where} must be one class index a row, found {show_shape(values.shape)}; "
-            "one-hot labels become indices with argmax(axis=1)"
-        )
-    if values.dtype.kind in "iub":
-        return values.astype(np.int64)
-    if values.dtype.kind == "f" and np.all(np.isfinite(values) & (values == np.floor(values))):
-        return values.astype(np.int64)
-    raise DataError(f"labels of {where} must be whole numbers, found {values.dtype.name} values")
+    if isinstance(values, list | tuple):
+        rows = tuple(np.asarray(sample) for sample in values)
+        if len({row.shape for row in rows}) != 1:
+            for row in rows:
+                _check_numbers(row, where)
+            return rows
+        values = np.stack(rows)
+    array: NDArray[Any] = np.asarray(values)
+    _check_numbers(array, where)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        return array
+    whole = array.dtype.kind in "iub" or np.all(np.isfinite(array) & (array == np.floor(array)))
+    return array.astype(np.int64) if whole else array
 
 
-def equal_lengths(arrays: Mapping[str, NDArray[Any]], *, where: str) -> int:
-    """The number of rows that all `arrays` share; raises DataError naming those that differ."""
-    for name, array in arrays.items():
-        if array.ndim == 0:
-            raise DataError(f"array {name!r} of {where} is a single value; rows are needed")
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        shown = ", ".join(f"{name!r} {length}" for name, length in lengths.items())
-        raise DataError(f"the arrays of {where} differ in their number of rows: {shown}")
-    return next(iter(lengths.values()))
+def _check_numbers(values: NDArray[Any], where: str) -> None:
+    if values.dtype.kind not in "iubf":
+        raise DataError(f"labels of {where} must be numbers, found {values.dtype.name} values")
+    if not values.ndim:
+        raise DataError(f"labels of {where} are a single value; one entry a sample is needed")
 
 
 def show_shape(shape: Sequence[int | str | None]) -> str:
@@ -232,7 +243,9 @@ def show_shape(shape: Sequence[int | str | None]) -> str:
     >>> show_shape((None, 3, "height", 32))
     'N x 3 x height x 32'
     """
-    return " x ".join("N" if size is None else str(size) for size in shape) or "a single value"
+    shown = ("N" if size is None or (is_free(size) and isinstance(size, int)) else str(size)
+             for size in shape)  # fmt: skip
+    return " x ".join(shown) or "a single value"
 
 
 def _plain(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -240,7 +253,8 @@ def _plain(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.require(array, dtype, ["C", "A"])
 
 
-def _is_pictures(array: NDArray[Any], spec: InputSpec) -> bool:
+def is_pictures(array: NDArray[Any], spec: InputSpec) -> bool:
+    """Whether an array looks like uint8 pictures for an input that could take them."""
     return array.dtype == np.uint8 and array.ndim in (3, 4) and len(spec.shape) == 4
 
 
@@ -262,7 +276,7 @@ def _shape_hint(shape: Sequence[int], spec: InputSpec) -> str:
             ("NHWC", (shape[2], shape[3], shape[1])),
             ("NCHW", (shape[3], shape[1], shape[2])),
         ):
-            if all(f == w or not isinstance(w, int) for f, w in zip(moved, wanted, strict=True)):
+            if all(f == w or is_free(w) for f, w in zip(moved, wanted, strict=True)):
                 return f"; it would fit as {layout} (`preprocess.layout`)"
         return "; see `preprocess` (resize, crop, channels)"
     if len(shape) == len(spec.shape) - 1:

@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,10 +39,8 @@ def hold_out(source: BatchSource, count: int) -> tuple[Batch, ...]:
             code = -int.from_bytes(_digest(picture), "big")
             if code in seen or (len(kept) == count and code <= kept[0][0]):
                 continue
-            picture = Batch(
-                {name: np.array(a) for name, a in picture.feeds.items()},
-                picture.items,
-                picture.labels,
+            picture = replace(
+                picture, feeds={name: np.array(a) for name, a in picture.feeds.items()}
             )
             seen.add(code)
             heapq.heappush(kept, (code, picture))
@@ -98,8 +96,8 @@ class Without:
 class WholeBatches:
     """`source` in batches of exactly `size`, for models that fix theirs. A `BatchSource`.
 
-    A padded batch would count its filling twice, so what is left at the end is left out, and
-    the log says how much.
+    A padded batch would count its filling twice, so what is left at the end (and before a picture
+    of another shape) is left out, and the log says how much.
     """
 
     source: BatchSource
@@ -134,21 +132,8 @@ class WholeBatches:
 
 
 def join(pictures: tuple[Batch, ...], size: int) -> list[Batch]:
-    """Single pictures put together into batches of at most `size`, in order.
+    """Single pictures put together into batches of at most `size`, in order, without labels.
 
     The last may be short, and so may one before a picture of another shape.
     """
-    parts: list[list[Batch]] = []
-    for picture in pictures:
-        if not parts or len(parts[-1]) == size or _shapes(parts[-1][0]) != _shapes(picture):
-            parts.append([])
-        parts[-1].append(picture)
-    joined = []
-    for part in parts:
-        feeds = {n: np.concatenate([p.feeds[n] for p in part]) for n in part[0].feeds}
-        joined.append(Batch(feeds, tuple(p.items[0] for p in part)))
-    return joined
-
-
-def _shapes(picture: Batch) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in picture.feeds.items()}
+    return list(rebatch((replace(picture, labels=None) for picture in pictures), size))

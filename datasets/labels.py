@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from trtune.configs.files import hash_json
-from trtune.datasets.batches import Batch, BatchSource
+from trtune.datasets.batches import Batch, BatchSource, Labels
 
 
 @dataclass(frozen=True, slots=True)
 class Shifted:
-    """`source` with `offset` added to every label. A `BatchSource`."""
+    """`source` with `offset` added to every label; of boxes, to their class. A `BatchSource`."""
 
     source: BatchSource
     offset: int
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.source:
-            labels = None if batch.labels is None else batch.labels + self.offset
-            yield replace(batch, labels=labels)
+            yield replace(batch, labels=_shifted(batch.labels, self.offset))
 
     @property
     def count(self) -> int | None:
@@ -35,3 +36,11 @@ class Shifted:
     def skipped(self) -> tuple[str, ...]:
         """What the source skipped."""
         return self.source.skipped
+
+
+def _shifted(labels: Labels | None, offset: int) -> Labels | None:
+    if labels is None:
+        return None
+    if isinstance(labels, tuple):
+        return tuple(row + np.eye(1, row.shape[1]) * offset for row in labels)
+    return labels + offset

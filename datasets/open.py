@@ -31,6 +31,7 @@ class _Request:
     input_names: Mapping[str, str]
     args: Mapping[str, Any]
     base_dir: Path
+    axes: Mapping[str, int]
 
     @property
     def place(self) -> Path:
@@ -57,6 +58,7 @@ def open_source(
     input_names: Mapping[str, str] | None = None,
     args: Mapping[str, Any] | None = None,
     base_dir: Path | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> BatchSource:
     """Data for a model with these `inputs`, in batches of `batch` or of what the model fixes.
 
@@ -66,6 +68,7 @@ def open_source(
         folder names, or an array labels, label or y; None leaves labels out.
     skip, take, sample, seed: see `Selection`. batch: samples; the last batch may be short.
     input_names: model input -> array. args: keyword arguments of the function.
+    axes: model input -> the axis that samples lie along, where the shapes do not tell.
     on_error: "error" or "skip", for pictures that cannot be decoded.
 
     Pictures are decoded, and a function runs, in threads ahead of the consumer.
@@ -86,6 +89,7 @@ def open_source(
             input_names=input_names or {},
             args=args or {},
             base_dir=(base_dir or Path()).resolve(),
+            axes=axes or {},
         )
     )
 
@@ -112,6 +116,7 @@ def _open_arrays(request: _Request) -> BatchSource:
         preprocess=request.preprocess,
         selection=request.selection,
         batch=request.batch,
+        axes=request.axes,
     )
     return _ahead_if_slow(source, request.preprocess)
 
@@ -145,6 +150,7 @@ def _open_python(request: _Request) -> BatchSource:
         preprocess=request.preprocess,
         selection=request.selection,
         batch=request.batch,
+        axes=request.axes,
     )
     return prefetched(source)
 

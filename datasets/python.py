@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,18 @@ from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError, did_you_mean
 from trtune.configs.files import hash_json
-from trtune.datasets.batches import Batch, InputSpec, batch_size, rebatch
+from trtune.datasets.axes import feed_axes, sample_count
+from trtune.datasets.batches import (
+    Batch,
+    InputSpec,
+    Labels,
+    batch_size,
+    rebatch,
+    sample_shapes,
+)
 from trtune.datasets.feeds import (
     AUTO,
-    equal_lengths,
+    is_pictures,
     label_array,
     match_inputs,
     to_feeds,
@@ -106,7 +114,9 @@ class PythonSource:
         preprocess: Preprocess | None = None,
         selection: Selection = _EVERYTHING,
         batch: int = 8,
+        axes: Mapping[str, int] | None = None,
     ) -> None:
+        self._given_axes = dict(axes or {})
         self._reference = reference
         self._function = load_function(reference, base_dir)
         self._inputs = tuple(inputs)
@@ -137,11 +147,15 @@ class PythonSource:
         digests = {spec.name: hashlib.sha256() for spec in self._inputs}
         labels, heads = hashlib.sha256(), {}
         for batch in self._pieces():
-            for name, array in batch.feeds.items():
-                heads[name] = [str(array.dtype), *array.shape[1:]]
-                digests[name].update(np.ascontiguousarray(array).data)
-            if batch.labels is not None:
-                labels.update(np.ascontiguousarray(batch.labels).data)
+            for name, shape in sample_shapes(batch).items():
+                array, axis = batch.feeds[name], batch.axis(name)
+                if axis is None and name in heads:
+                    continue
+                heads[name] = [str(array.dtype), *shape]
+                rows = array if not axis else np.moveaxis(array, axis, 0)
+                digests[name].update(np.ascontiguousarray(rows).data)
+            for row in batch.labels if batch.labels is not None else ():
+                labels.update(np.ascontiguousarray(row).data)
         content = {name: digest.hexdigest() for name, digest in digests.items()}
         preprocess = None if self._preprocess is None else asdict(self._preprocess)
         return hash_json([content, heads, labels.hexdigest(), preprocess])
@@ -151,19 +165,17 @@ class PythonSource:
         """Row numbers of a sample, which needs a pass that counts; None without `sample`."""
         if self._selection.sample is None:
             return None
-        count = sum(len(next(iter(arrays.values()), ())) for _, arrays in self._yielded())
+        count = sum(given.count for given in self._yielded())
         return np.asarray(self._selection.rows(count, self._reference), np.intp)
 
     def _pieces(self) -> Iterator[Batch]:
         start, given = 0, False
-        for number, arrays in self._yielded():
-            where = f"batch {number} of {self._reference}"
-            count = equal_lengths(arrays, where=where)
-            rows = self._rows_within(start, start + count)
+        for yielded in self._yielded():
+            rows = self._rows_within(start, start + yielded.count)
             if rows.size:
                 given = True
-                yield self._piece(arrays, rows - start, rows, where)
-            start += count
+                yield self._piece(yielded, rows - start, rows)
+            start += yielded.count
             if self._is_past(start):
                 break
         if not given:
@@ -181,30 +193,29 @@ class PythonSource:
         end = self._selection.end if self._chosen is None else int(self._chosen[-1]) + 1
         return end is not None and row >= end
 
-    def _piece(
-        self,
-        arrays: Mapping[str, NDArray[Any]],
-        rows: NDArray[np.intp],
-        numbers: NDArray[np.intp],
-        where: str,
-    ) -> Batch:
-        label = label_array(arrays, self._inputs, labels=self._label_key, where=where)
-        data = {name: array for name, array in arrays.items() if name != label}
-        matched = match_inputs(data, self._inputs, names=self._names, where=where)
+    def _piece(self, given: _Given, rows: NDArray[np.intp], numbers: NDArray[np.intp]) -> Batch:
         items = tuple(map(str, numbers))
+        picked = {
+            name: array if axis is None else np.take(array, rows, axis)
+            for (name, array), axis in zip(given.arrays.items(), given.axes.values(), strict=True)
+        }
         feeds = to_feeds(
-            {spec.name: data[matched[spec.name]][rows] for spec in self._inputs},
+            picked,
             self._inputs,
             preprocess=self._preprocess,
             items=items,
-            where=where,
+            where=given.where,
+            axes=given.axes,
         )
-        if label is None or self._label_key is None:
-            return Batch(feeds, items)
-        return Batch(feeds, items, to_labels(arrays[label][rows], where=where))
+        labels = given.labels
+        if isinstance(labels, tuple):
+            labels = tuple(labels[row] for row in rows)
+        elif labels is not None:
+            labels = labels[rows]
+        return Batch(feeds, items, labels, {n: axis for n, axis in given.axes.items() if axis != 0})
 
-    def _yielded(self) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-        """(number, arrays) of each batch of the user's function that has rows."""
+    def _yielded(self) -> Iterator[_Given]:
+        """Each batch of the user's function that has rows."""
         number = 0
         try:
             with importable(self._base_dir):
@@ -214,9 +225,9 @@ class PythonSource:
                     given = next(batches, _END)
                 if given is _END:
                     return
-                arrays = _as_arrays(given, f"batch {number} of {self._reference}")
-                if equal_lengths(arrays, where=f"batch {number} of {self._reference}"):
-                    yield number, arrays
+                found = self._given(given, f"batch {number} of {self._reference}")
+                if found.count:
+                    yield found
                 number += 1
         except DataError:
             raise
@@ -225,18 +236,48 @@ class PythonSource:
                 f"{self._reference} failed in batch {number}: {type(error).__name__}: {error}"
             ) from error
 
-
-def _as_arrays(given: Any, where: str) -> dict[str, NDArray[Any]]:
-    if not isinstance(given, Mapping) or not given:
-        raise DataError(
-            f"{where} is a {type(given).__name__}, not a dict of arrays; "
-            "yield {'input name': array, ...}"
+    def _given(self, given: Any, where: str) -> _Given:
+        """What the function yielded, matched to the inputs, with its samples counted."""
+        if not isinstance(given, Mapping) or not given:
+            raise DataError(
+                f"{where} is a {type(given).__name__}, not a dict of arrays; "
+                "yield {'input name': array, ...}"
+            )
+        given = {str(name): value for name, value in given.items()}
+        label = label_array(given, self._inputs, labels=self._label_key, where=where)
+        data = {n: _as_array(value, n, where) for n, value in given.items() if n != label}
+        matched = match_inputs(data, self._inputs, names=self._names, where=where)
+        arrays = {spec.name: data[matched[spec.name]] for spec in self._inputs}
+        pictures = [s.name for s in self._inputs
+                    if self._preprocess and is_pictures(arrays[s.name], s)]  # fmt: skip
+        axes = feed_axes(arrays, self._inputs, given=self._given_axes, pictures=pictures)
+        labels = None
+        counted = dict(arrays)
+        if label is not None and self._label_key is not None:
+            labels = to_labels(given[label], where=where)
+            counted["\0labels"] = np.empty((len(labels), 0))
+        shown = {**matched, "\0labels": label or ""}
+        return _Given(
+            arrays, axes, labels, sample_count(counted, axes, where=where, names=shown), where
         )
-    arrays = {str(name): np.asarray(array) for name, array in given.items()}
-    for name, array in arrays.items():
-        if array.dtype.kind not in "fiub":
-            raise DataError(f"{where}: {name!r} is {array.dtype}, not an array of numbers")
-    return arrays
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """One batch of the user's function: arrays by input, the axes of the samples, labels."""
+
+    arrays: Mapping[str, NDArray[Any]]
+    axes: Mapping[str, int | None]
+    labels: Labels | None
+    count: int
+    where: str
+
+
+def _as_array(value: Any, name: str, where: str) -> NDArray[Any]:
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{where}: {name!r} is {array.dtype}, not an array of numbers")
+    return array
 
 
 def _forget_namesake(module: str, folder: Path | None) -> None:

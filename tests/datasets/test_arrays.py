@@ -82,7 +82,6 @@ def test_several_inputs() -> None:
         pytest.param({"x": rows(0)}, "data.npz is empty", id="no rows"),
         pytest.param({"x": rows().reshape(5, 4)}, "gives 1 x 4", id="wrong shape"),
         pytest.param({"x": np.ones((3, 2), np.int32)}, "has int32", id="wrong dtype"),
-        pytest.param({"x": rows(2), "labels": np.eye(2)}, "argmax", id="one-hot labels"),
     ],
 )
 def test_what_does_not_fit_is_found_before_the_first_batch(

@@ -10,6 +10,7 @@ from trtune.datasets.arrays import ArraySource
 from trtune.datasets.batches import (
     Batch,
     InputSpec,
+    batch_axes,
     batch_size,
     check_labels,
     fit_batch,
@@ -71,13 +72,68 @@ def test_rebatch_keeps_every_sample_in_order(sizes: list[int], size: int) -> Non
     assert [int(y) for b in batches if b.labels is not None for y in b.labels] == joined
 
 
-def test_rebatch_names_the_samples_whose_shapes_differ() -> None:
+def test_rebatch_gives_samples_of_another_shape_a_batch_of_their_own() -> None:
     pieces = [
-        Batch({"x": np.zeros((1, 3, 4, 4))}, ("a.png",)),
-        Batch({"x": np.zeros((1, 3, 4, 5))}, ("b.png",)),
+        Batch({"x": np.zeros((1, 3, 4, width))}, (name,))
+        for name, width in [("a", 4), ("b", 4), ("c", 5), ("d", 4)]
     ]
-    with pytest.raises(DataError, match=r"b.png is 3 x 4 x 5 .* a.png is 3 x 4 x 4.*`preprocess"):
-        list(rebatch(pieces, 2))
+    assert [batch.items for batch in rebatch(pieces, 8)] == [("a", "b"), ("c",), ("d",)]
+
+
+def test_a_feed_for_all_samples_is_neither_cut_nor_joined() -> None:
+    camera = np.eye(4)
+    pieces = [
+        Batch(
+            {"x": np.full((2, 3), k), "camera": camera}, (f"{k}0", f"{k}1"), None, {"camera": None}
+        )
+        for k in range(3)
+    ]
+    batches = list(rebatch(pieces, 4))
+    assert [len(batch) for batch in batches] == [4, 2]
+    assert all(batch.feeds["camera"].shape == (4, 4) for batch in batches)
+    assert fit_batch(batches[1], 4).feeds["x"].shape == (4, 3)
+    assert fit_batch(batches[1], 4).feeds["camera"].shape == (4, 4)
+
+
+def test_samples_along_another_axis_are_cut_and_joined_there() -> None:
+    state = np.arange(2 * 5 * 3).reshape(2, 5, 3)
+    whole = Batch({"h": state}, tuple("abcde"), None, {"h": 1})
+    parts = [take_rows(whole, slice(0, 2)), take_rows(whole, [2, 3, 4])]
+    (joined,) = rebatch(parts, 5)
+    assert np.array_equal(joined.feeds["h"], state)
+    assert take_rows(whole, [1]).feeds["h"].tolist() == state[:, 1:2].tolist()
+
+
+def test_an_array_of_labels_for_each_sample() -> None:
+    boxes = [np.zeros((k, 5)) for k in range(3)]
+    pieces = [Batch({"x": np.zeros((1, 2))}, (str(k),), (boxes[k],)) for k in range(3)]
+    (joined,) = rebatch(pieces, 3)
+    assert isinstance(joined.labels, tuple)
+    assert [len(sample) for sample in joined.labels] == [0, 1, 2]
+    assert [len(sample) for sample in take_rows(joined, [2, 0]).labels or ()] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "axes", "size"),
+    [
+        pytest.param([("n", 3, 8, 8), (16, 16), ("n",), ()], [0, None, 0, None], 7, id="camera"),
+        pytest.param([(1, 3, 8, 8), (5, 8)], [0, None], 1, id="prompts beside a fixed batch"),
+        pytest.param([("n", "t", 8), (2, "n", 16)], [0, 1], 7, id="recurrent state"),
+        pytest.param([("t", "n", 8), (2, "n", 16)], [1, 1], 7, id="time first"),
+        pytest.param([(1, "t"), (1, "t")], [0, 0], 1, id="tokens, batch 1"),
+        pytest.param([("b", "t"), ("b", "t")], [0, 0], 7, id="tokens"),
+        pytest.param([("a_0", "a_1"), ("b_0", "b_1")], [0, 0], 7, id="a name for every dimension"),
+        pytest.param([(-1, 3, 8, 8)], [0], 7, id="-1 is free"),
+        pytest.param([(1, 3, "h", "w"), (1, 1, "h", "w")], [0, 0], 1, id="free sides"),
+        pytest.param([(None, 3), (4, 4)], [0, None], 7, id="no names"),
+    ],
+)
+def test_the_axis_of_the_samples_is_found_by_shape(
+    shapes: list[tuple[int | str | None, ...]], axes: list[int | None], size: int
+) -> None:
+    inputs = [InputSpec(str(k), shape, "float32") for k, shape in enumerate(shapes)]
+    assert list(batch_axes(inputs).values()) == axes
+    assert batch_size(inputs, 7) == size
 
 
 def test_rebatch_refuses_labels_on_some_samples_only() -> None:
@@ -95,14 +151,8 @@ def test_rebatch_refuses_labels_on_some_samples_only() -> None:
     ],
 )
 def test_batch_size(first: int | str | None, expected: int) -> None:
-    specs = [InputSpec("x", (first, 3), "float32"), InputSpec("y", ("N",), "int64")]
+    specs = [InputSpec("x", (first, 3, 8), "float32"), InputSpec("y", ("N",), "int64")]
     assert batch_size(specs, 8) == expected
-
-
-def test_inputs_that_fix_different_batches_are_an_error() -> None:
-    specs = [InputSpec("x", (1, 3), "float32"), InputSpec("y", (2,), "int64")]
-    with pytest.raises(DataError, match="'x' 1, 'y' 2"):
-        batch_size(specs, 8)
 
 
 def test_an_input_without_dimensions_fixes_no_batch() -> None:

@@ -14,15 +14,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError, ModelError, TrtuneError
-from trtune.datasets.batches import Batch
+from trtune.datasets.batches import Batch, InputSpec
 from trtune.reports.accuracy import (
     Evaluation,
-    Run,
-    StoredOutputs,
-    collect_outputs,
     evaluate,
-    run_batch,
 )
+from trtune.reports.outputs import Layout, Run, StoredOutputs, answers, collect_outputs
 
 Arrays = Mapping[str, NDArray[Any]]
 RNG = np.random.default_rng(3)
@@ -88,7 +85,7 @@ def test_all_numbers_in_one_pass_whatever_the_batch(batch: int, stored: bool) ->
 
 def test_without_a_reference_only_the_metric_is_measured() -> None:
     result = evaluate(fp32, Rows(X, LABELS), metric="top5")
-    assert result == Evaluation(metric="top5", value=1.0, samples=23)
+    assert result == Evaluation(metric="top5", value=1.0, samples=23, error=0.0, output="y")
 
 
 def test_without_a_metric_no_labels_are_needed() -> None:
@@ -193,14 +190,127 @@ def test_one_of_several_outputs_is_scored_and_compared() -> None:
     assert every.sqnr_db < chosen.sqnr_db
 
 
-def test_outputs_without_a_row_a_sample_are_left_out() -> None:
+def test_outputs_without_a_row_a_sample_are_kept_whole() -> None:
     def run(feeds: Arrays) -> dict[str, NDArray[Any]]:
         return {"version": np.array(3.0), "names": np.array(["a"] * 5), "y": fp32(feeds)["y"]}
 
     batch = next(iter(Rows(X, LABELS)))
-    assert list(run_batch(run, batch)) == ["y"]
-    with pytest.raises(ModelError, match=r"no output holds one entry a sample .*'y' \(3, 2\)"):
-        run_batch(lambda feeds: {"y": np.zeros((3, 2))}, batch)
+    found = answers(run, batch)
+    assert list(found.samples) == ["y"]
+    assert list(found.everything) == ["version", "names", "y"]
+    with pytest.raises(ModelError, match=r"no output is one score a class .*'y' \(3, 2\)"):
+        evaluate(lambda feeds: {"y": np.zeros((3, 2))}, Rows(X, LABELS), metric="top1")
+
+
+@pytest.mark.parametrize("metric", ["sqnr_db", "cosine"])
+def test_each_output_is_compared_by_itself_and_the_worst_decides(metric: str) -> None:
+    def reference(feeds: Arrays) -> dict[str, NDArray[Any]]:
+        y = fp32(feeds)["y"]
+        return {"boxes": 1000 * y, "scores": y / 1000, "picked": y.argmax(axis=1)}
+
+    def run(feeds: Arrays) -> dict[str, NDArray[Any]]:
+        y = fp32(feeds)["y"]
+        return {"boxes": 1000 * y + 1, "scores": np.round(y) / 1000, "picked": y.argmin(axis=1)}
+
+    result = evaluate(run, Rows(X, None), metric=metric, reference=reference)
+    assert set(result.outputs) == {"boxes", "scores", "picked"}
+    assert result.value == getattr(result.outputs["scores"], metric)
+    assert result.outputs["boxes"].sqnr_db > 40
+    assert result.sqnr_db == pytest.approx(expected(rounded)[1])
+
+
+def test_the_output_that_fits_the_labels_is_scored() -> None:
+    def run(feeds: Arrays) -> dict[str, NDArray[Any]]:
+        y = fp32(feeds)["y"]
+        return {"map": y[:, :, None] * y[:, None], "features": y.repeat(5, axis=1), "two": y[:, :2],
+                "logits": y}  # fmt: skip
+
+    result = evaluate(run, Rows(X, LABELS), metric="top1")
+    assert (result.output, result.value) == ("logits", expected(fp32)[0])
+    named = evaluate(run, Rows(X, LABELS), metric="top1", output="features")
+    assert (named.output, named.value != result.value) == ("features", True)
+
+
+def test_a_mean_has_the_textbook_error_and_a_pair_that_of_its_difference() -> None:
+    result = evaluate(rounded, Rows(X, LABELS), metric="top1", reference=fp32)
+    right = rounded({"x": X})["y"].argmax(1) == LABELS
+    before = fp32({"x": X})["y"].argmax(1) == LABELS
+    assert result.error == pytest.approx(right.std(ddof=1) / math.sqrt(23))
+    change = right.astype(float) - before
+    assert result.difference_error == pytest.approx(change.std(ddof=1) / math.sqrt(23))
+
+
+class Largest:
+    """The largest output over the whole data."""
+
+    def start(self) -> None:
+        self.found = -math.inf
+
+    def update(self, outputs: Arrays, batch: Batch) -> None:
+        self.found = max(self.found, float(outputs["y"].max()))
+
+    def result(self) -> float:
+        return self.found
+
+
+@pytest.mark.parametrize("batch", [1, 5, 23])
+def test_a_class_of_the_user_sees_every_batch(batch: int) -> None:
+    result = evaluate(fp32, Rows(X, None, batch), metric=Largest)
+    assert result.value == pytest.approx(float(fp32({"x": X})["y"].max()))
+    assert str(result.metric).endswith(":Largest")
+
+
+def picked(feeds: Arrays) -> dict[str, NDArray[Any]]:
+    """The positive numbers of one sample, as many as there are, and their places."""
+    row = feeds["x"][0]
+    return {"values": row[row > 0], "places": np.flatnonzero(row > 0)}
+
+
+PICKED = Layout(
+    (InputSpec("x", (1, 6), "float32"),),
+    (InputSpec("values", ("K",), "float32"), InputSpec("places", ("K",), "int64")),
+)
+
+
+def test_what_has_another_shape_is_counted_and_the_rest_compared() -> None:
+    def run(feeds: Arrays) -> dict[str, NDArray[Any]]:
+        found = picked(feeds)
+        return found if feeds["x"][0, 0] > 0 else {n: a[1:] for n, a in found.items()}
+
+    stored = collect_outputs(picked, Rows(X, None), fixed_batch=1, layout=PICKED)
+    result = evaluate(run, Rows(X, None), reference=stored, fixed_batch=1, layout=PICKED)
+    assert result.outputs["values"].left_out == int((X[:, 0] <= 0).sum())
+    assert result.sqnr_db == math.inf
+    nothing = evaluate(
+        lambda feeds: {n: a[1:] for n, a in picked(feeds).items()},
+        Rows(X, None),
+        reference=stored,
+        fixed_batch=1,
+        layout=PICKED,
+    )
+    assert (nothing.sqnr_db, nothing.cosine) == (None, None)
+
+
+def test_a_metric_of_the_user_sees_outputs_of_every_shape() -> None:
+    def count(outputs: Mapping[str, Any], batch: Batch) -> NDArray[Any]:
+        return np.array([len(row) for row in outputs["values"]])
+
+    result = evaluate(picked, Rows(X, None), metric=count, fixed_batch=1, layout=PICKED)
+    assert result.value == pytest.approx((X > 0).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_time_first_outputs_have_their_samples_along_the_second_axis(batch: int) -> None:
+    layout = Layout(
+        (InputSpec("x", (batch, 6), "float32"),), (InputSpec("y", (9, batch, 4), "float32"),)
+    )
+
+    def run(feeds: Arrays) -> dict[str, NDArray[Any]]:
+        return {"y": np.repeat(fp32(feeds)["y"][None], 9, axis=0)}
+
+    stored = collect_outputs(run, Rows(X, None), fixed_batch=batch, layout=layout)
+    assert stored.outputs["y"].shape == (23, 9, 4)
+    assert np.allclose(stored.outputs["y"][:, 3], fp32({"x": X})["y"], atol=1e-6)
 
 
 def test_nan_outputs_are_wrong_answers_and_warned_about(caplog: pytest.LogCaptureFixture) -> None:
@@ -260,9 +370,9 @@ def test_an_unknown_output_names_the_nearest() -> None:
     [
         ({"metric": "top2"}, "unknown metric 'top2'; did you mean"),
         ({"metric": "cosine"}, "metric 'cosine' compares with a reference"),
-        ({"reference": lambda feeds: {"z": feeds["x"]}}, "the reference no such output"),
+        ({"reference": lambda feeds: {"z": feeds["x"]}}, "no such output in the reference"),
         (
-            {"reference": StoredOutputs({"y": np.zeros((23, 4))}, ("other",) * 23)},
+            {"reference": StoredOutputs.of({"y": np.zeros((23, 4))}, ("other",) * 23)},
             "collected from other data",
         ),
     ],
@@ -287,9 +397,16 @@ def _batches(size: int) -> Iterator[NDArray[Any]]:
         yield fp32(batch.feeds)["y"]
 
 
-def test_outputs_that_change_shape_cannot_be_stored() -> None:
-    def run(feeds: Arrays) -> dict[str, NDArray[Any]]:
-        return {"y": np.zeros((len(feeds["x"]), len(feeds["x"])))}
+def test_outputs_that_change_shape_are_stored_one_by_one() -> None:
+    stored = collect_outputs(picked, Rows(X, None, 10), fixed_batch=1, layout=PICKED)
+    assert [len(row) for row in stored.outputs["values"]] == (X > 0).sum(axis=1).tolist()
+    assert [len(row) for row in stored.rows(3, 5)["places"]] == (X > 0).sum(axis=1)[3:5].tolist()
 
-    with pytest.raises(DataError, match="output 'y' changes shape from batch to batch"):
-        collect_outputs(run, Rows(X, None, 10))
+
+def test_large_outputs_lie_in_files() -> None:
+    plain = collect_outputs(fp32, Rows(X, None, 4))
+    stored = collect_outputs(fp32, Rows(X, None, 4), memory=100)
+    assert stored.folder is not None
+    assert isinstance(stored.pieces[-1]["y"], np.memmap)
+    assert np.array_equal(stored.outputs["y"], plain.outputs["y"])
+    assert evaluate(fp32, Rows(X, None, 7), reference=stored).sqnr_db == math.inf

@@ -14,8 +14,7 @@ import tinymodels
 from tinyproject import BOTH, config_of, job_of, log_of, record_of, write_project
 
 from trtune.configs.errors import CacheError, DataError
-from trtune.reports.accuracy import StoredOutputs
-from trtune.run.job import Job, replay, run_folder, run_key
+from trtune.run.job import Job, run_folder, run_key
 from trtune.run.pipeline import run, run_record_of
 
 PINNING = "precision.target={metric: sqnr_db, min: 46}"
@@ -329,13 +328,6 @@ class TestNamedCache:
         assert str(failure.value) == (
             f"{mine}: line 2: expected '<tensor>: <1 to 8 hex digits>', found 'input 3c0a'"
         )
-
-
-def test_replay_gives_batch_after_batch() -> None:
-    stored = StoredOutputs({"y": np.arange(10).reshape(5, 2)}, tuple("abcde"))
-    again = replay(stored)
-    found = [again({"x": np.zeros((size, 3))})["y"][:, 0].tolist() for size in (2, 2, 1)]
-    assert found == [[0, 2], [4, 6], [8]]
 
 
 def test_the_folder_holds_the_keys_of_its_stages(project: Path) -> None:

@@ -17,7 +17,7 @@ from trtune.configs.schema import Config
 from trtune.configs.sources import DataSet
 from trtune.configs.sources import Preprocess as PreprocessSection
 from trtune.datasets import open_source
-from trtune.datasets.batches import Batch, BatchSource, require_labels
+from trtune.datasets.batches import Batch, BatchSource, require_labels, take_rows
 from trtune.datasets.labels import Shifted
 from trtune.datasets.preprocess import Preprocess
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
@@ -188,5 +188,6 @@ def check_precisions(config: Config) -> None:
 
 def repeat_to(batch: Batch, size: int) -> dict[str, Any]:
     """Feeds of exactly `size` samples, those of `batch` again and again."""
-    rows = np.arange(size) % len(batch)
-    return {name: np.ascontiguousarray(array[rows]) for name, array in batch.feeds.items()}
+    rows = (np.arange(size) % len(batch)).tolist()
+    feeds = take_rows(batch, rows).feeds
+    return {name: np.ascontiguousarray(array) for name, array in feeds.items()}

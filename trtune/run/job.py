@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from trtune.calibrate.cache import save_table
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import InputError, TrtuneError
@@ -21,7 +19,7 @@ from trtune.configs.files import hash_file, hash_json, write_text
 from trtune.configs.load import dump_config
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Config
-from trtune.datasets.batches import BatchSource
+from trtune.datasets.batches import BatchSource, batch_size
 from trtune.datasets.holdout import hold_out
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.compare.gate import fp32_gate
@@ -40,8 +38,9 @@ from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.precision.tune.ladder import Score, Tuned, tune
 from trtune.precision.tune.scales import Calibrated, without_zero_ranges
-from trtune.reports.accuracy import Evaluation, StoredOutputs, collect_outputs, evaluate
+from trtune.reports.accuracy import Evaluation, evaluate
 from trtune.reports.metrics import FIDELITY_METRICS, find_metric
+from trtune.reports.outputs import Layout, StoredOutputs, collect_outputs
 from trtune.reports.summary import number
 from trtune.run.calibrating import CACHE_FILE, calibrated_in
 from trtune.run.inputs import backends_of, check_data, check_precisions, open_data
@@ -375,7 +374,12 @@ class Job:
     @cached_property
     def fixed_batch(self) -> int | None:
         """The batch size that the model fixes, if it does."""
-        return next((s.fixed_batch for s in self.model.inputs if s.fixed_batch), None)
+        return batch_size(self.model.inputs, 0) or None
+
+    @property
+    def layout(self) -> Layout:
+        """Where samples lie in the model's outputs."""
+        return Layout(tuple(self.model.inputs), tuple(self.model.outputs))
 
     @cached_property
     def reference(self) -> StoredOutputs:
@@ -388,6 +392,7 @@ class Job:
                 engine.infer,
                 self.sources[1],
                 fixed_batch=self.fixed_batch,
+                layout=self.layout,
                 progress=self.progress,
                 what="fp32",
             )
@@ -410,8 +415,7 @@ class Job:
         return self._evaluation(key, measure)
 
     def _replayed(self, metric: Any) -> Evaluation:
-        run = replay(self.reference)
-        return evaluate(run, self.sources[1], metric=metric, reference=self.reference)
+        return evaluate(self.reference, self.sources[1], metric=metric, reference=self.reference)
 
     def value_of(self, found: Evaluation) -> float | None:
         """The target metric's value in an evaluation."""
@@ -521,6 +525,7 @@ class Job:
                 metric=self._counted,
                 reference=self.reference,
                 fixed_batch=self.fixed_batch,
+                layout=self.layout,
                 progress=self.progress,
                 what=what,
             )
@@ -575,20 +580,6 @@ class Job:
             max_pins=section.max_pins,
             precisions=("fp32",) if section.default in HALVES else (section.fallback, "fp32"),
         )
-
-
-def replay(stored: StoredOutputs) -> Callable[[Mapping[str, Any]], dict[str, NDArray[Any]]]:
-    """A `run` that gives stored outputs again, batch by batch in the same order."""
-    position = 0
-
-    def run(feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        nonlocal position
-        size = len(next(iter(feeds.values())))
-        part = slice(position, position + size)
-        position += size
-        return {name: array[part] for name, array in stored.outputs.items()}
-
-    return run
 
 
 def source_hash(metric: Any) -> str | None:

@@ -10,19 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from trtune.configs.errors import ConfigError, DataError, ModelError
-from trtune.reports.metrics import (
-    METRICS,
-    Fidelity,
-    agreement,
-    class_scores,
-    cosine,
-    find_metric,
-    metric_name,
-    sqnr_db,
-    top1,
-    top5,
-    top_k,
-)
+from trtune.reports.measures.base import metric_name
+from trtune.reports.measures.classification import class_scores, top_k
+from trtune.reports.measures.fidelity import Fidelity, agreement, cosine, sqnr_db
+from trtune.reports.measures.find import METRICS, find_metric
 
 
 @pytest.mark.parametrize(
@@ -48,8 +39,8 @@ def test_top_k(scores: list[float], label: int, k: int, expected: float) -> None
     hnp.arrays(np.int64, 7, elements=st.integers(0, 8)),
 )
 def test_top1_is_argmax_and_top5_contains_it(scores: np.ndarray, labels: np.ndarray) -> None:
-    assert np.array_equal(top1(scores, labels), scores.argmax(axis=1) == labels)
-    assert np.all(top5(scores, labels) >= top1(scores, labels))
+    assert np.array_equal(top_k(scores, labels, k=1), scores.argmax(axis=1) == labels)
+    assert np.all(top_k(scores, labels, k=5) >= top_k(scores, labels, k=1))
 
 
 @pytest.mark.parametrize(
@@ -73,10 +64,10 @@ def test_outputs_that_are_not_class_scores_are_named(shape: tuple[int, ...]) -> 
 def test_fidelity_adds_up_over_batches() -> None:
     r = np.array([[3.0, 4.0], [0.0, 2.0]])
     t = np.array([[3.0, 4.5], [1.0, 2.0]])
-    whole = Fidelity().add(r, t).add_classes(r, t)
+    whole = Fidelity().add("y", r, t).add_classes(r, t)
     parts = Fidelity()
     for i in range(2):
-        parts = parts.add(r[i : i + 1], t[i : i + 1]).add_classes(r[i : i + 1], t[i : i + 1])
+        parts = parts.add("y", r[i : i + 1], t[i : i + 1]).add_classes(r[i : i + 1], t[i : i + 1])
     assert parts == whole
     assert sqnr_db(whole) == pytest.approx(10 * math.log10(29 / 1.25))
     assert cosine(whole) == pytest.approx(31 / math.sqrt(29 * 34.25))
@@ -85,7 +76,7 @@ def test_fidelity_adds_up_over_batches() -> None:
 
 def test_a_nan_in_the_tested_outputs_is_the_worst_result() -> None:
     r, t = np.array([[1.0, 2.0]]), np.array([[1.0, math.nan]])
-    sums = Fidelity().add(r, t).add_classes(r, t)
+    sums = Fidelity().add("y", r, t).add_classes(r, t)
     assert (sqnr_db(sums), cosine(sums), agreement(sums)) == (-math.inf, 0.0, 0.0)
 
 

@@ -1,0 +1,1 @@
+"""What an answer is worth: one module a task, each measure with its standard error."""

@@ -1,0 +1,73 @@
+"""How sure a value is: standard errors of means and of set-level measures, alone and paired.
+
+A mean has the textbook error, s / sqrt(n) with n - 1 degrees of freedom. A set-level measure is
+drawn again: samples with replacement (Efron's bootstrap), the same draws for both models of a
+pair, so that what both get right or wrong cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtune.reports.measures.base import Resampled
+
+DRAWS = 64
+_SEED = 0
+
+
+def mean_error(scores: NDArray[np.float64]) -> float | None:
+    """The standard error of the mean of `scores`; None for fewer than two.
+
+    >>> mean_error(np.array([0.0, 1.0, 0.0, 1.0]))
+    0.28867513459481287
+    """
+    if len(scores) < 2:
+        return None
+    return float(np.std(scores, ddof=1) / math.sqrt(len(scores)))
+
+
+def standard_error(measure: Any) -> float | None:
+    """The standard error of a measure's value, in its unit; None if it cannot tell.
+
+    Of one with `scores`, that of their mean; of one that is `Resampled`, the standard deviation
+    over `DRAWS` draws.
+    """
+    if hasattr(measure, "scores"):
+        return mean_error(measure.scores)
+    return _spread([measure.weighted(w) for w in draws(measure.count)]) if _can(measure) else None
+
+
+def paired_error(reference: Any, measure: Any) -> float | None:
+    """The standard error of (value of `measure` - value of `reference`), both on the same samples.
+
+    None if the measures cannot tell, or saw another number of samples.
+    """
+    if hasattr(measure, "scores") and hasattr(reference, "scores"):
+        ours, theirs = measure.scores, reference.scores
+        return mean_error(ours - theirs) if len(ours) == len(theirs) else None
+    if not _can(measure) or not _can(reference) or measure.count != reference.count:
+        return None
+    return _spread([measure.weighted(w) - reference.weighted(w) for w in draws(measure.count)])
+
+
+def draws(count: int, times: int = DRAWS) -> list[NDArray[np.float64]]:
+    """How often each of `count` samples is drawn, in `times` draws with replacement.
+
+    The same draws every time.
+    """
+    generator = np.random.default_rng(_SEED)
+    chosen = (generator.integers(0, count, count) for _ in range(times)) if count else ()
+    return [np.bincount(rows, minlength=count).astype(np.float64) for rows in chosen]
+
+
+def _can(measure: Any) -> bool:
+    return isinstance(measure, Resampled) and measure.count > 1
+
+
+def _spread(values: list[float]) -> float | None:
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.std(finite, ddof=1)) if len(finite) > 1 else None
