@@ -43,6 +43,8 @@ CASES = {  # name: file, pictures an inference, height and width, batches
     "yolox_nano b1": ("yolox_nano_coco.onnx", 1, 416, 64),
 }
 
+MORE = 10
+
 
 def resnet50() -> onnx.ModelProto:
     """ResNet-50 (v1.5, batch norm folded) with random weights, input `input` N x 3 x 224 x 224."""
@@ -148,12 +150,12 @@ def measured(name: str, data: Path, *, cpu: bool, rounds: int) -> dict[str, Any]
         return time.perf_counter() - start
 
     def slope(device: str) -> float:
-        """Seconds over all batches without the start: that of twice as many less that of these."""
+        """Seconds over all batches without the start: many rounds of them less one."""
         once = counted(device)
-        source._batches *= 2
-        twice = counted(device)
-        source._batches //= 2
-        return twice - once
+        source._batches *= 1 + MORE
+        many = counted(device)
+        source._batches //= 1 + MORE
+        return (many - once) / MORE
 
     counted("cuda")
     pairs = [(plain(), slope("cuda")) for _ in range(rounds)]

@@ -325,12 +325,12 @@ class GpuCounter:
         self._bind_inputs(binding, inputs[0], feeds)
         given = {i.name for i in self._session.get_inputs()}
         names = [tensor for tensor in self._axes if tensor not in given]
-        for name in names:
+        for name in names or [self._session.get_outputs()[0].name]:
             binding.bind_output(name, "cuda", self._number)
         for name, memory in inputs[0].items():
             memory.put(feeds[name], self._stream)
         self._session.run_with_iobinding(binding)
-        outputs = dict(zip(names, binding.get_outputs(), strict=True))
+        outputs = dict(zip(names, binding.get_outputs(), strict=False))
         layout = self._layout(feeds, outputs, held)
         table = pieces(layout)
         held_pieces = _Memory(self._core, self._device, table.nbytes, self._stream)
@@ -378,6 +378,8 @@ class GpuCounter:
         self._bind_inputs(binding, inputs, feeds)
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
+        if not outputs:  # inputs alone are counted, but a run must give something
+            binding.bind_output(self._session.get_outputs()[0].name, "cuda", self._number)
         table = np.zeros(len(layout), TENSOR)
         for number, (tensor, counted) in enumerate(zip(self._axes, layout, strict=True)):
             data = outputs[tensor].data_ptr() if tensor in outputs else inputs[tensor].address

@@ -131,6 +131,7 @@ def providers_of(device: str, stream: int | None = None) -> list[Any]:
             f"onnxruntime {ort.__version__} here has no CUDA provider, so {device!r} cannot be "
             "used: pip install onnxruntime-gpu in the place of onnxruntime, or take 'cpu'"
         )
+    ort.set_default_logger_severity(3)  # it warns for each session that a device is no plugin
     chosen = {"device_id": str(number), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     if stream is not None:
         chosen["user_compute_stream"] = str(stream)
