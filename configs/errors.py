@@ -55,8 +55,32 @@ def nearest(word: str, words: Iterable[str], *, count: int = 1) -> list[str]:
     """
     options = list(dict.fromkeys(words))
     folded = {option.casefold(): option for option in reversed(options)}
-    close = difflib.get_close_matches(word.casefold(), folded, n=count, cutoff=0.5)
-    return [folded[match] for match in close]
+    given = word.casefold()
+    alike = difflib.get_close_matches(given, folded, n=4 * count, cutoff=0.5)
+    return [folded[match] for match in alike if _is_near(given, match)][:count]
+
+
+def _is_near(a: str, b: str) -> bool:
+    """Whether one could be meant by the other: it goes on where the other ends, or a third of its
+    characters are typing errors (a wrong, missing or added one, or two neighbours swapped)."""
+    if min(len(a), len(b)) >= 3 and (a in b or b in a):
+        return True
+    return _typing_errors(a, b) <= max(1, max(len(a), len(b)) // 3)
+
+
+def _typing_errors(a: str, b: str) -> int:
+    """The optimal string alignment distance."""
+    before: list[int] = []
+    last = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            cost = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                cost = min(cost, before[j - 2] + 1)
+            row.append(cost)
+        before, last = last, row
+    return last[-1]
 
 
 def did_you_mean(word: str, words: Iterable[str], *, count: int = 1) -> str:

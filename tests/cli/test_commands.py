@@ -378,3 +378,37 @@ class TestProgram:
         )
         assert "bug" not in done.stderr
         assert "Traceback" not in done.stderr
+
+
+class TestOrder:
+    def test_commands_stand_in_the_order_of_their_use(self) -> None:
+        shown = invoke("--help").output
+        order = ["init", "inspect", "run", "calibrate", "build", "compare", "tune", "report",
+                 "migrate", "qdq", "cache", "doctor", "schema"]  # fmt: skip
+        places = [re.search(rf"^\W*{name}\s{{2,}}", shown, re.M) for name in order]
+        assert None not in places
+        starts = [place.start() for place in places if place is not None]
+        assert starts == sorted(starts)
+
+    def test_completion_can_be_installed(self) -> None:
+        assert "--install-completion" in invoke("--help").output
+
+
+class TestModelInPlaceOfAConfig:
+    @pytest.mark.parametrize("command", ["run", "calibrate", "build", "compare", "tune"])
+    def test_it_says_init(self, model: Path, command: str) -> None:
+        assert refused(command, "net.onnx") == (
+            "net.onnx is a model, and this command takes a config; `trtune init net.onnx` writes "
+            f"one, then: trtune {command} net.yaml"
+        )
+
+    def test_a_config_that_is_there_is_named(self, model: Path) -> None:
+        invoke("init", "net.onnx")
+        assert refused("run", "net.onnx").endswith("takes a config; then: trtune run net.yaml")
+
+
+class TestJson:
+    def test_a_failure_is_an_object_with_the_error(self, here: Path) -> None:
+        result = invoke("inspect", "net.onnx", "--json", status=2)
+        assert json.loads(result.stdout) == {"error": "no such model: net.onnx", "exit_status": 2}
+        assert result.stderr == "error: no such model: net.onnx\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -14,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from rich.console import Console
 from rich.text import Text
 
-from trtune.cli.console import Bars, Terminal, json_text, session
+from trtune.cli.console import Terminal, json_text, session
 from trtune.configs.errors import DataError, TrtuneError
 
 
@@ -204,77 +202,67 @@ def test_log_lines(verbose: bool, expected: str, capsys: pytest.CaptureFixture[s
     assert logging.getLogger("trtune").handlers == before
 
 
-def screen(*, terminal: bool = True) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
-
-
-def drawn(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
-def test_a_step_that_lasts_gets_a_bar() -> None:
-    console = screen()
-    bars = Bars(console, delay=0)
-    bars("comparing [layers]", 0, 8)
-    bars("comparing [layers]", 3, 8)
-    bars._bars.refresh()
-    assert "comparing [layers]" in drawn(console)
-    assert "3/8" in drawn(console)
-    bars.stop()
-
-
-def test_a_short_step_gets_none() -> None:
-    console = screen()
-    bars = Bars(console, delay=3600)
-    for done in range(9):
-        bars("calibrate", done, 8)
-        bars._bars.refresh()
-    bars.stop()
-    assert "calibrate" not in drawn(console)
-
-
-def test_without_a_terminal_nothing_is_drawn() -> None:
-    console = screen(terminal=False)
-    bars = Bars(console, delay=0)
-    bars("calibrate", 1, 8)
-    bars.stop()
-    assert drawn(console) == ""
-
-
-def test_a_finished_step_disappears_and_an_outer_one_stays() -> None:
-    bars = Bars(screen(), delay=0)
-    bars("tuning", 1, 8)
-    bars("evaluate", 1, 2)
-    assert [task.description for task in bars._bars.tasks] == ["tuning", "evaluate"]
-    bars("evaluate", 2, 2)
-    assert [task.description for task in bars._bars.tasks] == ["tuning"]
-    bars.stop()
-    assert bars._bars.tasks == []
-
-
-def test_a_step_of_unknown_length_ends_when_the_next_begins() -> None:
-    bars = Bars(screen(), delay=0)
-    bars("calibrate", 1, None)
-    bars("calibrate", 2, None)
-    bars("evaluate", 1, 2)
-    assert [task.description for task in bars._bars.tasks] == ["evaluate"]
-    bars.stop()
-
-
-def test_a_step_that_starts_again_has_a_new_clock() -> None:
-    bars = Bars(screen(), delay=0)
-    bars("evaluate", 5, 8)
-    (task,) = bars._bars.tasks
-    task.start_time = 0.0
-    bars("evaluate", 1, 8)
-    assert task.start_time > 0
-    assert task.completed == 1
-    bars.stop()
-
-
 def test_stdout_is_given_back_after_an_error() -> None:
     before = sys.stdout
     with pytest.raises(typer.Exit), session(as_json=True):
         raise DataError("x")
     assert sys.stdout is before
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        pytest.param(DataError("labels.csv: no column 'label'"), 2, id="wrong input"),
+        pytest.param(TrtuneError("disk full"), 1, id="a failure"),
+        pytest.param(KeyboardInterrupt(), 130, id="Ctrl-C"),
+    ],
+)
+def test_with_json_a_failure_is_json_too(
+    error: BaseException, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit), session(as_json=True):
+        raise error
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {
+        "error": str(error) or "interrupted",
+        "exit_status": status,
+    }
+    assert shown.err.startswith("error: ")
+
+
+def test_a_failure_behind_the_result_adds_no_second_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(terminal: Terminal) -> None:
+        terminal.result([1])
+        raise DataError("late")
+
+    with pytest.raises(typer.Exit), session(as_json=True) as terminal:
+        work(terminal)
+    assert json.loads(capsys.readouterr().out) == [1]
+
+
+def test_github_shows_errors_and_warnings_beside_the_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    with session():
+        logging.getLogger("trtune.x").warning("3 % lost")
+    ending(DataError("a\nb"))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "::warning title=trtune::3 %25 lost\n" in shown.err
+    assert "::error title=trtune::a%0Ab\n" in shown.err
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_no_color_is_heeded(
+    colours: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if not colours:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with session() as terminal:
+        terminal.result(None, Text("target met", style="green"))
+    assert ("\x1b[32m" in capsys.readouterr().out) == colours

@@ -34,7 +34,9 @@ def layer(node: str, *, alone: float | None = None, accumulated: float | None = 
 
 def test_methods_are_counted_whatever_their_factor() -> None:
     table = CalibrationTable(
-        {"a": 1.0, "b": 1.0, "c": 0.0}, {"a": "entropy x 1.2", "b": "max", "c": "entropy"}
+        {"a": 1.0, "b": 1.0, "c": 0.0},
+        {"a": "entropy", "b": "max", "c": "entropy"},
+        factors={"a": 1.2},
     )
     assert text(calibration_summary(table)) == (
         "3 tensors with a scale; method: entropy (2), max (1)\n"

@@ -245,6 +245,20 @@ class TestReport:
         result = invoke("report", f"{folder}x", status=2)
         assert result.stderr == f"error: {folder}x: no such run; did you mean '{folder}'?\n"
 
+    def test_of_several_what_is_no_run_is_left_out_with_a_note(self, ran: Path) -> None:
+        (folder,) = Path("runs").glob("tiny-*")
+        Path("runs/empty").mkdir()
+        Path("runs/broken").mkdir()
+        Path("runs/broken/run.json").write_text("{")
+        try:
+            result = invoke("report", *sorted(Path("runs").iterdir()))
+        finally:
+            shutil.rmtree("runs/empty")
+            shutil.rmtree("runs/broken")
+        assert f"report: {folder}/report.html" in result.stdout
+        assert "note: left out: runs/empty/run.json: no such file" in result.stderr
+        assert "note: left out: runs/broken/run.json: not a run record" in result.stderr
+
     def test_a_folder_without_a_run(self, project: Path) -> None:
         assert "give a run's folder" in invoke("report", ".", status=2).stderr
 

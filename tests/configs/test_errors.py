@@ -34,6 +34,10 @@ def test_exit_codes(kind: str, code: int) -> None:
         pytest.param("conv2", ["Conv1", "Conv2", "Gemm"], 2, ["Conv2", "Conv1"], id="best first"),
         pytest.param("xyzzy", ["method", "cache"], 1, [], id="nothing is near"),
         pytest.param("a", [], 1, [], id="no words at all"),
+        pytest.param("mes", ["max", "mse"], 1, ["mse"], id="two neighbours swapped"),
+        pytest.param("n_conv", ["gemm", "n_conv12"], 1, ["n_conv12"], id="the beginning of a name"),
+        pytest.param("stage1_relu", ["state9_silu"], 1, [], id="alike, but too much is other"),
+        pytest.param("images", ["values"], 1, [], id="half of the letters is not near"),
         pytest.param("conv", ["Conv", "conv"], 1, ["Conv"], id="first of words alike but for case"),
     ],
 )

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from trtune.cli.console import session
-from trtune.cli.options import SETTINGS, Force, Json, ModelFile, Verbose
+from trtune.cli.command import SETTINGS, Force, ModelFile, command
+from trtune.cli.console import Terminal
 
 qdq_app = typer.Typer(
     no_args_is_help=True,
@@ -26,27 +26,26 @@ Requantize = Annotated[
 ]
 
 
-@qdq_app.command("lint", epilog="Example: trtune qdq lint model_qat.onnx -v")
+@command(epilog="Example: trtune qdq lint model_qat.onnx -v")
 def lint(
+    terminal: Terminal,
     model: ModelFile,
     allow_requantize: Requantize = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
 ) -> None:
     """Show what TensorRT would not take of a model's Q/DQ, and what is repaired. Exit status 1 if
     something is left that stands in the way."""
-    with session(verbose=verbose, as_json=as_json) as terminal:
-        from trtune.cli import show
-        from trtune.precision.quantized.importing import lint_model
+    from trtune.cli import show
+    from trtune.precision.quantized.importing import lint_model
 
-        found = lint_model(model, allow_requantize=allow_requantize)
-        value = [finding.to_dict() for finding in found]
-        terminal.result(value, *show.findings(model, found, every=verbose))
-        raise typer.Exit(1 if any(finding.blocks for finding in found) else 0)
+    found = lint_model(model, allow_requantize=allow_requantize)
+    value = [finding.to_dict() for finding in found]
+    terminal.result(value, *show.findings(model, found, every=terminal.verbose))
+    raise typer.Exit(1 if any(finding.blocks for finding in found) else 0)
 
 
-@qdq_app.command("strip", epilog="Example: trtune qdq strip qat.onnx -o fp32.onnx --cache q.cache")
+@command(epilog="Example: trtune qdq strip qat.onnx -o fp32.onnx --cache q.cache")
 def strip(
+    terminal: Terminal,
     model: ModelFile,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The FP32 ONNX model.")
@@ -56,43 +55,39 @@ def strip(
     ],
     allow_requantize: Requantize = False,
     force: Force = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
 ) -> None:
     """Write the FP32 model in a quantized one, and its scales as a cache for TensorRT 10."""
-    with session(verbose=verbose, as_json=as_json) as terminal:
-        from trtune import tools
-        from trtune.cli import show
+    from trtune import tools
+    from trtune.cli import show
 
-        found = tools.strip_qdq(model, output, cache, requantize=allow_requantize, overwrite=force)
-        value = {"model": str(output), "cache": str(cache), "tensors": len(found.table.scales)}
-        where = f"wrote {show.near(output)} and {show.near(cache)}"
-        terminal.result(value, f"{where} ({len(found.table.scales)} scales)")
+    found = tools.strip_qdq(model, output, cache, requantize=allow_requantize, overwrite=force)
+    value = {"model": str(output), "cache": str(cache), "tensors": len(found.table.scales)}
+    where = f"wrote {show.near(output)} and {show.near(cache)}"
+    terminal.result(value, f"{where} ({len(found.table.scales)} scales)")
 
 
-@qdq_app.command("insert", epilog="Example: trtune qdq insert fp32.onnx q.cache -o qdq.onnx")
+@command(epilog="Example: trtune qdq insert fp32.onnx q.cache -o qdq.onnx")
 def insert(
+    terminal: Terminal,
     model: ModelFile,
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="The calibration cache.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The model with Q/DQ.")
     ],
     force: Force = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
 ) -> None:
     """Write an FP32 model with the scales of a cache as Q/DQ: what `strip` took out, if the key
     file is beside the cache, else where the rules of this package put them."""
-    with session(verbose=verbose, as_json=as_json) as terminal:
-        from trtune import tools
-        from trtune.cli import show
+    from trtune import tools
+    from trtune.cli import show
 
-        tools.insert_qdq(model, cache, output, overwrite=force)
-        terminal.result({"model": str(output)}, f"wrote {show.near(output)}")
+    tools.insert_qdq(model, cache, output, overwrite=force)
+    terminal.result({"model": str(output)}, f"wrote {show.near(output)}")
 
 
-@qdq_app.command("cache", epilog="Example: trtune qdq cache qat.onnx --to 10.14.1 -o new.cache")
+@command(name="cache", epilog="Example: trtune qdq cache qat.onnx --to 10.14.1 -o new.cache")
 def cache_of(
+    terminal: Terminal,
     model: ModelFile,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to.")],
     to: Annotated[
@@ -100,23 +95,22 @@ def cache_of(
     ] = "10.14.1",
     allow_requantize: Requantize = False,
     force: Force = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
 ) -> None:
     """Write the scales in a model's Q/DQ as a calibration cache for TensorRT 10."""
-    with session(verbose=verbose, as_json=as_json) as terminal:
-        from trtune import tools
-        from trtune.cli import show
+    from trtune import tools
+    from trtune.cli import show
 
-        cache, left = tools.cache_from_qdq(
-            model, to, output, requantize=allow_requantize, overwrite=force
-        )
-        value = {"cache": str(output), "tensors": len(cache.scales), "float": list(left)}
-        lines = [f"in float there, for want of a scale: {', '.join(left)}"] if left else []
-        terminal.result(value, f"wrote {show.near(output)} with the header {cache.header}", *lines)
+    cache, left = tools.cache_from_qdq(
+        model, to, output, requantize=allow_requantize, overwrite=force
+    )
+    value = {"cache": str(output), "tensors": len(cache.scales), "float": list(left)}
+    lines = [f"in float there, for want of a scale: {', '.join(left)}"] if left else []
+    terminal.result(value, f"wrote {show.near(output)} with the header {cache.header}", *lines)
 
 
+@command(epilog="Example: trtune migrate --cache old.cache --model m.onnx --pins layers.txt")
 def migrate(
+    terminal: Terminal,
     model: Annotated[
         Path, typer.Option("--model", metavar="MODEL", help="The ONNX file the cache belongs to.")
     ],
@@ -137,23 +131,24 @@ def migrate(
         str, typer.Option(metavar="PRECISION", help="What is not INT8: fp32, fp16 or bf16.")
     ] = "fp32",
     force: Force = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
 ) -> None:
     """Carry a calibration cache of TensorRT 8 or 10, and its pins, over to explicit Q/DQ."""
-    with session(verbose=verbose, as_json=as_json) as terminal:
-        from trtune import tools
-        from trtune.cli import show
+    from trtune import tools
+    from trtune.cli import show
 
-        found = tools.migrate(model, cache, output, pins=pins, fallback=fallback, overwrite=force)
-        value = {
-            "model": str(output / "model.onnx"),
-            "plan": str(output / "plan.json"),
-            "report": str(output / "report.md"),
-            "matched": list(found.matched),
-            "unmatched": [dataclasses.asdict(entry) for entry in found.unmatched],
-            "missing": [dataclasses.asdict(entry) for entry in found.missing],
-            "pins": [dataclasses.asdict(pin) for pin in found.pins],
-            "changes": [dataclasses.asdict(change) for change in found.changes],
-        }
-        terminal.result(value, *found.lines(), f"wrote {show.near(output)}/model.onnx")
+    found = tools.migrate(model, cache, output, pins=pins, fallback=fallback, overwrite=force)
+    value = {
+        "model": str(output / "model.onnx"),
+        "plan": str(output / "plan.json"),
+        "report": str(output / "report.md"),
+        "matched": list(found.matched),
+        "unmatched": [dataclasses.asdict(entry) for entry in found.unmatched],
+        "missing": [dataclasses.asdict(entry) for entry in found.missing],
+        "pins": [dataclasses.asdict(pin) for pin in found.pins],
+        "changes": [dataclasses.asdict(change) for change in found.changes],
+    }
+    terminal.result(value, *found.lines(), f"wrote {show.near(output)}/model.onnx")
+
+
+for entry in (lint, strip, insert, cache_of):
+    entry.add_to(qdq_app)

@@ -1,0 +1,69 @@
+"""The commands on a model, on this machine, and on the config's own language."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtune.cli.command import Force, ModelFile, command
+from trtune.cli.console import Terminal
+
+
+@command(epilog="Example: trtune init model.onnx -o configs/model.yaml")
+def init(
+    terminal: Terminal,
+    model: ModelFile,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Default: MODEL's name with .yaml."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a commented config for a model, with its inputs, shapes and dtypes filled in."""
+    from trtune import tools
+    from trtune.cli import show
+
+    written = tools.init_config(model, output, overwrite=force)
+    path = show.near(written)
+    advice = "fill in data.calibration.path, then: trtune run " + shlex.quote(path)
+    terminal.result({"config": str(written)}, f"wrote {path}; {advice}")
+
+
+@command(epilog="Example: trtune inspect model.onnx -v")
+def inspect(terminal: Terminal, model: ModelFile) -> None:
+    """Show what an ONNX model holds, which nodes can be quantized and why the others cannot; of an
+    engine plan, how it was built and what it runs in."""
+    from trtune import tools
+    from trtune.cli import show
+
+    if tools.is_engine(model):
+        info = tools.inspect_engine(model)
+        value = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
+        terminal.result(value, *show.engine(info, every_node=terminal.verbose))
+        return
+    found = tools.inspect(model)
+    terminal.result(found.to_dict(), *show.inspection(found, every_node=terminal.verbose))
+
+
+@command()
+def doctor(terminal: Terminal) -> None:
+    """Say of every backend whether it works on this machine, and if not, why and what to do."""
+    from trtune.cli import show
+    from trtune.doctor import DEFAULT, diagnose
+
+    found = diagnose()
+    value = {name: dataclasses.asdict(state) for name, state in found.items()}
+    terminal.result(value, show.backend_table(found))
+    raise typer.Exit(0 if found[DEFAULT].usable else 1)
+
+
+@command(epilog="Example: trtune schema > trtune.schema.json")
+def schema(terminal: Terminal) -> None:
+    """Print the JSON Schema of the config, for editors (it is JSON with or without --json)."""
+    from trtune.configs.load import json_schema
+
+    terminal.write_json(json_schema())
