@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -99,6 +99,59 @@ def _mse(centers: Any, counts: Any, amaxes: Any, errors: Any) -> None:
             else:
                 total += counts[i] * (x - np.rint(x / step) * step) ** 2
         errors[k] = total
+
+
+def quantization_snr_db(histogram: Histogram, amax: float) -> float:
+    """Signal-to-noise ratio of a tensor through int8 with this amax, in dB, by its histogram.
+
+    10 log10(sum(x^2) / sum((x - Q(x))^2)), the expectation as in `amax_mse`. Plus infinity for a
+    tensor of zeros. Raises ValueError unless amax is above zero.
+
+    >>> round(quantization_snr_db(Histogram.of(np.float32([-127, 64, 3])), 60.0), 1)
+    6.5
+    """
+    if not amax > 0:
+        raise ValueError(f"amax is {amax}; it must be above zero")
+    if histogram.maximum == 0:
+        return math.inf
+    centers, counts = _centers(histogram)
+    errors = np.empty(1)
+    _mse(centers, counts, np.array([amax]), errors)
+    signal = float((counts * centers**2).sum())
+    return math.inf if errors[0] == 0 else 10 * math.log10(signal / float(errors[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Better:
+    """A tensor for which `method` leaves `gain_db` more than the amax that was chosen."""
+
+    tensor: str
+    method: str
+    gain_db: float
+
+
+def better_methods(
+    histograms: Mapping[str, Histogram], amaxes: Mapping[str, float], *, least_db: float = 3.0
+) -> list[Better]:
+    """The tensors that max or mse would have quantized at least `least_db` better.
+
+    By the signal-to-noise ratio of the tensor itself, not of the network's output. Largest gain
+    first, then by name; tensors whose amax is zero are left out.
+    """
+    found = []
+    for tensor, amax in amaxes.items():
+        if not amax > 0:
+            continue
+        histogram = histograms[tensor]
+        now = quantization_snr_db(histogram, amax)
+        others = {
+            name: quantization_snr_db(histogram, AMAX_METHODS[name](histogram))
+            for name in ("max", "mse")
+        }
+        best = max(others, key=lambda name: others[name])
+        if others[best] - now >= least_db:
+            found.append(Better(tensor, best, others[best] - now))
+    return sorted(found, key=lambda b: (-b.gain_db, b.tensor))
 
 
 def amax_entropy(histogram: Histogram) -> float:

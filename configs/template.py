@@ -74,7 +74,7 @@ _DEFAULT = "  default: int8                    "
 _SETTINGS = (
     "",
     "calibration:",
-    "  method: entropy                  # entropy, entropy-s7310, percentile, mse, max, auto",
+    "  method: auto                     # or entropy, entropy-s7310, percentile, mse, max",
     "  # cache: calibration.cache       # read this TensorRT cache instead of calibrating",
     "",
     "precision:",

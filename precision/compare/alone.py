@@ -98,6 +98,7 @@ class Alone:
         inner = [t for t in held_tensors(view, placement) if t not in set(view.graph_inputs)]
         session = make_session(model.proto, outputs=inner, external_dir=model.external_dir)
         names = [*dict.fromkeys([*self._outputs, *inner])]
+        self._pictures = tuple(len(batch) for batch in pictures)
         self._stored: list[dict[str, Array]] = []
         for batch in pictures:
             found = dict(zip(names, session.run(names, dict(batch.feeds)), strict=True))
@@ -185,6 +186,10 @@ class Alone:
     def batches(self) -> int:
         """How many batches are held."""
         return len(self._stored)
+
+    def pictures(self, batch: int) -> int:
+        """How many pictures a batch has."""
+        return self._pictures[batch]
 
     def reference(self, batch: int) -> list[Array]:
         """The model's FP32 outputs."""

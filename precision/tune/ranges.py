@@ -1,23 +1,24 @@
-"""Method `auto`: for each tensor the amax whose quantization hurts the output least.
+"""Method `auto`, first round: for each range the amax whose quantization hurts the output least.
 
 The output is that of the whole network, on pictures that the histograms have not seen, with
-nothing else quantized.
+nothing else quantized. The second round, with everything else quantized, is `company`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trtune.calibrate.histogram import Histogram
+from trtune.calibrate.histogram import Histogram, quantile
 from trtune.calibrate.methods import CANDIDATES
 from trtune.configs.progress import Progress, silent
 from trtune.precision.compare.alone import Alone, Change, fake_quantize, in_parallel
 from trtune.precision.plan.placement import Edge
+from trtune.precision.tune.choice import Choice, Named, nearest_name
+from trtune.precision.tune.judge import Judge, worst
 
 log = logging.getLogger(__name__)
 
@@ -27,38 +28,28 @@ APART = 0.9
 STRIDE = 1.2
 """From the best candidate, steps by this factor up or down as long as they help."""
 
+SCREENED = 8
+"""Pictures, at least, that sort out the hopeless: one alone says little about the others."""
+
 HOPELESS = 1.5
-"""What is this many times worse than the best on the first batch is given up."""
+"""What is this many times worse than the best on the screened pictures is given up."""
 
 WITHIN = 1.1
 """What is this many times worse than the best on the first half is not tried on the others."""
 
 FINALISTS = 2
 
-NEGLIGIBLE = 0.2
-"""The part of all the error that is not worth a search. Searching all of it takes MobileNetV2 three
-times as long and gives no more decibels on other pictures than those searched on."""
-
 SURPRISE = 1.25
-"""If all pictures show this many times the error of the first half, all of them lead the search."""
+"""If all pictures show this many times the error of the first ones, all of them lead the search."""
 
+USUAL = 0.9
+"""The part of the pictures whose maxima a range holds, unless it is shown that it need not."""
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The amax chosen for a range, which method it is (or near to), and its output error.
+REACHES = 0.8
+"""A picture that comes this near to that limit is one to show it on."""
 
-    `factor` is the amax by that of the method, 1 where they are the same. `error` is the mean over
-    the held-out pictures of noise energy by signal energy of the output.
-    """
-
-    amax: float
-    method: str
-    error: float
-    factor: float = 1.0
-
-
-Named = tuple[str, float]
-"""A method, and the factor from its amax to another."""
+WITNESSES = 3
+"""Pictures, at least, to show it on."""
 
 
 def choose_by_output(
@@ -66,7 +57,6 @@ def choose_by_output(
     histograms: Mapping[str, Histogram],
     readers: Mapping[str, Mapping[str, tuple[Edge, ...]]],
     *,
-    negligible: float = NEGLIGIBLE,
     progress: Progress = silent,
 ) -> dict[str, Choice]:
     """For each range the best amax, measured at the output on the pictures that `alone` holds.
@@ -74,68 +64,69 @@ def choose_by_output(
     `readers` maps a range (a key of `histograms`) to its tensors and the edges that read each of
     them quantized; all tensors of a range are quantized together with one amax. Tried are the
     methods of `CANDIDATES`, those that differ by 10 % at least, then steps of 20 % from the best
-    one as long as they help. The first batch sorts out the hopeless, the first half leads the
-    steps, all decide; where all pictures show a clearly larger error than the first half did, all
-    of them lead. The least ranges, whose errors together are at most the part `negligible` of all,
-    keep the candidate that is best on the first batch: there is nothing to win there.
+    one as long as they help. At least `SCREENED` pictures sort out the hopeless, the first half
+    leads the steps, all decide; where all pictures show a clearly larger error than the first half
+    did, all of them lead. An amax that a tenth of the calibration pictures exceed is taken only if
+    it is better on at least `WITNESSES` of the pictures here that are such. Errors are those of
+    the worst output (see `Judge`).
     """
     with_scale = [n for n in readers if np.float32(histograms[n].maximum) / np.float32(127) > 0]
     choices = {name: Choice(0.0, "max", 0.0) for name in readers}
-    trials = {name: _Trials(alone, readers[name]) for name in with_scale}
-    candidates = {name: distinct_candidates(histograms[name]) for name in with_scale}
+    judge = Judge([alone.reference(batch) for batch in range(alone.batches)])
 
-    def first(name: str) -> Choice:
-        with trials[name]:
-            (amax,) = trials[name].best(candidates[name], 1, count=1, within=1.0)
-            return Choice(amax, candidates[name][amax], trials[name].error(amax, 1))
+    def best(name: str) -> Choice:
+        trials = _Trials(alone, judge, readers[name])
+        with trials:
+            return _choose(trials, distinct_candidates(histograms[name]), histograms[name])
 
-    def second(name: str) -> Choice:
-        with trials[name]:
-            return _choose(trials[name], candidates[name], histograms[name].maximum)
-
-    def settle(task: Callable[[str], Choice], names: Sequence[str], what: str) -> None:
-        found = in_parallel(task, names, what=what, progress=progress)
-        choices.update(zip(names, found, strict=True))
-
-    settle(first, with_scale, "try ranges")
-    settle(second, _those_that_matter(choices, negligible), "choose ranges")
+    found = in_parallel(best, with_scale, what="choose ranges", progress=progress)
+    choices.update(zip(with_scale, found, strict=True))
     return choices
 
 
-def _those_that_matter(choices: Mapping[str, Choice], negligible: float) -> list[str]:
-    """Ranges without the least ones that together make at most `negligible` of all the error."""
-    ranked = sorted(choices, key=lambda name: (choices[name].error, name))
-    errors = np.array([choices[name].error for name in ranked])
-    finite = errors[np.isfinite(errors)]
-    matter = ~np.isfinite(errors)
-    matter[: finite.size] = np.cumsum(finite) > negligible * finite.sum()
-    kept = {name for name, keep in zip(ranked, matter, strict=True) if keep}
-    return [name for name in choices if name in kept and choices[name].amax > 0]
-
-
-def _choose(trials: _Trials, candidates: Mapping[float, str], limit: float) -> Choice:
-    half, whole = -(-trials.batches // 2), trials.batches
+def _choose(trials: _Trials, candidates: dict[float, str], histogram: Histogram) -> Choice:
+    half, whole = max(-(-trials.batches // 2), trials.screening), trials.batches
     names: dict[float, Named] = {amax: (name, 1.0) for amax, name in candidates.items()}
-    chosen = _search(trials, names, limit, leading=half)
-    if trials.error(chosen, whole) > SURPRISE * trials.error(chosen, half):
-        # Some picture of the second half is unlike those of the first: let all lead.
-        chosen = _search(trials, names, limit, leading=whole)
+    chosen = _search(trials, names, histogram.maximum, leading=half, screening=trials.screening)
+    seen = min(trials.error(chosen, part) for part in (trials.screening, half))
+    if trials.error(chosen, whole) > SURPRISE * seen:
+        # Some picture that did not lead is unlike those that did: let all lead.
+        chosen = _search(trials, names, histogram.maximum, leading=whole, screening=whole)
+    usual = min(quantile(histogram.pictures.counts, USUAL), histogram.maximum)
+    if 0 < chosen < usual and not _is_shown(trials, chosen, usual):
+        names.setdefault(usual, (f"percentile-{100 * USUAL:g} of the pictures' maxima", 1.0))
+        allowed = [amax for amax in names if amax >= usual]
+        chosen = trials.best(allowed, whole, count=1, within=1.0)[0]
     method, factor = names[chosen]
     return Choice(chosen, method, trials.error(chosen, whole), factor)
 
 
-def _search(trials: _Trials, names: dict[float, Named], limit: float, *, leading: int) -> float:
+def _is_shown(trials: _Trials, amax: float, usual: float) -> bool:
+    """Whether pictures that reach `usual` are better off with the smaller `amax`."""
+    reach = np.concatenate([trials.maxima(b) for b in range(trials.batches)]) >= REACHES * usual
+    if np.count_nonzero(reach) < WITNESSES:
+        return False
+    smaller, larger = (trials.whole(value)[:, reach] for value in (amax, usual))
+    return worst([smaller]) <= worst([larger])
+
+
+def _search(
+    trials: _Trials, names: dict[float, Named], limit: float, *, leading: int, screening: int
+) -> float:
     """The best of `names` and of what steps from it reach, led by the first `leading` batches.
 
-    Adds the amaxes that it tries to `names`.
+    What is hopeless on the first `screening` of those is not tried on the others. Adds the
+    amaxes that it tries to `names`.
     """
     promising = list(names)
-    if leading < trials.batches:
-        promising = trials.best(promising, 1, count=len(names), within=HOPELESS)
+    if leading > screening:
+        promising = trials.best(promising, screening, count=len(names), within=HOPELESS)
     best = trials.best(promising, leading, count=1, within=1.0)[0]
 
     def better(amax: float, than: float) -> bool:
-        names.setdefault(amax, _near(amax, names))
+        names.setdefault(amax, nearest_name(amax, names))
+        if trials.error(amax, screening) > HOPELESS * trials.error(than, screening):
+            return False
         return trials.error(amax, leading) < trials.error(than, leading)
 
     best = _climb(best, STRIDE, limit, better)
@@ -150,12 +141,13 @@ class _Trials:
     More can be asked for inside `with`.
     """
 
-    def __init__(self, alone: Alone, tensors: Mapping[str, tuple[Edge, ...]]) -> None:
+    def __init__(self, alone: Alone, judge: Judge, tensors: Mapping[str, tuple[Edge, ...]]) -> None:
         edges = tuple(edge for readers in tensors.values() for edge in readers)
-        self._alone, self._tensors = alone, tuple(tensors)
+        self._alone, self._judge, self._tensors = alone, judge, tuple(tensors)
         self._change = Change(edges)
         self._found: dict[float, list[NDArray[np.float64]]] = {}
         self.batches = alone.batches
+        self.screening = screening_batches([alone.pictures(b) for b in range(alone.batches)])
 
     def __enter__(self) -> None:
         self._run = self._alone.session(self._change)
@@ -167,14 +159,32 @@ class _Trials:
         """Batches that `amax` was tried on."""
         return len(self._found.get(amax, ()))
 
+    def maxima(self, batch: int) -> NDArray[np.float64]:
+        """The largest |x| of each picture of a batch; of all together if rows are no pictures."""
+        pictures = self._alone.pictures(batch)
+        found = np.zeros(pictures)
+        for tensor in self._tensors:
+            values = np.abs(self._alone.stored(batch, tensor))
+            rows = values.reshape(pictures if len(values) == pictures else 1, -1)
+            found = np.maximum(found, rows.max(axis=1, initial=0))
+        return found
+
     def error(self, amax: float, batches: int) -> float:
-        """Mean over the pictures of the first `batches` of the relative noise energy."""
+        """Mean over the pictures of the first `batches` of the worst output's relative noise."""
+        self._try(amax, batches)
+        return worst(self._found[amax][:batches])
+
+    def whole(self, amax: float) -> NDArray[np.float64]:
+        """The errors on all batches, shape (groups, pictures)."""
+        self._try(amax, self.batches)
+        return np.concatenate(self._found[amax], axis=1)
+
+    def _try(self, amax: float, batches: int) -> None:
         found = self._found.setdefault(amax, [])
         scale = float(np.float32(amax) / np.float32(127))
         for batch in range(len(found), batches):
             changed = {t: fake_quantize(self._alone.stored(batch, t), scale) for t in self._tensors}
-            found.append(relative_noise(self._alone.reference(batch), self._run(batch, changed)))
-        return float(np.concatenate(found[:batches]).mean())
+            found.append(self._judge.errors(batch, self._run(batch, changed)))
 
     def best(
         self, amaxes: Iterable[float], batches: int, *, count: int, within: float
@@ -183,6 +193,16 @@ class _Trials:
         ranked = sorted(amaxes, key=lambda amax: (self.error(amax, batches), amax))
         limit = within * self.error(ranked[0], batches)
         return [amax for amax in ranked[:count] if self.error(amax, batches) <= limit]
+
+
+def screening_batches(pictures: list[int]) -> int:
+    """The first batches that hold `SCREENED` pictures together, or all.
+
+    >>> screening_batches([4, 4, 4]), screening_batches([1, 1]), screening_batches([24])
+    (2, 2, 1)
+    """
+    enough = int(np.searchsorted(np.cumsum(pictures), SCREENED)) + 1
+    return min(enough, len(pictures))
 
 
 def _climb(
@@ -198,13 +218,6 @@ def _climb(
     return start
 
 
-def _near(amax: float, names: Mapping[float, Named]) -> Named:
-    """How to call an amax that no method gave: the nearest method and the factor."""
-    named = {known: name for known, (name, factor) in names.items() if factor == 1}
-    known = min(named, key=lambda other: abs(np.log(amax / other)))
-    return named[known], amax / known
-
-
 def distinct_candidates(histogram: Histogram) -> dict[float, str]:
     """amax -> method for the candidates that differ, largest first."""
     found: dict[float, str] = {}
@@ -213,25 +226,3 @@ def distinct_candidates(histogram: Histogram) -> dict[float, str]:
         if amax > 0 and all(amax < APART * other for other in found):
             found[amax] = name
     return found
-
-
-def relative_noise(
-    reference: Sequence[NDArray[np.floating]], outputs: Sequence[NDArray[np.floating]]
-) -> NDArray[np.float64]:
-    """Noise by signal energy of each picture, over all outputs; shape (pictures,).
-
-    A picture whose outputs are all zero counts with its noise energy itself. Outputs that are not
-    finite in FP32 either (a mask of -inf) are left out; one that was finite makes it infinite.
-    """
-    noise: NDArray[np.float64] = np.zeros(1)
-    signal: NDArray[np.float64] = np.zeros(1)
-    pictures = len(reference[0]) if reference[0].ndim else 1
-    for exact, test in zip(reference, outputs, strict=True):
-        rows = pictures if exact.ndim and len(exact) == pictures else 1
-        finite = np.isfinite(exact)
-        r = np.where(finite, exact, 0).astype(np.float64).reshape(rows, -1)
-        t = np.where(finite, test, 0).astype(np.float64).reshape(rows, -1)
-        t[~np.isfinite(t)] = np.inf
-        noise = noise + ((r - t) ** 2).sum(axis=1)
-        signal = signal + (r**2).sum(axis=1)
-    return noise / np.where(signal == 0, 1.0, signal)

@@ -14,8 +14,8 @@ from itertools import islice
 from typing import Any
 
 from trtune.calibrate.collect import DEFAULT_MEMORY, collect, measure
-from trtune.calibrate.histogram import Histogram
-from trtune.calibrate.methods import choose
+from trtune.calibrate.histogram import Histogram, quantile
+from trtune.calibrate.methods import better_methods, choose
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import DataError
 from trtune.configs.progress import Progress, silent
@@ -26,11 +26,18 @@ from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.deploy import deploy_tensors
 from trtune.precision.plan.placement import Edge, Placement, place, shared_ranges
 from trtune.precision.plan.plan import RANGE, PrecisionPlan
-from trtune.precision.tune.ranges import Choice, choose_by_output
+from trtune.precision.tune.choice import Choice
+from trtune.precision.tune.company import Company
+from trtune.precision.tune.judge import worst
+from trtune.precision.tune.ranges import USUAL, choose_by_output
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+UNIFORM = ("entropy", "mse", "percentile", "max")
+"""The methods that `auto` must not be behind of: each for all ranges is tried as a whole."""
+
+PERCENTILE = 99.99
 PICTURES_AT_ONCE = 4
 """Held-out pictures a batch: small, so that several tensors are tried at a time."""
 
@@ -65,8 +72,8 @@ def calibrate_model(
     source: BatchSource,
     *,
     lowerings: Iterable[str] = ("emulate",),
-    method: str = "entropy",
-    percentile: float = 99.99,
+    method: str = AUTO,
+    percentile: float = PERCENTILE,
     holdout: int = 24,
     memory: int = DEFAULT_MEMORY,
     also: Sequence[str] = (),
@@ -76,7 +83,7 @@ def calibrate_model(
     """Scales for every tensor that `plan` quantizes, from one pass over `source`.
 
     `method` is a key of `AMAX_METHODS`, or `auto`: histograms of all but `holdout` pictures, and
-    the amax that hurts the output least on those. Histograms are made of the tensors `also` too,
+    `auto_ranges` on those. Histograms are made of the tensors `also` too,
     in the same pass. Raises DataError for too few pictures.
     """
     started = time.perf_counter()
@@ -92,12 +99,14 @@ def calibrate_model(
     search = time.perf_counter()
     if held:
         placement = with_deploy(view, plan, tensors)
-        alone = alone_on(model, view, placement, held, memory=memory)
-        edges = _edges(placement, roots)
-        choices = choose_by_output(alone, found.histograms, edges, progress=progress)
+        batches = held_batches(model, view, placement, held, memory=memory)
+        choices = auto_ranges(
+            model, view, plan, placement, roots, batches, found.histograms, progress=progress
+        )
     else:
         chosen = {name: found.histograms[name] for name in ranges}
         choices = _chosen_alike(chosen, method, percentile)
+        _say_what_is_better(chosen, choices)
     return Calibrated(
         _table({tensor: choices[root] for tensor, root in roots.items()}, provenance),
         found.histograms,
@@ -107,6 +116,83 @@ def calibrate_model(
         found.inference_seconds,
         time.perf_counter() - search if held else 0.0,
     )
+
+
+def _say_what_is_better(histograms: Mapping[str, Histogram], choices: Mapping[str, Choice]) -> None:
+    amaxes = {name: choice.amax for name, choice in choices.items()}
+    better = better_methods(histograms, amaxes)
+    if better:
+        log.warning(
+            "%d of %d ranges lose 3 dB and more against another method, most of all %s; "
+            "method auto chooses for each",
+            len(better),
+            len(amaxes),
+            ", ".join(f"{b.tensor!r} ({b.method} {b.gain_db:+.1f} dB)" for b in better[:3]),
+        )
+
+
+def auto_ranges(
+    model: Model,
+    view: GraphView,
+    plan: PrecisionPlan,
+    placement: Placement,
+    roots: Mapping[str, str],
+    pictures: Sequence[Batch],
+    histograms: Mapping[str, Histogram],
+    *,
+    progress: Progress = silent,
+) -> dict[str, Choice]:
+    """Method `auto`: each range alone, the best of that and of each method for all, then company.
+
+    `roots` maps each tensor of `placement` to its range, a key of `histograms`. First every range
+    by what it does alone (`choose_by_output`); of those ranges and the tables that `UNIFORM` give
+    the one with the least error of the whole quantized network; from there every range once more
+    with all the others quantized (`Company.round`).
+    """
+    alone = Alone(model, view, placement, pictures)
+    choices = choose_by_output(alone, histograms, _edges(placement, roots), progress=progress)
+    references = [alone.reference(batch) for batch in range(alone.batches)]
+    del alone  # its activations make room for those of the quantized network
+    table = _table({tensor: choices[root] for tensor, root in roots.items()}, None)
+    quantized = without_zero_ranges(view, plan, table)
+    ranges: dict[str, list[str]] = {}
+    for tensor in place(view, quantized).activations:
+        ranges.setdefault(roots[tensor], []).append(tensor)
+    if not ranges:
+        return choices
+    company = Company(model, quantized, table, ranges, pictures, references)
+    best = _best_start(company, choices, histograms, progress)
+    limits = {name: _limits(histograms[name], best[name].amax) for name in ranges}
+    return company.round(best, limits, progress=progress)
+
+
+def _best_start(
+    company: Company,
+    choices: dict[str, Choice],
+    histograms: Mapping[str, Histogram],
+    progress: Progress,
+) -> dict[str, Choice]:
+    """`choices`, or the choices of the one method for all that does better in company."""
+    starts = [choices]
+    for method in UNIFORM:
+        held = {name: histograms[name] for name in choices}
+        found = _chosen_alike(held, method, PERCENTILE)
+        starts.append(
+            {name: c if choices[name].amax > 0 else choices[name] for name, c in found.items()}
+        )
+    errors = []
+    for number, start in enumerate(starts):
+        errors.append(worst(company.errors({name: c.amax for name, c in start.items()})))
+        progress("compare methods", number + 1, len(starts))
+    best = min(range(len(starts)), key=lambda k: (errors[k], k))
+    names = ("each range alone", *UNIFORM)
+    log.info("auto starts from %s: %s", names[best], dict(zip(names, errors, strict=True)))
+    return starts[best]
+
+
+def _limits(histogram: Histogram, amax: float) -> tuple[float, float]:
+    """From what most pictures reach, unless `amax` is below it already, to the maximum."""
+    return min(quantile(histogram.pictures.counts, USUAL), amax), max(histogram.maximum, amax)
 
 
 def _chosen_alike(
@@ -182,7 +268,21 @@ def alone_on(
     *,
     memory: int,
 ) -> Alone:
-    """An `Alone` on as many of `pictures` as keep what it holds within `memory` bytes.
+    """An `Alone` on as many of `pictures` as keep what it holds within `memory` bytes."""
+    return Alone(
+        model, view, placement, held_batches(model, view, placement, pictures, memory=memory)
+    )
+
+
+def held_batches(
+    model: Model,
+    view: GraphView,
+    placement: Placement,
+    pictures: tuple[Batch, ...],
+    *,
+    memory: int,
+) -> list[Batch]:
+    """`pictures` in batches, as many as an `Alone` can hold within `memory` bytes.
 
     At least one batch; in a model of fixed batch size the last picture fills the last batch.
     """
@@ -195,7 +295,7 @@ def alone_on(
     count = max(1, min(len(batches), memory // each))
     if count < len(batches):
         log.info("%d of %d held-out batches, to stay within %d bytes", count, len(batches), memory)
-    return Alone(model, view, placement, batches[:count])
+    return batches[:count]
 
 
 def without_zero_ranges(

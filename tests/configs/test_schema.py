@@ -48,7 +48,7 @@ def message(model: type[BaseModel], value: object) -> str:
 def test_a_minimal_config_has_sensible_defaults() -> None:
     config = Config.model_validate(minimal())
     assert [backend.label for backend in config.backends] == ["onnxruntime/emulate"]
-    assert config.calibration.method == "entropy"
+    assert config.calibration.method == "auto"
     assert config.calibration.memory == 2 * 1024**3
     assert config.compare.memory == 1024**3
     assert config.precision.target is None

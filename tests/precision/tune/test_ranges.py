@@ -18,62 +18,16 @@ from trtune.calibrate.methods import CANDIDATES
 from trtune.datasets.batches import Batch
 from trtune.precision.compare.alone import Alone, Change, fake_quantize
 from trtune.precision.plan.placement import place
+from trtune.precision.tune.choice import Choice
+from trtune.precision.tune.judge import Judge, worst
 from trtune.precision.tune.ranges import (
     APART,
-    Choice,
-    _those_that_matter,
+    WITNESSES,
     choose_by_output,
     distinct_candidates,
-    relative_noise,
 )
 
 Rows = NDArray[np.float32]
-
-# The measure
-
-
-@pytest.mark.parametrize(
-    ("reference", "test", "expected"),
-    [
-        pytest.param(
-            [[[3.0, 4.0], [0.0, 2.0]]],
-            [[[3.0, 5.0], [0.0, 2.0]]],
-            [1 / 25, 0.0],
-            id="noise by signal energy, each picture by itself",
-        ),
-        pytest.param(
-            [[[3.0, 4.0], [0.0, 2.0]], [[5.0], [4.0]]],
-            [[[3.0, 5.0], [0.0, 2.0]], [[7.0], [4.0]]],
-            [(1 + 4) / (25 + 25), 0.0],
-            id="all outputs together",
-        ),
-        pytest.param([[[0.0, 0.0]]], [[[0.5, 0.5]]], [0.5], id="no signal: the noise itself"),
-        pytest.param([[[0.0]]], [[[0.0]]], [0.0], id="nothing at all"),
-        pytest.param(
-            [[[1.0], [2.0]], [3.0]],
-            [[[1.0], [3.0]], [3.0]],
-            [0.0, 1 / (4 + 9)],
-            id="an output without pictures counts for each",
-        ),
-        pytest.param([2.0], [1.0], [0.25], id="a scalar output"),
-        pytest.param(
-            [[[-np.inf, 2.0]]], [[[5.0, 1.0]]], [0.25], id="what is infinite anyway is left out"
-        ),
-        pytest.param([[[1.0, 2.0]]], [[[1.0, np.nan]]], [np.inf], id="what becomes NaN"),
-        pytest.param([[[1.0, 2.0]]], [[[1.0, -np.inf]]], [np.inf], id="what becomes infinite"),
-    ],
-)
-def test_relative_noise(reference: list[object], test: list[object], expected: list[float]) -> None:
-    found = relative_noise([np.float32(r) for r in reference], [np.float32(t) for t in test])
-    assert found.dtype == np.float64
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-
-
-def test_relative_noise_is_summed_in_float64() -> None:
-    reference = np.full((1, 1 << 20), 1e-3, np.float32)
-    test = reference * np.float32(1.5)
-    np.testing.assert_allclose(relative_noise([reference], [test]), [0.25], rtol=1e-6)
-
 
 # The candidates
 
@@ -136,7 +90,7 @@ def choose(
         for tensor in placement.activations
     }
     readers = {tensor: {tensor: edges} for tensor, edges in placement.activations.items()}
-    return choose_by_output(alone, histograms, readers, negligible=0.0), prepared, alone
+    return choose_by_output(alone, histograms, readers), prepared, alone
 
 
 def rows(count: int, *, seed: int = 0) -> list[Rows]:
@@ -168,7 +122,8 @@ def test_the_error_is_that_of_the_plain_computation() -> None:
     exact = numpy_outputs(prepared.model.proto, {"x": data})["y"]
     scale = float(np.float32(found["x"].amax) / np.float32(127))
     test = numpy_outputs(prepared.model.proto, {"x": fake(data, scale)})["y"]
-    expected = (((exact - test) ** 2).sum(axis=1) / (exact**2).sum(axis=1)).mean()
+    energy = (exact**2).sum(axis=1)
+    expected = (((exact - test) ** 2).sum(axis=1) / np.maximum(energy, energy.mean())).mean()
     assert found["x"].error == pytest.approx(expected, rel=1e-3)
 
 
@@ -198,6 +153,27 @@ def test_one_picture_is_enough() -> None:
     found = choose(linear([1.0]), rows(1))[0]["x"]
     assert found.amax > 0
     assert found.error > 0
+
+
+def test_what_a_tenth_of_the_pictures_exceed_has_to_be_shown() -> None:
+    """A feature that some calibration pictures have and none of those held out."""
+    calibrated = rows(40)
+    for picture in calibrated[:8]:
+        picture[0, 0] = 20.0
+    held = rows(16, seed=1)
+    prepared = case(linear([0.0]))
+    batches = [Batch({"x": np.concatenate(held)}, tuple(map(str, range(16))))]
+    placement = place(prepared.view, prepared.plan)
+    readers = {"x": dict(placement.activations)}
+    alone = Alone(prepared.model, prepared.view, placement, batches)
+    unseen = choose_by_output(alone, {"x": Histogram.of(*calibrated)}, readers)["x"]
+    assert unseen.amax == pytest.approx(20, rel=0.01)
+    for picture in held[:WITNESSES]:
+        picture[0, 0] = 20.0
+    batches = [Batch({"x": np.concatenate(held)}, tuple(map(str, range(16))))]
+    alone = Alone(prepared.model, prepared.view, placement, batches)
+    shown = choose_by_output(alone, {"x": Histogram.of(*calibrated)}, readers)["x"]
+    assert shown.amax < 10  # the weights ignore that feature, and pictures with it show so
 
 
 def test_names_say_how_far_from_a_method_a_range_is() -> None:
@@ -234,7 +210,8 @@ def test_the_ranges_of_a_group_are_tried_together() -> None:
         edges=placement.activations,
         scales={"ar": scale, "br": scale},
     )
-    expected = relative_noise(alone.reference(0), [test["y"]]).mean()
+    judge = Judge([alone.reference(0)])
+    expected = worst([judge.errors(0, [test["y"]])])
     assert found.error == pytest.approx(expected, rel=1e-2)
 
 
@@ -264,11 +241,18 @@ def natural_pictures(count: int, *, seed: int = 0) -> list[Rows]:
 
 def error_of(alone: Alone, tensor: str, run: Callable[..., list[Rows]], amax: float) -> float:
     scale = float(np.float32(amax) / np.float32(127))
+    judge = Judge([alone.reference(b) for b in range(alone.batches)])
     found = []
     for number in range(alone.batches):
         changed: Mapping[str, Rows] = {tensor: fake_quantize(alone.stored(number, tensor), scale)}
-        found.append(relative_noise(alone.reference(number), run(number, changed)))
-    return float(np.concatenate(found).mean())
+        found.append(judge.errors(number, run(number, changed)))
+    return worst(found)
+
+
+def usual_of(alone: Alone, tensor: str) -> float:
+    """What a tenth of the pictures exceed: below that an amax has to be shown."""
+    values = [np.abs(alone.stored(b, tensor)) for b in range(alone.batches)]
+    return float(np.quantile(np.concatenate([v.reshape(len(v), -1).max(1) for v in values]), 0.9))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -287,6 +271,7 @@ def test_auto_is_near_to_trying_everything(make: Callable[[], onnx.ModelProto], 
         run = alone.session(Change(placement.activations[tensor]))
         largest = max(np.abs(alone.stored(b, tensor)).max() for b in range(alone.batches))
         grid = [float(amax) for amax in np.geomspace(largest / 64, largest, 40)]
+        grid = [amax for amax in grid if amax >= usual_of(alone, tensor)]
         best = min(error_of(alone, tensor, run, amax) for amax in grid)
         assert error_of(alone, tensor, run, choice.amax) == pytest.approx(choice.error, rel=1e-3)
         ratios.append(choice.error / best)
@@ -304,8 +289,9 @@ def test_no_candidate_would_have_been_better(batch: int) -> None:
         run = alone.session(Change(placement.activations[tensor]))
         values = [alone.stored(b, tensor) for b in range(alone.batches)]
         histogram = Histogram.of(*(row for value in values for row in value))
-        for amax in distinct_candidates(histogram):
-            assert choice.error <= error_of(alone, tensor, run, amax) * (1 + 1e-9)
+        usual = usual_of(alone, tensor)
+        for amax in [a for a in distinct_candidates(histogram) if a >= usual]:
+            assert choice.error <= error_of(alone, tensor, run, amax) * 1.05
 
 
 @pytest.mark.parametrize("place_of_the_bright_one", [0, 11, 23])
@@ -348,14 +334,4 @@ def test_an_amax_is_given_up_at_the_batch_that_shows_it_to_be_worse() -> None:
     assert len(runs) < 24 * tried
     plain = choose(linear([1.0]), pictures, batch=24)[0]["x"]
     assert found["x"].amax == plain.amax
-    assert found["x"].error == pytest.approx(plain.error, rel=1e-3)
-
-
-def test_ranges_that_hardly_matter_keep_their_best_candidate() -> None:
-    errors = {"a": 0.9, "b": 0.05, "c": 0.04, "d": 0.01, "zero": 0.0}
-    choices = {n: Choice(1.0 if e else 0.0, "max", e) for n, e in errors.items()}
-    assert _those_that_matter(choices, 0.0) == ["a", "b", "c", "d"]
-    assert _those_that_matter(choices, 0.1) == ["a"]
-    assert _those_that_matter(choices, 0.0999) == ["a", "b"]
-    ruined = choices | {"b": Choice(1.0, "max", float("inf"))}
-    assert _those_that_matter(ruined, 0.1) == ["a", "b"]
+    assert found["x"].error == pytest.approx(plain.error, rel=1e-5)

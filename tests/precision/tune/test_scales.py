@@ -130,7 +130,9 @@ def test_provenance_goes_into_the_table_and_progress_is_told() -> None:
         progress=lambda what, done, total: steps.append(what),
     )
     assert dict(found.table.provenance) == {"model": "m"}
-    assert list(dict.fromkeys(steps)) == ["calibrate", "try ranges", "choose ranges"]
+    assert list(dict.fromkeys(steps)) == [
+        *("calibrate", "choose ranges", "compare methods", "ranges in company")
+    ]
     assert found.search_seconds > 0
 
 

@@ -1,0 +1,94 @@
+"""What an error at the outputs counts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from trtune.precision.tune.judge import Judge, gain, worst
+
+
+def errors(reference: list[object], test: list[object]) -> NDArray[np.float64]:
+    exact = [np.asarray(r, np.float32) for r in reference]
+    return Judge([exact]).errors(0, [np.asarray(t, np.float32) for t in test])
+
+
+@pytest.mark.parametrize(
+    ("reference", "test", "expected"),
+    [
+        pytest.param(
+            [[[3.0, 4.0], [0.0, 5.0]]],
+            [[[3.0, 5.0], [0.0, 7.0]]],
+            [[1 / 25, 4 / 25]],
+            id="noise by signal energy, each picture by itself",
+        ),
+        pytest.param(
+            [[[3.0, 4.0], [0.0, 1.0]]],
+            [[[3.0, 4.0], [0.0, 2.0]]],
+            [[0.0, 1 / 13]],
+            id="a picture with little signal counts by the mean",
+        ),
+        pytest.param(
+            [[[3.0, 4.0], [5.0, 0.0]], [[1.0], [1.0]]],
+            [[[3.0, 5.0], [5.0, 0.0]], [[1.5], [1.0]]],
+            [[1 / 25, 0.0], [0.25, 0.0]],
+            id="each output by its own energy",
+        ),
+        pytest.param([[[0.0, 0.0]]], [[[0.5, 0.5]]], [[0.5]], id="no signal: the noise itself"),
+        pytest.param([[[0.0]]], [[[0.0]]], [[0.0]], id="nothing at all"),
+        pytest.param([2.0], [1.0], [[0.25]], id="a scalar output"),
+        pytest.param(
+            [[[-np.inf, 2.0]]], [[[5.0, 1.0]]], [[0.25]], id="what is infinite anyway is left out"
+        ),
+        pytest.param([[[1.0, 2.0]]], [[[1.0, np.nan]]], [[np.inf]], id="what becomes NaN"),
+        pytest.param([[[1.0, 2.0]]], [[[1.0, -np.inf]]], [[np.inf]], id="what becomes infinite"),
+        pytest.param([[[1.0]], [[2.0]]], [[[3.0]], [[2.0], [2.0]]], [[4.0], [0.0]], id="shapes"),
+    ],
+)
+def test_errors(reference: list[object], test: list[object], expected: list[list[float]]) -> None:
+    found = errors(reference, test)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_sums_are_in_float64() -> None:
+    reference = np.full((1, 1 << 20), 1e-3, np.float32)
+    np.testing.assert_allclose(
+        errors([reference], [reference * np.float32(1.5)]), [[0.25]], rtol=1e-6
+    )
+
+
+def test_boxes_are_judged_apart_from_scores() -> None:
+    rng = np.random.default_rng(0)
+    boxes = 100 * rng.standard_normal((2, 50, 4))
+    scores = 0.1 * rng.standard_normal((2, 50, 6))
+    exact = np.concatenate([boxes, scores], axis=2).astype(np.float32)
+    judge = Judge([[exact]])
+    assert [group.columns for group in judge.groups] == [(0, 1, 2, 3), (4, 5, 6, 7, 8, 9)]
+    noisy = exact.copy()
+    noisy[..., 4:] *= np.float32(1.5)
+    found = judge.errors(0, [noisy])
+    np.testing.assert_allclose(found[0], 0, atol=1e-12)
+    assert worst([found]) == pytest.approx(0.25, rel=0.2)
+    alike = Judge([[exact[..., 4:]]])
+    assert [group.columns for group in alike.groups] == [None]
+
+
+def test_class_numbers_count_only_where_nothing_else_does() -> None:
+    logits, label = np.ones((2, 3), np.float32), np.int64([[1], [2]])
+    assert [g.output for g in Judge([[label, logits]]).groups] == [1]
+    assert [g.output for g in Judge([[label]]).groups] == [0]
+
+
+def test_gain_is_paired_and_says_how_sure_it_is() -> None:
+    before = [np.array([[0.2, 0.4], [0.01, 0.01]])]
+    after = [np.array([[0.1, 0.2], [0.01, 0.02]])]
+    part, noise = gain(before, after)
+    assert part == pytest.approx(0.5)
+    assert noise == pytest.approx(np.std([0.1 / 0.3, 0.2 / 0.3], ddof=1) / math.sqrt(2))
+    assert gain(before, [np.array([[0.0, 0.0], [0.6, 0.6]])])[0] == pytest.approx(-1)
+    assert gain(before, [np.array([[np.inf, 0.0], [0.0, 0.0]])])[0] == -math.inf
+    assert gain(before, before)[0] == 0
