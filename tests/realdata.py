@@ -27,6 +27,14 @@ def data_dir() -> Path:
     return DATA
 
 
+def shared_case(name: str) -> Path:
+    """A small model that fell short once, in `cases` beside the data; skips the test without."""
+    path = _PLACE.parent / "cases" / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    return path
+
+
 def trace(*parts: str) -> Path:
     """A file that a real TensorRT left, below `data/trt`; skips the test where it is absent."""
     path = data_dir().joinpath("trt", *parts)

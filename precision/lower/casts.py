@@ -219,11 +219,27 @@ class _Typing:
         return self._names[name, kind]
 
     def _cast(self, source: str, target: str, tensor: str, kind: str) -> None:
+        shielded = kind == "fp32" and self._is_normalised(tensor)
+        made = self._fresh(f"{target}/unshielded") if shielded else target
         node = helper.make_node(
-            "Cast", [source], [target], name=self._fresh(f"{tensor}/Cast"), to=TENSOR_TYPES[kind]
+            "Cast", [source], [made], name=self._fresh(f"{tensor}/Cast"), to=TENSOR_TYPES[kind]
         )
         self._nodes.append(node)
+        if shielded:
+            name = self._fresh(f"{tensor}/Shield")
+            self._nodes.append(helper.make_node("Max", [made], [target], name=name))
         self._names[tensor, kind] = target
+
+    def _is_normalised(self, tensor: str) -> bool:
+        """Whether a mean is taken of `tensor` and subtracted from it.
+
+        onnxruntime makes one node of a layer normalisation in float32 and of the Cast before it,
+        whose data and scale then have different types: it cannot load that. A Max of one tensor
+        keeps them apart; TensorRT drops it.
+        """
+        edges = self._view.consumers.get(tensor, ())
+        readers = {self._view.by_name[name].op_type for name, _ in edges}
+        return {"ReduceMean", "Sub"} <= readers
 
     def _dequantize(self, node: onnx.NodeProto) -> None:
         """`node` once for each type that its result is read in; a Cast behind it would keep

@@ -30,7 +30,13 @@ from trtune.precision.graph.proto import default_opset
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_ranges import Range, bounds, tensors_for_ranges
 from trtune.precision.plan.half_types import HALF_WORDS, HALVES, QDQ, Half, to_half
-from trtune.precision.plan.patterns import SUMS, float32_statistics, internals, summands
+from trtune.precision.plan.patterns import (
+    OWN_STATISTICS,
+    SUMS,
+    float32_statistics,
+    internals,
+    summands,
+)
 from trtune.precision.plan.plan import COMPUTE, FOLLOWS, RANGE, SHAPE, Assignment, PrecisionPlan
 
 __all__ = [
@@ -63,10 +69,6 @@ PASSES_ERRORS = {
     *("Add", "Sub", "Mul", "Div", "Where", "Slice", "Split", "Gather", "Relu", "Clip"),
 }
 """Operators behind which an error made before them is still the same part of the value."""
-OWN_STATISTICS = {
-    *("InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization"),
-    *("LpNormalization", "MeanVarianceNormalization", "LRN"),
-}
 LOG_SUMS = {"ReduceLogSumExp", "ReduceLogSum"}
 AVERAGES = {"ReduceMean", "GlobalAveragePool", "AveragePool"}
 

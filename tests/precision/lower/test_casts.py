@@ -13,15 +13,21 @@ import tinymodels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from realdata import shared_case
 from tinymodels import Net
 from tinyquant import initializer, maker, op_counts, outputs
 
+from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import ModelError, TrtuneError
-from trtune.precision.graph.file import tensor_spec
+from trtune.precision.graph.file import load_model, tensor_spec
 from trtune.precision.graph.view import GraphView, Model, model_from_proto
 from trtune.precision.lower.casts import insert_casts, needed_opset, raise_opset
+from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.lower.half_on_cpu import in_float32
+from trtune.precision.plan.half_rules import keep_fp32, tensors_for_ranges
+from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import make_plan
+from trtune.precision.runtime.session import make_session
 
 WORDS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -487,3 +493,81 @@ def test_quantized_models_keep_their_integers() -> None:
     kinds = types_in(found)
     assert [kinds[t] for t in ("x_q", "w_q", "x_dq", "w")] == ["int8", "int8", "float16", "float16"]
     assert op_counts(found)["Cast"] == 1  # at the output: the input goes into its Q in float32
+
+
+# Normalisation as elementary nodes, which onnxruntime puts together again
+
+
+def normalised(form: str, square: str, opset: int) -> onnx.ModelProto:
+    """A product, a normalisation of its result, and another product."""
+    net = Net(opset=opset)
+
+    def mean(tensor: str, out: str) -> str:
+        if opset < 18:
+            return net.op("ReduceMean", tensor, out=out, axes=[-1])
+        return net.op("ReduceMean", tensor, net.const(f"{out}_axes", [-1], np.int64), out=out)
+
+    x = net.op("MatMul", net.input("input", ("N", 6, 16)), net.weight("w", 16, 16), out="x")
+    if form == "group":
+        x = net.op("Reshape", x, net.const("rows", [0, 24, 4], np.int64), out="grouped")
+    if form == "cast":
+        x = net.op("Cast", x, out="as_float", to=TensorProto.FLOAT)
+    centred = x if form == "rms" else net.op("Sub", x, mean(x, "mean"), out="centred")
+    if square == "Mul":
+        power = net.op("Mul", centred, centred, out="power")
+    else:
+        power = net.op("Pow", centred, net.const("two", 2.0), out="power")
+    shifted = net.op("Add", mean(power, "variance"), net.const("eps", 1e-5), out="shifted")
+    y = net.op("Div", centred, net.op("Sqrt", shifted, out="root"), out="y")
+    if form == "group":
+        y = net.op("Reshape", y, net.const("back", [0, 6, 16], np.int64), out="shaped")
+    y = net.op("Mul", y, net.weight("gamma", 16), out="scaled")
+    if form != "rms":
+        y = net.op("Add", y, net.weight("beta", 16), out="moved")
+    net.op("MatMul", y, net.weight("v", 16, 5), out="output")
+    return net.model({"output": ("N", 6, 5)})
+
+
+def in_halves(model: Model, half: str) -> tuple[PrecisionPlan, onnx.ModelProto]:
+    view = GraphView.of(model)
+    plan = make_plan(view, default=half)
+    plan = keep_fp32(view, plan, dict.fromkeys(tensors_for_ranges(view), 3.0))
+    return plan, lower_emulate(model, plan, CalibrationTable({}))
+
+
+def error_in_onnxruntime(
+    model: Model, lowered: onnx.ModelProto, feeds: Mapping[str, np.ndarray]
+) -> float:
+    names = [spec.name for spec in model.outputs]
+    exact, found = (
+        make_session(proto).run(names, dict(feeds))[0] for proto in (model.proto, lowered)
+    )
+    return float(np.abs(exact - found).max() / np.abs(exact).max())
+
+
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+@pytest.mark.parametrize("form", ["layer", "rms", "group", "cast"])
+@pytest.mark.parametrize(
+    ("square", "opset"), [("Pow", 11), ("Mul", 13), ("Pow", 17), ("Mul", 18), ("Pow", 20)]
+)
+def test_a_normalisation_can_be_loaded(form: str, square: str, opset: int, half: str) -> None:
+    proto = normalised(form, square, opset)
+    model = model_from_proto(proto)
+    plan, lowered = in_halves(model, half)
+    inside = {n for n in plan.nodes if n not in ("n_x", "n_output", "n_grouped", "n_as_float")}
+    assert {plan.precision(name) for name in inside} == {"fp32"}
+    assert {plan.precision(name) for name in ("n_x", "n_output")} == {half}
+    feeds = tinymodels.feeds(proto, batch=3)
+    assert error_in_onnxruntime(model, in_float32(lowered), feeds) < 0.05
+    if half == "fp16":
+        assert error_in_onnxruntime(model, lowered, feeds) < 0.01
+
+
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+def test_the_case_of_a_normalisation_that_could_not_be_loaded(half: str) -> None:
+    model = load_model(shared_case("layernorm_apart.onnx"))
+    feeds = dict(np.load(shared_case("layernorm_apart.npz")))
+    plan, lowered = in_halves(model, half)
+    assert plan.precision("aadd") == plan.precision("cadd") == "fp32"
+    assert plan.precision("fc1") == half
+    assert error_in_onnxruntime(model, in_float32(lowered), feeds) < 0.05

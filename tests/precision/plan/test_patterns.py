@@ -68,8 +68,101 @@ CORE = {"n_mean", "n_centred", "n_power", "n_variance", "n_shifted", "n_root", "
 )
 def test_a_layer_normalisation_of_elementary_nodes(kind: str, expected: set[str]) -> None:
     found = internals(view_of(layer_norm(kind)))
-    assert set(found) == expected
-    assert set(found.values()) == {"inside a normalisation (it ends at 'n_y')"}
+    assert set(found) == expected | {"n_scaled", "n_output"}
+    assert set(found.values()) == {"inside a normalisation (it ends at 'n_output')"}
+
+
+def root_of_variance(net: Net, x: str, *, axes: list[int], square: str) -> tuple[str, str]:
+    """x less its mean, and the square root of its variance, as opset 11 and 18 write them."""
+
+    def mean(tensor: str, out: str) -> str:
+        if net.opset < 18:
+            return net.op("ReduceMean", tensor, out=out, axes=axes)
+        return net.op("ReduceMean", tensor, net.const(f"{out}_axes", axes, np.int64), out=out)
+
+    centred = net.op("Sub", x, mean(x, "mean"), out="centred")
+    if square == "Mul":
+        power = net.op("Mul", centred, centred, out="power")
+    else:
+        power = net.op("Pow", centred, net.const("two", 2.0), out="power")
+    shifted = net.op("Add", mean(power, "variance"), net.const("eps", 1e-5), out="shifted")
+    return centred, net.op("Sqrt", shifted, out="root")
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 18, 20])
+@pytest.mark.parametrize("square", ["Mul", "Pow"])
+def test_a_group_normalisation_is_reshaped_before_it_is_scaled(square: str, opset: int) -> None:
+    net = Net(opset=opset)
+    x = net.op("Relu", net.input("input", (2, 8, 4, 4)), out="x")
+    rows = net.op("Reshape", x, net.const("rows", [2, 4, -1], np.int64), out="grouped")
+    centred, root = root_of_variance(net, rows, axes=[-1], square=square)
+    y = net.op("Div", centred, root, out="y")
+    y = net.op("Reshape", y, net.const("back", [2, 8, 4, 4], np.int64), out="shaped")
+    y = net.op("Mul", y, net.const("gamma", np.ones((8, 1, 1))), out="scaled")
+    y = net.op("Add", y, net.const("beta", np.zeros((8, 1, 1))), out="moved")
+    net.op("Relu", y, out="output")
+    found = internals(view_of(net.model({"output": (2, 8, 4, 4)})))
+    assert set(found) == CORE | {"n_shaped", "n_scaled", "n_moved"}
+
+
+def test_a_gamma_that_is_multiplied_out_beforehand() -> None:
+    """x * inv + (beta - mean * inv), as TensorFlow writes it."""
+    net = Net()
+    x = net.op("Relu", net.input("input", ("N", 8)), out="x")
+    _, root = root_of_variance(net, x, axes=[-1], square="Mul")
+    inverse = net.op("Reciprocal", root, out="inverse")
+    inverse = net.op("Mul", inverse, net.const("gamma", np.ones(8)), out="inv")
+    y = net.op("Mul", x, inverse, out="y")
+    offset = net.op("Mul", "mean", inverse, out="offset")
+    beside = net.op("Sub", net.const("beta", np.zeros(8)), offset, out="beside")
+    net.op("Add", y, beside, out="output")
+    found = internals(view_of(net.model({"output": ("N", 8)})))
+    wanted = {"n_inverse", "n_inv", "n_offset", "n_beside", "n_output"}
+    assert set(found) == CORE | wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        pytest.param("residual", set(), id="a residual is no beta"),
+        pytest.param("two readers", set(), id="a result that others read too"),
+        pytest.param("by the data", set(), id="a gate is no gamma"),
+        pytest.param("twice", {"n_scaled"}, id="a second factor is none of it"),
+        pytest.param("only beta", {"n_moved"}, id="a beta alone"),
+    ],
+)
+def test_what_scales_and_shifts(kind: str, expected: set[str]) -> None:
+    net = Net()
+    x = net.op("Relu", net.input("input", ("N", 8)), out="x")
+    centred, root = root_of_variance(net, x, axes=[-1], square="Mul")
+    y = net.op("Div", centred, root, out="y")
+    gamma = net.const("gamma", np.ones(8))
+    if kind == "residual":
+        y = net.op("Add", y, "input", out="sum")
+    elif kind == "two readers":
+        y = net.op("Add", net.op("Mul", y, gamma, out="scaled"), y, out="sum")
+    elif kind == "by the data":
+        y = net.op("Mul", y, net.op("Sigmoid", x, out="gate"), out="gated")
+    elif kind == "twice":
+        y = net.op("Mul", net.op("Mul", y, gamma, out="scaled"), net.const("k", 2.0), out="again")
+    else:
+        y = net.op("Add", y, gamma, out="moved")
+    net.op("Relu", y, out="output")
+    found = internals(view_of(net.model({"output": ("N", 8)})))
+    assert set(found) == CORE | expected
+
+
+def test_an_instance_normalisation_takes_its_scale_along() -> None:
+    net = Net()
+    x = net.input("input", ("N", 8, 16))
+    ones, zeros = net.const("ones", np.ones(8)), net.const("zeros", np.zeros(8))
+    y = net.op("InstanceNormalization", x, ones, zeros, out="y")
+    y = net.op("Reshape", y, net.const("back", [0, 8, 4, 4], np.int64), out="shaped")
+    y = net.op("Mul", y, net.const("gamma", np.ones((8, 1, 1))), out="scaled")
+    net.op("Add", y, net.const("beta", np.zeros((8, 1, 1))), out="output")
+    found = internals(view_of(net.model({"output": ("N", 8, 4, 4)})))
+    assert set(found) == {"n_shaped", "n_scaled", "n_output"}
+    assert set(found.values()) == {"the scale and shift of normalisation 'n_y'"}
 
 
 def test_a_softmax_of_elementary_nodes() -> None:
