@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from types import MappingProxyType
+from typing import BinaryIO, Literal
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -15,6 +17,8 @@ from onnx import external_data_helper, numpy_helper
 from trtune.configs.errors import ModelError
 from trtune.configs.files import atomic_path, hash_bytes, hash_file
 from trtune.datasets.batches import InputSpec
+from trtune.precision.graph.fold import Folded, Folding
+from trtune.precision.graph.fold import fold as fold_model
 from trtune.precision.graph.normalise import normalise
 from trtune.precision.graph.proto import (
     HEAVY_BYTES,
@@ -65,6 +69,7 @@ class Model:
     `proto` is never modified: who wants to change it copies it. `sha256` is that of the file's
     bytes, external data included. `inputs` leaves out initializers. `notes` says what normalising
     changed. `external_dir` is the folder of the weights if they were too large to be read in.
+    `folded` are the nodes of the file whose work others do, or nobody has to do.
     """
 
     proto: onnx.ModelProto
@@ -75,10 +80,16 @@ class Model:
     opset: int
     notes: tuple[str, ...] = ()
     external_dir: Path | None = None
+    folded: Mapping[str, Folded] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def load_model(path: Path, *, load_limit: int = LOAD_LIMIT) -> Model:
-    """Read, check and normalise the ONNX file at `path`.
+Fold = Literal["all", "constants", "none"]
+
+
+def load_model(path: Path, *, load_limit: int = LOAD_LIMIT, fold: Fold = "all") -> Model:
+    """Read, check, normalise and fold the ONNX file at `path`.
+
+    `fold` "constants" leaves batch normalization as it is, "none" all nodes.
 
     Weights in external files are read in if together they have at most `load_limit` bytes;
     otherwise only the small ones (shapes, scalars) are, and `Model.external_dir` is set.
@@ -89,7 +100,7 @@ def load_model(path: Path, *, load_limit: int = LOAD_LIMIT) -> Model:
     proto = _read(path)
     try:
         digest, external_dir = _read_external(proto, path, load_limit)
-        model = model_from_proto(proto, path, sha256=digest, external_dir=external_dir)
+        model = model_from_proto(proto, path, sha256=digest, external_dir=external_dir, fold=fold)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     for note in model.notes:
@@ -120,12 +131,16 @@ def model_from_proto(
     *,
     sha256: str | None = None,
     external_dir: Path | None = None,
+    fold: Fold = "all",
 ) -> Model:
-    """The normal form of a model that is already in memory; `proto` is not touched.
+    """The normal form of a model that is already in memory, folded; `proto` is not touched.
 
     `sha256` is by default that of the serialised proto. Raises ModelError as `load_model` does.
     """
     normal, notes = normalise(proto)
+    folding = Folding()
+    if fold != "none":
+        folding = fold_model(normal, external_dir, batch_norm=fold == "all")
     opset = default_opset(normal)
     assert opset is not None
     return Model(
@@ -135,8 +150,9 @@ def model_from_proto(
         inputs=tuple(_spec("input", info) for info in normal.graph.input),
         outputs=tuple(_spec("output", info) for info in normal.graph.output),
         opset=opset,
-        notes=notes,
+        notes=(*notes, *folding.notes),
         external_dir=external_dir,
+        folded=folding.gone,
     )
 
 

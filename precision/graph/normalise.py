@@ -9,14 +9,23 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 
-import numpy as np
 import onnx
 import onnx.inliner
-from onnx import numpy_helper
 
 from trtune.configs.errors import ModelError
+from trtune.precision.graph.fold import fold_constants
+from trtune.precision.graph.inference import infer_shapes
+from trtune.precision.graph.opsets import (
+    OLDEST_OPSET,
+    QDQ_OPSET,
+    converted,
+    declare_opset,
+    lowered_opset,
+    newest_opset,
+)
 from trtune.precision.graph.proto import (
     DEFAULT_DOMAINS,
+    all_nodes,
     captured,
     copy_model,
     default_opset,
@@ -27,35 +36,30 @@ from trtune.precision.graph.proto import (
     without_weights,
 )
 
-OLDEST_OPSET = 7
-"""Older operators have shapes and broadcasting of their own, which nothing here knows."""
-NEWEST_OPSET = 23
-QDQ_OPSET = 13
-"""The first opset whose QuantizeLinear has one scale a channel."""
-RESIZE_OPSET = 11
-"""The first opset whose Resize says where it samples."""
-
 
 def normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """A copy of `proto` in normal form, and what was changed.
 
     Nodes are sorted and uniquely named; constants are initializers, and no initializer is an
-    input; the default opset is between 13 and 23; `value_info` holds what shape inference could
-    find. Inputs and outputs keep names, types, shapes and order; the values computed stay the
-    same. Tensors stored in external files stay there.
+    input; the default opset is 13 or newer, and 23 at most where no operator has changed since;
+    `value_info` holds what shape inference could find; a dimension is above 0 or free. Inputs and
+    outputs keep names, types and order; the values computed stay the same. Tensors stored in
+    external files stay there.
 
     Raises ModelError if the graph is invalid, or its opset cannot be handled.
     """
     model = copy_model(proto)
     shorten_domains(model)
+    name_graphs(model.graph)
     notes = [
+        free_dimensions(model),
         inline_functions(model),
         drop_initializer_inputs(model),
         sort_nodes(model),
     ]
     check(model)
     notes += [
-        upgrade_opset(model),
+        settle_opset(model),
         fold_constants(model),
         name_nodes(model),
         infer_shapes(model),
@@ -70,16 +74,41 @@ def shorten_domains(model: onnx.ModelProto) -> None:
             entry.domain = ""
 
 
+def name_graphs(graph: onnx.GraphProto) -> None:
+    """Give `graph`, and those inside it, a name: the checker asks for one, runtimes do not."""
+    graph.name = graph.name or "graph"
+    for node in graph.node:
+        for body in subgraphs(node):
+            name_graphs(body)
+
+
+def free_dimensions(model: onnx.ModelProto) -> str | None:
+    """Leave dimensions of inputs and outputs open that are -1 or 0, as PaddlePaddle writes them."""
+    graph = model.graph
+    count = 0
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.HasField("dim_value") and dim.dim_value < 1:
+                dim.ClearField("dim_value")
+                count += 1
+    return f"{count} dimensions that were -1 or 0 are free" if count else None
+
+
 def check(model: onnx.ModelProto) -> None:
     """Raise ModelError with the checker's own words if `model` is not valid ONNX."""
     opset = default_opset(model)
     if opset is None:
         raise ModelError("the model imports no default operator set, so its nodes have no meaning")
-    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+    if not OLDEST_OPSET <= opset <= newest_opset():
         raise ModelError(
-            f"the model uses opset {opset}; {OLDEST_OPSET} to {NEWEST_OPSET} can be handled. "
+            f"the model uses opset {opset}; {OLDEST_OPSET} to {newest_opset()} can be handled. "
             "Export it again with an `opset_version` in that range"
         )
+    for node in all_nodes(model.graph.node):
+        if node.op_type == "Constant" and not node.domain and not node.attribute:
+            raise ModelError(
+                f"the model is not valid ONNX: Constant node {node.name!r} has no value"
+            )
     try:
         _check_structure(without_weights(model))
         for tensor in model.graph.initializer:
@@ -168,118 +197,44 @@ def sort_nodes(model: onnx.ModelProto) -> str | None:
     return "nodes sorted, so that each stands behind those it reads from"
 
 
-def upgrade_opset(model: onnx.ModelProto) -> str | None:
-    """Convert an opset below 13 to 13, the lowest whose Q/DQ have one scale a channel."""
+def settle_opset(model: onnx.ModelProto) -> str | None:
+    """Bring the default opset to 13, the lowest whose Q/DQ have one scale a channel, if it is
+    older; to the newest that is known here if it is newer and no operator has changed since."""
     opset = default_opset(model)
     assert opset is not None
     if opset >= QDQ_OPSET:
-        return None
+        return _declare_lower(model, opset)
     weights = [tensor for tensor in model.graph.initializer if is_heavy(tensor)]
     light = without_weights(model)
     light.ir_version = max(light.ir_version, 7)
     try:
-        converted = onnx.version_converter.convert_version(light, QDQ_OPSET)
-        _check_structure(converted)
+        found = converted(light, QDQ_OPSET)
+        _check_structure(found)
     except (RuntimeError, ValueError, IndexError, onnx.checker.ValidationError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(
             f"the model uses opset {opset}, and quantization needs {QDQ_OPSET}; converting it "
             f"failed: {reason[:300]}. Export it again with `opset_version={QDQ_OPSET}` or later"
         ) from error
-    _restore(model, converted, weights)
+    _restore(model, found, weights)
     model.ir_version = max(model.ir_version, 7)
-    if opset < RESIZE_OPSET:
-        _keep_resize_rule(model.graph)
     sort_nodes(model)
     return f"opset {opset} upgraded to {QDQ_OPSET}"
 
 
-def _keep_resize_rule(graph: onnx.GraphProto) -> None:
-    """Make every Resize sample where Upsample and the first Resize did.
-
-    The converter leaves it at opset 11's default, half_pixel, which shifts the picture. Nearest
-    neighbours are rounded down when enlarging and up when shrinking, as onnxruntime does.
-    """
-    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    for node in graph.node:
-        tensor = _constant_tensor(node) if node.op_type == "Constant" else None
-        if tensor is not None:
-            known[node.output[0]] = numpy_helper.to_array(tensor)
-        if node.op_type == "Resize" and node.domain == "":
-            scales = known.get(node.input[2], np.ones(1)) if len(node.input) > 2 else np.ones(1)
-            rules = {
-                "coordinate_transformation_mode": "asymmetric",
-                "nearest_mode": "ceil" if np.any(scales < 1) else "floor",
-            }
-            kept = [entry for entry in node.attribute if entry.name not in rules]
-            made = [onnx.helper.make_attribute(name, rule) for name, rule in rules.items()]
-            replace_field(node.attribute, [*kept, *made])
-        for body in subgraphs(node):
-            _keep_resize_rule(body)
-
-
-def fold_constants(model: onnx.ModelProto) -> str | None:
-    """Turn Constant nodes, and Identity nodes of constants, into initializers.
-
-    Those whose value is an output of the graph stay, and so do those inside subgraphs.
-    """
-    graph = model.graph
-    outputs = {output.name for output in graph.output}
-    constants = {tensor.name for tensor in graph.initializer}
-    renamed: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    kept = []
-    for node in graph.node:
-        tensor = None
-        if node.domain == "" and node.output and node.output[0] not in outputs:
-            if node.op_type == "Constant":
-                tensor = _constant_tensor(node)
-            elif node.op_type == "Identity":
-                source = renamed.get(node.input[0], node.input[0])
-                if source in constants:
-                    renamed[node.output[0]] = source
-                    counts["Identity"] += 1
-                    continue
-        if tensor is None:
-            kept.append(node)
-            continue
-        tensor.name = node.output[0]
-        constants.add(tensor.name)
-        graph.initializer.append(tensor)
-        counts["Constant"] += 1
-    if not counts:
+def _declare_lower(model: onnx.ModelProto, opset: int) -> str | None:
+    lower = lowered_opset(model.graph.node, opset)
+    if lower == opset:
         return None
-    for node in kept:
-        _rename_inputs(node, renamed)
-    replace_field(graph.node, kept)
-    parts = [f"{count} {op}" for op, count in sorted(counts.items())]
-    return f"{' and '.join(parts)} nodes became initializers"
-
-
-def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """The value of a Constant node, or None if it is sparse."""
-    attribute = node.attribute[0]
-    if attribute.name == "value":
-        tensor = onnx.TensorProto()
-        tensor.CopyFrom(attribute.t)
-        return tensor
-    value = onnx.helper.get_attribute_value(attribute)
-    if attribute.name in ("value_float", "value_floats"):
-        return numpy_helper.from_array(np.asarray(value, np.float32))
-    if attribute.name in ("value_int", "value_ints"):
-        return numpy_helper.from_array(np.asarray(value, np.int64))
-    if attribute.name in ("value_string", "value_strings"):
-        return numpy_helper.from_array(np.asarray(value, object))
-    return None
-
-
-def _rename_inputs(node: onnx.NodeProto, renamed: dict[str, str]) -> None:
-    for k, name in enumerate(node.input):
-        if name in renamed:
-            node.input[k] = renamed[name]
-    for body in subgraphs(node):
-        for child in body.node:
-            _rename_inputs(child, renamed)
+    light = without_weights(model)
+    declare_opset(light, lower)
+    try:
+        _check_structure(light)
+        onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError):
+        return None  # a type that came after it
+    declare_opset(model, lower)
+    return f"opset {opset} declared as {lower}: no operator of the model has changed in between"
 
 
 def name_nodes(model: onnx.ModelProto) -> str | None:
@@ -287,6 +242,7 @@ def name_nodes(model: onnx.ModelProto) -> str | None:
     nodes = model.graph.node
     taken = {node.name for node in nodes if node.name}
     seen: set[str] = set()
+    numbers: Counter[str] = Counter()  # names are only ever taken, so no number comes free again
     unnamed = repeated = 0
     for node in nodes:
         if node.name and node.name not in seen:
@@ -296,30 +252,12 @@ def name_nodes(model: onnx.ModelProto) -> str | None:
         repeated += bool(node.name)
         output = next((name for name in node.output if name), "")
         stem = node.name or f"{node.op_type}_{output}"
-        name, k = stem, 0
+        name = stem
         while name in taken:
-            k += 1
-            name = f"{stem}_{k}"
+            numbers[stem] += 1
+            name = f"{stem}_{numbers[stem]}"
         node.name = name
         taken.add(name)
         seen.add(name)
     parts = [f"{unnamed} unnamed"] * bool(unnamed) + [f"{repeated} repeated"] * bool(repeated)
     return f"node names made unique: {', '.join(parts)}" if parts else None
-
-
-def infer_shapes(model: onnx.ModelProto) -> str | None:
-    """Fill `value_info` with every type and shape that can be known without running the model."""
-    graph = model.graph
-    try:
-        inferred = onnx.shape_inference.infer_shapes(without_weights(model), data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        return f"shape inference failed, so some shapes are unknown: {reason[:200]}"
-    known = {info.name: info for info in inferred.value_info}
-    outputs = {output.name for output in graph.output}
-    inner = [name for node in graph.node for name in node.output if name not in outputs]
-    replace_field(graph.value_info, [known[name] for name in inner if name in known])
-    for output, found in zip(graph.output, inferred.output, strict=True):
-        if not output.type.tensor_type.HasField("shape"):
-            output.CopyFrom(found)
-    return None

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 HEAVY_BYTES = 4096
 """Initializers above this take no part in shape inference or opset conversion."""
@@ -52,6 +53,33 @@ def captured(node: onnx.NodeProto) -> tuple[str, ...]:
     return tuple(used)
 
 
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """`nodes`, each followed by those of the graphs inside it."""
+    for node in nodes:
+        yield node
+        for body in subgraphs(node):
+            yield from all_nodes(body.node)
+
+
+def constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The value of a Constant node, or None if it is sparse or has none."""
+    if not node.attribute:
+        return None
+    entry = node.attribute[0]
+    if entry.name == "value":
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(entry.t)
+        return tensor
+    value = onnx.helper.get_attribute_value(entry)
+    if entry.name in ("value_float", "value_floats"):
+        return numpy_helper.from_array(np.asarray(value, np.float32))
+    if entry.name in ("value_int", "value_ints"):
+        return numpy_helper.from_array(np.asarray(value, np.int64))
+    if entry.name in ("value_string", "value_strings"):
+        return numpy_helper.from_array(np.asarray(value, object))
+    return None
+
+
 def inputs_of(node: onnx.NodeProto) -> list[str]:
     """The tensors that a node and the graphs inside it read, without inputs left out."""
     return [name for name in (*node.input, *captured(node)) if name]
@@ -83,13 +111,15 @@ class FreshNames:
 
     def __init__(self, taken: Iterable[str]) -> None:
         self._taken = set(taken)
+        self._last: dict[str, int] = {}
 
     def new(self, name: str) -> str:
         """`name`, with a number from 2 up behind it if that is taken."""
-        number, found = 1, name
+        number, found = self._last.get(name, 1), name
         while found in self._taken:
             number += 1
             found = f"{name}_{number}"
+        self._last[name] = number  # no name is ever given back, so none below comes free
         self._taken.add(found)
         return found
 

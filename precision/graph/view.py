@@ -21,6 +21,7 @@ from onnx import numpy_helper
 
 from trtune.calibrate.sessions import open_session
 from trtune.precision.graph.file import Model, load_model, model_from_proto, save_model, tensor_spec
+from trtune.precision.graph.fold import Folded
 from trtune.precision.graph.proto import attribute, captured
 
 __all__ = ["GraphView", "Model", "attribute", "load_model", "model_from_proto", "save_model"]
@@ -65,11 +66,18 @@ class GraphView:
     graph order. A tensor that only a node's subgraphs read counts as read by that node, with an
     index past its last input. `shapes` and `dtypes` (numpy names) hold what is known: a
     free dimension is its name or None, a tensor of unknown rank is missing. `external_dir` is
-    where external initializers are (`Model.external_dir`).
+    where external initializers are (`Model.external_dir`), `folded` the nodes of the file that are
+    no longer there (`Model.folded`).
     """
 
-    def __init__(self, proto: onnx.ModelProto, external_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        external_dir: Path | None = None,
+        folded: Mapping[str, Folded] = MappingProxyType({}),
+    ) -> None:
         self.proto = proto
+        self.folded = folded
         self._external_dir = external_dir
         graph = proto.graph
         self.nodes: tuple[onnx.NodeProto, ...] = tuple(graph.node)
@@ -87,7 +95,7 @@ class GraphView:
     @classmethod
     def of(cls, model: Model) -> GraphView:
         """The view of a loaded model."""
-        return cls(model.proto, model.external_dir)
+        return cls(model.proto, model.external_dir, model.folded)
 
     def _index(self) -> None:
         producer: dict[str, str] = {}

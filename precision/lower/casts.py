@@ -72,7 +72,11 @@ def raise_opset(model: Model, opset: int) -> Model:
         converted = onnx.version_converter.convert_version(light, opset)
         proto = _with_weights(converted, model.proto)
         raised = model_from_proto(
-            proto, model.path, sha256=model.sha256, external_dir=model.external_dir
+            proto,
+            model.path,
+            sha256=model.sha256,
+            external_dir=model.external_dir,
+            fold="none",
         )
         names = {node.name for node in raised.proto.graph.node}
         changed = {node.name for node in model.proto.graph.node} ^ names

@@ -13,7 +13,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from trtune.configs.errors import ModelError
-from trtune.precision.graph.normalise import infer_shapes
+from trtune.precision.graph.inference import infer_shapes
 from trtune.precision.graph.proto import (
     FreshNames,
     copy_model,

@@ -73,23 +73,32 @@ def _listed(reasons: Mapping[str, str]) -> str:
 
 
 def match_pin(view: GraphView, pattern: str) -> list[str]:
-    """The nodes that a pin names, in graph order; ConfigError with the nearest words if none."""
-    names = [node.name for node in view.nodes]
+    """The nodes that a pin names, in graph order; ConfigError with the nearest words if none.
+
+    A node of the file that was folded into another one names that; one that became a constant is
+    known, and names none.
+    """
+    works_in = {node.name: node.name for node in view.nodes}
+    ops = {node.name: node.op_type for node in view.nodes}
+    for name, folded in view.folded.items():
+        works_in.setdefault(name, folded.into)
+        ops.setdefault(name, folded.op)
     kind, word = (pattern[:3], pattern[3:]) if pattern[:3] in ("op:", "re:") else ("", pattern)
-    choices = names
+    choices = list(works_in)
     if kind == "op:":
-        choices = [node.op_type for node in view.nodes]
-        found = [name for name, op in zip(names, choices, strict=True) if op == word]
+        choices = list(ops.values())
+        found = [name for name, op in ops.items() if op == word]
     elif kind == "re:":
-        found = _matching(names, word)
+        found = _matching(works_in, word)
     else:
-        found = [name for name in names if name == word]
+        found = [name for name in works_in if name == word]
     if not found:
         raise ConfigError(
-            f"precision.pin: {pattern!r} matches none of the {len(names)} nodes"
+            f"precision.pin: {pattern!r} matches none of the {len(view.nodes)} nodes"
             f"{did_you_mean(word, choices, count=3)} (`trtune inspect MODEL` lists them)"
         )
-    return found
+    named = {works_in[name] for name in found}
+    return [node.name for node in view.nodes if node.name in named]
 
 
 def _matching(names: Iterable[str], expression: str) -> list[str]:

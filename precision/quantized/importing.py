@@ -20,7 +20,7 @@ from trtune.calibrate.cache import load_table, save_table
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, ModelError
 from trtune.datasets.batches import Batch
-from trtune.precision.graph.normalise import QDQ_OPSET
+from trtune.precision.graph.opsets import QDQ_OPSET
 from trtune.precision.graph.proto import default_opset
 from trtune.precision.graph.view import GraphView, Model, load_model, model_from_proto, save_model
 from trtune.precision.plan.imported import ImportedPlan
@@ -85,7 +85,7 @@ def load_quantized(path: Path) -> tuple[Model, tuple[Finding, ...]]:
     them. Raises ModelError as `load_model` does.
     """
     try:
-        return load_model(path), ()
+        return load_model(path, fold="none"), ()
     except ModelError as error:
         proto = _old_with_axis(Path(path))
         if proto is None:
@@ -93,7 +93,7 @@ def load_quantized(path: Path) -> tuple[Model, tuple[Finding, ...]]:
         log.info("%s: %s", path, error)
     opset = default_opset(proto)
     bare, axes = drop_axis(proto)
-    model = model_from_proto(bare, Path(path))
+    model = model_from_proto(bare, Path(path), fold="none")
     model = replace(model, proto=restore_axis(model.proto, axes))
     nodes = [node.name for node in model.proto.graph.node if node.output[0] in axes]
     found = tuple(
@@ -248,7 +248,7 @@ def insert_file(model: Path, cache: Path, target: Path) -> Model:
     alone gives scales, and the pairs stand where the rules of this package put them.
     Raises ModelError or CacheError if one cannot be read or does not fit the other.
     """
-    loaded = load_model(Path(model))
+    loaded = load_model(Path(model), fold="none")
     table = load_table(Path(cache), allow_unkeyed=True)
     try:
         proto = insert_quantization(loaded, table)

@@ -119,7 +119,7 @@ def migrate_files(
 
     Raises InputError, naming the file, for one that cannot be read or does not fit.
     """
-    loaded = load_model(Path(model))
+    loaded = load_model(Path(model), fold="constants")
     listed: tuple[LayerPin, ...] = ()
     if pins is not None:
         try:

@@ -230,7 +230,9 @@ class _Strip:
         for name, value in self.taken.values.items():
             if name in read:
                 graph.initializer.append(numpy_helper.from_array(value, name))
-        found = model_from_proto(proto, self.model.path, external_dir=self.model.external_dir)
+        found = model_from_proto(
+            proto, self.model.path, external_dir=self.model.external_dir, fold="none"
+        )
         digest = hash_bytes(found.proto.SerializeToString())  # as the file that it is written to
         found = replace(found, notes=self.model.notes, sha256=digest)
         return Stripped(found, self._table(found), tuple(self.taken.changes))

@@ -127,9 +127,9 @@ def test_an_empty_graph(tmp_path: Path) -> None:
 
 def test_an_invalid_graph_names_the_file(tmp_path: Path) -> None:
     proto = tinymodels.conv_relu()
-    proto.opset_import[0].version = 24
+    proto.opset_import[0].version = 99
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(ModelError, match=r"m\.onnx: the model uses opset 24"):
+    with pytest.raises(ModelError, match=r"m\.onnx: the model uses opset 99"):
         load_model(tmp_path / "m.onnx")
 
 

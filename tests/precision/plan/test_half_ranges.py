@@ -17,7 +17,7 @@ from trtune.precision.plan.half_ranges import bounds, tensors_for_ranges
 
 
 def view_of(proto: onnx.ModelProto) -> GraphView:
-    return GraphView.of(model_from_proto(proto))
+    return GraphView.of(model_from_proto(proto, fold="none"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import onnx
 import pytest
 import tinymodels
@@ -11,7 +12,7 @@ from tinymodels import Net
 
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.plan.half_rules import keep_fp32, tensors_for_ranges
-from trtune.precision.plan.pins import first_that_may, hold, with_pins
+from trtune.precision.plan.pins import first_that_may, hold, match_pin, with_pins
 from trtune.precision.plan.plan import COMPILER, RANGE, TUNER, USER, PrecisionPlan
 from trtune.precision.plan.rules import make_plan
 
@@ -119,3 +120,17 @@ def test_a_range_is_the_origin_of_what_it_keeps_in_fp32() -> None:
     plan = measured(graph, make_plan(graph, default="fp16"), stem=50_000.0)
     assert plan.nodes["n_stem"].origin == RANGE
     assert plan.pinned == ()
+
+
+def test_a_pin_on_a_folded_node_holds_for_the_one_that_does_its_work() -> None:
+    net = tinymodels.Net()
+    y = net.op("Conv", net.input("x"), net.weight("w", 8, 3, 3, 3), out="c")
+    stats = [net.const(f"p{k}", np.full(8, k + 1.0)) for k in range(4)]
+    y = net.op("BatchNormalization", y, *stats, out="bn")
+    flat = net.op("Flatten", net.op("GlobalAveragePool", y, out="pooled"), out="flat")
+    net.op("MatMul", flat, net.op("Transpose", net.weight("v", 5, 8), out="t"), out="y")
+    view = GraphView.of(model_from_proto(net.model({"y": ("N", 5)})))
+    for pattern in ("n_bn", "op:BatchNormalization", "re:.*_bn"):
+        assert match_pin(view, pattern) == ["n_c"]
+    assert match_pin(view, "n_t") == [], "a constant has no precision"
+    assert make_plan(view, pins={"n_bn": "fp32", "n_t": "fp32"}).pinned == ("n_c",)

@@ -27,7 +27,7 @@ from trtune.precision.plan.rules import make_plan, refusal_of, weight_axis
 
 
 def view_of(proto: onnx.ModelProto) -> GraphView:
-    return GraphView.of(model_from_proto(proto))
+    return GraphView.of(model_from_proto(proto, fold="none"))
 
 
 def view(name: str) -> GraphView:
