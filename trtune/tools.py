@@ -203,8 +203,14 @@ def migrate(
     pins: Path | str | None = None,
     fallback: str = "fp32",
     overwrite: bool = False,
+    foreign: bool = False,
+    allow_missing: bool = False,
+    command: int | None = None,
 ) -> Migrated:
     """Write what `cache` and `pins` mean with explicit quantization into `folder`.
+
+    A cache that does not belong to the model is refused unless `foreign`, a pin that holds for
+    nothing unless `allow_missing`; of several commands in `pins` `command` (from 1) is meant.
 
     model.onnx holds the Q/DQ, plan.json the precisions with their reasons, calibration.cache the
     scales that are used, report.md what was matched and what changes.
@@ -216,7 +222,15 @@ def migrate(
         raise InputError(f"--fallback {fallback!r} is none of {known}")
     for name in (MODEL_FILE, "plan.json", "report.md", CACHE_FILE):
         _may_write(folder / name, overwrite=overwrite)
-    loaded, found = migrate_files(model, cache, Path(pins) if pins else None, fallback=fallback)
+    loaded, found = migrate_files(
+        model,
+        cache,
+        Path(pins) if pins else None,
+        fallback=fallback,
+        force=foreign,
+        allow_missing=allow_missing,
+        command=command,
+    )
     save_model(
         lower_emulate(loaded, found.plan, found.table), folder / MODEL_FILE, loaded.external_dir
     )

@@ -8,8 +8,8 @@ part of the result.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -18,11 +18,20 @@ from trtune.calibrate.cache import Cache, Version, check_table, header_for, read
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, ConfigError, InputError, ModelError, nearest
 from trtune.precision.graph.view import GraphView, Model, load_model
-from trtune.precision.plan.pins import hold
+from trtune.precision.lower.implicit import in_cache_order, lacking
 from trtune.precision.plan.placement import is_move, place
 from trtune.precision.plan.plan import COMPUTE, FILE, SHAPE, PrecisionPlan
 from trtune.precision.plan.rules import make_plan
-from trtune.precision.quantized.migrate_pins import LayerPin, explain, parse_pins, parts_of
+from trtune.precision.quantized.migrate_pins import (
+    LayerPin,
+    PinFile,
+    PinNote,
+    read_pins,
+    with_layer_pins,
+)
+from trtune.precision.traces.cache_fit import CacheFit, fit_of
+from trtune.precision.traces.parser_names import explain_tensor
+from trtune.precision.traces.scale_rules import complete_scales
 from trtune.precision.tune.scales import without_zero_ranges
 
 TRT10: Version = (10, 14, 1)
@@ -46,16 +55,6 @@ class Unmatched:
 
 
 @dataclass(frozen=True, slots=True)
-class PinNote:
-    """What became of a pin: the nodes that it holds for (whole fusion groups), or why for none."""
-
-    layer: str
-    precision: str
-    nodes: tuple[str, ...]
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Change:
     """A node that runs in something else than under implicit quantization, and why."""
 
@@ -71,8 +70,9 @@ class Migrated:
     """A cache and pins, as a plan and a table of this package.
 
     `matched` are the tensors of the cache that the model has; `unmatched` the other entries;
-    `missing` the tensors that the plan wanted a scale for; `changes` what runs in another precision
-    than before.
+    `missing` the tensors that the plan wanted a scale for, or that have an entry without a range;
+    `changes` what runs in another precision than before; `fit` whether the cache belongs to the
+    model.
     """
 
     plan: PrecisionPlan
@@ -84,6 +84,7 @@ class Migrated:
     changes: tuple[Change, ...] = ()
     header: str = ""
     notes: tuple[str, ...] = field(default=())
+    fit: CacheFit | None = None
 
     def lines(self) -> list[str]:
         """The report in sentences, one a line."""
@@ -94,6 +95,7 @@ class Migrated:
             f"{len(self.plan.compute_nodes)} weighted nodes run in INT8"
         ]
         found += list(self.notes)
+        found += [str(self.fit)] if self.fit is not None else []
         found += [f"no such tensor: {_told(entry)}" for entry in self.unmatched]
         found += [f"no scale for {_told(entry)}" for entry in self.missing]
         for pin in self.pins:
@@ -113,27 +115,59 @@ def _told(entry: Unmatched) -> str:
 
 
 def migrate_files(
-    model: Path, cache: Path, pins: Path | None = None, *, fallback: str = "fp32"
+    model: Path,
+    cache: Path,
+    pins: Path | None = None,
+    *,
+    fallback: str = "fp32",
+    force: bool = False,
+    allow_missing: bool = False,
+    command: int | None = None,
 ) -> tuple[Model, Migrated]:
     """`migrate` of files: an ONNX model, a calibration cache, and perhaps a list of pins.
 
-    Raises InputError, naming the file, for one that cannot be read or does not fit.
+    Of several commands in `pins` `command` (from 1) is meant. Raises InputError, naming the file,
+    for one that cannot be read or does not fit: a cache of another model unless `force`, a pin
+    that holds for nothing unless `allow_missing`.
     """
     loaded = load_model(Path(model), fold="constants")
-    listed: tuple[LayerPin, ...] = ()
+    listed = PinFile(())
     if pins is not None:
-        try:
-            listed = parse_pins(Path(pins).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the pinned layers in {pins}: {error}") from error
-        except ConfigError as error:
-            raise ConfigError(f"{pins}: {error}") from error
-        _check_unique(Path(model), listed)
+        listed = _read_pins(Path(pins), command)
+        _check_unique(Path(model), listed.pins)
     found = read_cache(Path(cache))
     try:
-        return loaded, migrate(loaded, found, listed, fallback=fallback)
+        moved = migrate(
+            loaded, found, listed.pins, fallback=fallback, force=force, also_known=_names_in(model)
+        )
     except CacheError as error:
         raise CacheError(f"{cache}: {error}") from error
+    if moved.fit is not None and not moved.fit.belongs and not force:
+        raise CacheError(f"{cache}: {moved.fit}. If it is right all the same: --force")
+    lost = [pin for pin in moved.pins if not pin.known]
+    if lost and not allow_missing:
+        told = "; ".join(f"{pin.layer!r} ({pin.note})" for pin in lost[:5])
+        raise ConfigError(
+            f"{pins}: {len(lost)} of {len(moved.pins)} pins hold for nothing: {told}. Correct "
+            "them, or go on without them: --allow-missing"
+        )
+    return loaded, replace(moved, notes=(*moved.notes, *listed.notes))
+
+
+def _read_pins(pins: Path, command: int | None) -> PinFile:
+    try:
+        return read_pins(pins.read_text("utf-8"), command=command)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the pinned layers in {pins}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{pins}: {error}") from error
+
+
+def _names_in(model: Path) -> frozenset[str]:
+    """Every tensor of the file as it is, before anything is folded."""
+    graph = onnx.load(model, load_external_data=False).graph
+    made = (name for node in graph.node for name in node.output)
+    return frozenset((*made, *(i.name for i in graph.input), *(t.name for t in graph.initializer)))
 
 
 def _check_unique(path: Path, pins: Sequence[LayerPin]) -> None:
@@ -149,13 +183,20 @@ def _check_unique(path: Path, pins: Sequence[LayerPin]) -> None:
 
 
 def migrate(
-    model: Model, cache: Cache, pins: Sequence[LayerPin] = (), *, fallback: str = "fp32"
+    model: Model,
+    cache: Cache,
+    pins: Sequence[LayerPin] = (),
+    *,
+    fallback: str = "fp32",
+    force: bool = False,
+    also_known: Collection[str] = (),
 ) -> Migrated:
     """What `cache` and `pins` mean for `model` with explicit quantization.
 
     The plan is the package's own, less the pins and the nodes without a scale; with a scale for
-    every tensor it is what the main job makes of the same table. Raises CacheError for a cache
-    without scales or of another model, ModelError for a model in half precision.
+    every tensor it is what the main job makes of the same table. `also_known` are tensors of the
+    file that were folded away. Raises CacheError for a cache without scales, or, unless `force`,
+    one without a single tensor that is needed; ModelError for a model in half precision.
     """
     view = GraphView.of(model)
     _check_float32(view, model)
@@ -168,24 +209,53 @@ def migrate(
     table = CalibrationTable(
         scales, {t: cache.algorithm for t in scales}, {"source": "migrated", "header": cache.header}
     )
-    if needed and not any(tensor in scales for tensor in needed):
+    if needed and not any(tensor in scales for tensor in needed) and not force:
         check_table(table, needed)
-    plan, told = _with_pins(view, base, pins)
+    plan, told = with_layer_pins(view, base, pins)
     plan = _without_missing(view, plan, table)
     plan = without_zero_ranges(view, plan, table)
     known = set(tensors)
-    absent = [tensor for tensor in needed if tensor not in scales]
+    absent = [t for t in needed if t not in scales]
+    absent += [t for t in cache.no_range if t in known and t not in absent]
     return Migrated(
         plan=plan,
         table=table,
         matched=tuple(scales),
-        unmatched=tuple(_unmatched(name, tensors) for name in cache.scales if name not in known),
-        missing=tuple(Unmatched(t, tuple(nearest(t, cache.scales, count=3))) for t in absent),
+        unmatched=tuple(_unmatched(n, tensors, view) for n in cache.names if n not in known),
+        missing=tuple(_missing(view, tensor, cache) for tensor in absent),
         pins=told,
         changes=_changes(view, base, plan, table),
         header=cache.header,
-        notes=_header_notes(cache),
+        notes=(*_header_notes(cache), *_concat_notes(view, cache)),
+        fit=fit_of(view, needed, cache, also_known=also_known),
     )
+
+
+def _missing(view: GraphView, tensor: str, cache: Cache) -> Unmatched:
+    readers = list(dict.fromkeys(name for name, _ in view.consumers.get(tensor, ())))
+    who = f"read by {', '.join(readers[:3])}" if readers else "an output of the network"
+    if tensor in cache.no_range:
+        maker = f"made by {view.producer[tensor]}, " if tensor in view.producer else ""
+        return Unmatched(tensor, (), f"no range in the cache (infinity or NaN), {maker}{who}")
+    return Unmatched(tensor, tuple(nearest(tensor, cache.scales, count=3)), who)
+
+
+def _concat_notes(view: GraphView, cache: Cache) -> tuple[str, ...]:
+    """What TensorRT made of the scales around each Concat when it built."""
+    notes = []
+    for node in view.nodes:
+        own = cache.scales.get(node.output[0]) if node.op_type == "Concat" else None
+        scales = {t: cache.scales[t] for t in node.input if t in cache.scales}
+        changed = [name for name, scale in scales.items() if own and scale != own]
+        if changed and own:
+            ratios = [scales[name] / own for name in changed]
+            notes.append(
+                f"{node.name} (Concat): {len(changed)} of its {len(node.input)} inputs have scales "
+                f"of their own in the cache ({min(ratios):.3g} to {max(ratios):.3g} times its "
+                "output's). TensorRT 8 and 10 gave them the output's when they built; here what "
+                "is read quantized keeps its own"
+            )
+    return tuple(notes)
 
 
 def _header_notes(cache: Cache) -> tuple[str, ...]:
@@ -212,52 +282,9 @@ def _check_float32(view: GraphView, model: Model) -> None:
         )
 
 
-def _unmatched(name: str, tensors: Iterable[str]) -> Unmatched:
-    why = explain(name)
+def _unmatched(name: str, tensors: Iterable[str], view: GraphView) -> Unmatched:
+    why = explain_tensor(name, view)
     return Unmatched(name, () if why else tuple(nearest(name, tensors, count=3)), why)
-
-
-def _with_pins(
-    view: GraphView, plan: PrecisionPlan, pins: Sequence[LayerPin]
-) -> tuple[PrecisionPlan, tuple[PinNote, ...]]:
-    told: list[PinNote] = []
-    names = [node.name for node in view.nodes]
-    for pin in pins:
-        hit = [name for name in names if pin.matches(name)]
-        hit = hit or [part for part in parts_of(pin.layer) if part in view.by_name]
-        leaders = list(dict.fromkeys(plan.leader(name) for name in hit))
-        leaders = [name for name in leaders if plan.nodes[name].role != SHAPE]
-        if not leaders:
-            why = "shape computation" if hit else _no_node(pin.layer, names)
-            told.append(PinNote(pin.layer, pin.precision, (), why))
-            continue
-        if pin.precision in ("int32", "int64"):
-            told.append(PinNote(pin.layer, pin.precision, (), "integers stay what they are"))
-            continue
-        held = hold(plan, leaders, pin.precision, f"pinned by {pin.layer}:{pin.precision}")
-        plan, note = held.plan, _refused(pin, held.refused)
-        members = [m for name in held.nodes for m in (name, *plan.groups.get(name, ()))]
-        inside = [name for name in hit if plan.leader(name) != name]
-        if inside and held.nodes:
-            note = (
-                f"{', '.join(inside[:3])} is fused behind {plan.leader(inside[0])}, so the whole "
-                "group is pinned" + (f"; {note}" if note else "")
-            )
-        told.append(PinNote(pin.layer, pin.precision, tuple(members), note))
-    return plan, tuple(told)
-
-
-def _no_node(layer: str, names: Iterable[str]) -> str:
-    near = ", ".join(map(repr, nearest(layer, names, count=3)))
-    return explain(layer) or (f"no such node; nearest: {near}" if near else "no such node")
-
-
-def _refused(pin: LayerPin, refused: Mapping[str, str]) -> str:
-    """Which nodes may not run in the pin's precision, and why the first of them may not."""
-    if not refused:
-        return ""
-    names = list(refused)
-    return f"no {pin.precision} for {', '.join(names[:3])}: {refused[names[0]]}"
 
 
 def _without_missing(
@@ -283,7 +310,7 @@ def _changes(
         assigned = plan.nodes[node.name]
         if assigned.role == SHAPE or assigned.is_pinned:
             continue
-        before = _implicit_int8(view, node, table)
+        before = _implicit_int8(view, node, table.scales, base)
         if assigned.role == COMPUTE:
             now, reason = assigned.precision == "int8", assigned.reason
             if now and not before:
@@ -300,7 +327,9 @@ def _changes(
     return tuple(found)
 
 
-def _implicit_int8(view: GraphView, node: onnx.NodeProto, table: CalibrationTable) -> bool:
+def _implicit_int8(
+    view: GraphView, node: onnx.NodeProto, scales: Mapping[str, float], plan: PrecisionPlan
+) -> bool:
     """Whether implicit quantization could run `node` in INT8: what it reads and makes has scales.
 
     Of constants no scale is asked for; the output may be that of the activation fused behind.
@@ -308,17 +337,7 @@ def _implicit_int8(view: GraphView, node: onnx.NodeProto, table: CalibrationTabl
     data = [name for name in node.input if name and not view.is_constant(name)]
     if not data or any(view.dtypes.get(name, "float32") != "float32" for name in data):
         return False
-    made = [*node.output, *_behind(view, node)]
-    return all(table.scales.get(name, 0) > 0 for name in data) and any(
-        table.scales.get(name, 0) > 0 for name in made
-    )
-
-
-def _behind(view: GraphView, node: onnx.NodeProto) -> list[str]:
-    readers = view.consumers.get(node.output[0], ())
-    if len(readers) != 1:
-        return []
-    return list(view.by_name[readers[0][0]].output)
+    return not lacking(view, node, scales, plan)
 
 
 def _neighbours_of_int8(view: GraphView, plan: PrecisionPlan) -> set[str]:
@@ -334,29 +353,21 @@ def _neighbours_of_int8(view: GraphView, plan: PrecisionPlan) -> set[str]:
 
 
 def to_cache(
-    view: GraphView, table: CalibrationTable, version: Version = TRT10
+    view: GraphView,
+    table: CalibrationTable,
+    version: Version = TRT10,
+    plan: PrecisionPlan | None = None,
 ) -> tuple[Cache, tuple[str, ...]]:
     """The scales of Q/DQ as a cache for TensorRT 10, and the weighted nodes that it leaves in
     float there because a tensor of theirs has none.
 
-    Operators that only move values get the scale of what they move, which explicit quantization
-    does not write down. Raises ValueError for a version that a header cannot hold.
+    TensorRT 10 asks for far more scales than explicit quantization writes down: those that follow
+    from the others are added (`complete_scales`), none is changed. `plan` is by default the
+    package's own. Raises ValueError for a version that a header cannot hold.
     """
-    scales = dict(table.scales)
-    for nodes, forward in ((view.nodes, True), (tuple(reversed(view.nodes)), False)):
-        for node in nodes:
-            ends = [name for k, name in enumerate(node.input) if is_move(node, k)]
-            if not ends:
-                continue
-            source, target = (ends, node.output) if forward else (node.output, ends)
-            known = [scales[name] for name in source if name in scales]
-            if known and len(known) == len(list(source)):
-                for name in target:
-                    if name and not view.is_constant(name):
-                        scales.setdefault(name, max(known))
-    order = [*view.graph_inputs, *view.producer]
-    ranked: Mapping[str, float] = {t: scales[t] for t in order if t in scales}
-    found = Cache(header_for(version), ranked)
-    whole = CalibrationTable(ranked)
+    plan = plan or make_plan(view)
+    scales, _ = complete_scales(view, plan, table.scales)
+    found = Cache(header_for(version), in_cache_order(view, scales))
     weighted = [n for n in view.nodes if n.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
-    return found, tuple(n.name for n in weighted if not _implicit_int8(view, n, whole))
+    left = (n.name for n in weighted if not _implicit_int8(view, n, found.scales, plan))
+    return found, tuple(left)

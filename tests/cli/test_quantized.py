@@ -13,7 +13,7 @@ import tinymodels
 import tinyqat
 from typer.testing import CliRunner, Result
 
-from trtune.calibrate.cache import dump_cache, load_table, read_cache
+from trtune.calibrate.cache import Cache, dump_cache, load_table, read_cache
 from trtune.cli.commands import app
 from trtune.precision.backends.rtx.backend import RtxBackend
 from trtune.precision.quantized.migrate import migrate_files
@@ -181,3 +181,47 @@ def test_init_takes_a_quantized_model_as_it_is(folder: Path) -> None:
     assert "default: qat" in Path("qat.yaml").read_text()
     invoke("init", "float.onnx")
     assert "default: int8" in Path("float.yaml").read_text()
+
+
+class TestForeignCaches:
+    """A cache of another export, of which TensorRT says nothing."""
+
+    @pytest.fixture
+    def foreign(self, folder: Path) -> Path:
+        """Names that coincide for half of the tensors, shifted by one layer for the rest."""
+        scales = {"input": 0.01, "relu1": 0.02, "relu_a": 0.03, "relu_b": 0.04, "conv_c": 0.05}
+        path = folder / "foreign.cache"
+        path.write_text(dump_cache(Cache("TRT-8601-EntropyCalibration2", scales)))
+        onnx.save(tinymodels.residual(), "other.onnx")
+        return path
+
+    def test_it_is_refused_with_the_reasons_unless_forced(self, foreign: Path) -> None:
+        own = [n for n in onnx.load("other.onnx").graph.node if n.op_type == "Conv"]
+        assert len(own) > 2
+        command = ("migrate", "--cache", foreign, "--model", "other.onnx", "-o", "m")
+        told = " ".join(invoke(*command, status=2).stderr.split())
+        assert "--force" in told
+        assert "tensors that need a scale have no entry" in told
+        assert not Path("m").exists()
+        value = json.loads(invoke(*command, "--force", "--json").stdout)
+        assert value["belongs"] is False
+        assert value["against"]
+        assert Path("m/model.onnx").is_file()
+
+    def test_the_right_one_is_taken(self, folder: Path) -> None:
+        names = ("input", "conv1", "relu1", "conv2", "relu2", "pooled", "flat", "logits")
+        scales = {name: 0.01 + 0.001 * k for k, name in enumerate(names)}
+        (folder / "own.cache").write_text(dump_cache(Cache("TRT-8601-MinMaxCalibration", scales)))
+        result = invoke("migrate", "--cache", "own.cache", "--model", "float.onnx", "--json")
+        assert json.loads(result.stdout)["belongs"] is True
+        assert "the cache belongs to this model: 3 of 3" in Path("migrated/report.md").read_text()
+
+    def test_a_tensor_without_a_range_is_missing_and_its_node_named(self, folder: Path) -> None:
+        names = ("input", "conv1", "conv2", "relu2", "pooled", "flat", "logits")
+        text = dump_cache(Cache("TRT-8601-EntropyCalibration2", dict.fromkeys(names, 0.02)))
+        (folder / "own.cache").write_text(text + "relu1: 7f800000\n")
+        result = invoke("migrate", "--cache", "own.cache", "--model", "float.onnx", "--json")
+        (missing,) = json.loads(result.stdout)["missing"]
+        assert missing["name"] == "relu1"
+        assert "no range in the cache" in missing["why"]
+        assert "n_conv2" in missing["why"]

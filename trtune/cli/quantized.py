@@ -130,13 +130,33 @@ def migrate(
     fallback: Annotated[
         str, typer.Option(metavar="PRECISION", help="What is not INT8: fp32, fp16 or bf16.")
     ] = "fp32",
-    force: Force = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Go on without pins that hold for nothing.")
+    ] = False,
+    command: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Which command of the pins' file is meant, from 1."),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Take a cache of another model too; overwrite files."),
+    ] = False,
 ) -> None:
     """Carry a calibration cache of TensorRT 8 or 10, and its pins, over to explicit Q/DQ."""
     from trtune import tools
     from trtune.cli import show
 
-    found = tools.migrate(model, cache, output, pins=pins, fallback=fallback, overwrite=force)
+    found = tools.migrate(
+        model,
+        cache,
+        output,
+        pins=pins,
+        fallback=fallback,
+        overwrite=force,
+        foreign=force,
+        allow_missing=allow_missing,
+        command=command,
+    )
     value = {
         "model": str(output / "model.onnx"),
         "plan": str(output / "plan.json"),
@@ -146,6 +166,8 @@ def migrate(
         "missing": [dataclasses.asdict(entry) for entry in found.missing],
         "pins": [dataclasses.asdict(pin) for pin in found.pins],
         "changes": [dataclasses.asdict(change) for change in found.changes],
+        "belongs": found.fit is None or found.fit.belongs,
+        "against": [] if found.fit is None else list(found.fit.against),
     }
     terminal.result(value, *found.lines(), f"wrote {show.near(output)}/model.onnx")
 

@@ -1,0 +1,1 @@
+"""What TensorRT leaves behind, read: names of layers and tensors, caches, pins, plans, logs."""
