@@ -11,6 +11,7 @@ from trtune.configs.errors import DataError, did_you_mean
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import Batch, BatchSource
 from trtune.precision.runtime.errors import NotFiniteError
+from trtune.precision.runtime.output_groups import OutputGroup
 from trtune.reports.measures.base import (
     AgainstReference,
     Measure,
@@ -111,7 +112,8 @@ def evaluate(
         if reference is not None:
             expected = _answers(reference, batch, samples, fixed_batch, layout)
             names = outputs or ([asked.output] if asked.output else ())
-            sums = _compare(sums, expected, found, names, asked.output, batch)
+            groups = reference.groups if isinstance(reference, StoredOutputs) else ()
+            sums = _compare(sums, expected, found, names, asked.output, batch, groups)
         pair.update(found.everything, None if expected is None else expected.everything, batch)
         samples += len(batch)
         progress(what, samples, source.count)
@@ -200,12 +202,15 @@ def _compare(
     names: Sequence[str],
     output: str | None,
     batch: Batch,
+    groups: Sequence[OutputGroup] = (),
 ) -> Fidelity:
+    parts = {name: [group for group in groups if group.output == name] for name in found.samples}
     for name in names or found.samples:
         mine = named_output(found.everything, name)
         if name not in expected.everything:
             raise ValueError(f"output {name!r} has no such output in the reference to compare with")
-        sums = _compare_output(sums, name, expected.everything[name], mine, batch)
+        for group in parts.get(name) or [OutputGroup(name)]:
+            sums = _compare_output(sums, group, expected.everything[name], mine, batch)
     scored = agreeing_output(found.samples, output)
     if scored is not None and scored in expected.samples:
         mine, theirs = (class_rows(a.samples[scored], scored) for a in (found, expected))
@@ -214,10 +219,13 @@ def _compare(
     return sums
 
 
-def _compare_output(sums: Fidelity, name: str, expected: Any, found: Any, batch: Batch) -> Fidelity:
+def _compare_output(
+    sums: Fidelity, group: OutputGroup, expected: Any, found: Any, batch: Batch
+) -> Fidelity:
+    name = group.label
     if not isinstance(expected, tuple) and not isinstance(found, tuple):
         if expected.shape == found.shape:
-            return _added(sums, name, expected, found, batch.items)
+            return _added(sums, name, group.of(expected), group.of(found), batch.items)
         if expected.shape[:1] != found.shape[:1]:
             return sums.add_left_out(name, len(batch))
     for row, (theirs, mine) in enumerate(zip(expected, found, strict=True)):

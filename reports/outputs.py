@@ -30,6 +30,7 @@ from trtune.datasets.batches import (
     is_free,
     take_rows,
 )
+from trtune.precision.runtime.output_groups import OutputGroup, output_groups
 
 Run: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 IN_MEMORY = 256 << 20
@@ -162,6 +163,18 @@ class StoredOutputs:
         """All samples of each output that every piece has."""
         names = [n for n in self.pieces[0] if all(n in piece for piece in self.pieces)]
         return {name: joined([piece[name] for piece in self.pieces]) for name in names}
+
+    @cached_property
+    def groups(self) -> tuple[OutputGroup, ...]:
+        """The parts of the outputs that are judged apart; samples lie along the first axis."""
+        names = dict.fromkeys(name for piece in self.pieces for name in piece)
+        held = {name: [p[name] for p in self.pieces if name in p] for name in names}
+        return output_groups(
+            {
+                n: [] if any(isinstance(a, tuple) for a in arrays) else arrays
+                for n, arrays in held.items()
+            }
+        )
 
     def rows(self, start: int, stop: int) -> dict[str, Any]:
         """The samples from `start` to `stop`, by output."""

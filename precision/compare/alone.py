@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numba
@@ -29,6 +30,7 @@ from trtune.precision.lower.rewrite import quantize_weights, weight_scales
 from trtune.precision.plan.placement import Edge, Placement, edges_of, place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
+from trtune.precision.runtime.output_groups import OutputGroup, add_parts, output_groups, worst
 from trtune.precision.runtime.session import make_session
 
 Array = NDArray[Any]
@@ -195,6 +197,18 @@ class Alone:
         """The model's FP32 outputs."""
         return [self._stored[batch][name] for name in self._outputs]
 
+    @cached_property
+    def groups(self) -> tuple[OutputGroup, ...]:
+        """The parts of the outputs that are judged apart."""
+        return output_groups({n: [s[n] for s in self._stored] for n in self._outputs})
+
+    def compared(
+        self, sums: Mapping[str, ErrorSums], batch: int, outputs: Sequence[Array]
+    ) -> dict[str, ErrorSums]:
+        """`sums` by group with the model's `outputs` for a batch, in its order, added."""
+        named = dict(zip(self._outputs, outputs, strict=True))
+        return add_parts(sums, self.groups, self._stored[batch], named)
+
 
 def held_tensors(view: GraphView, placement: Placement) -> list[str]:
     """The tensors whose FP32 values `Alone` keeps, whichever edges of `placement` are changed.
@@ -251,7 +265,8 @@ def alone_errors(
 ) -> dict[str, ErrorSums]:
     """What quantizing each int8 node of `plan` alone, weights, input and skip input, does.
 
-    Node -> errors of the model's outputs against FP32 over the pictures that `alone` holds.
+    Node -> errors of the output that suffers most, against FP32 over the pictures that `alone`
+    holds; channels of another magnitude are an output of their own.
     """
     placement = place(view, plan)
     weights = {edge[0]: (edge, name, axis) for edge, (name, axis) in placement.weights.items()}
@@ -260,13 +275,11 @@ def alone_errors(
         edges = edges_of(view, plan, view.by_name[name])
         run = alone.session(Change(edges, (weights[name],), table.weights))
         tensors = {view.by_name[n].input[i] for n, i in edges}
-        sums = ErrorSums()
+        sums: dict[str, ErrorSums] = {}
         for batch in range(alone.batches):
             changed = {t: fake_quantize(alone.stored(batch, t), table.scale(t)) for t in tensors}
-            outputs = run(batch, changed)
-            for reference, test in zip(alone.reference(batch), outputs, strict=True):
-                sums = sums.add(reference, test)
-        return sums
+            sums = alone.compared(sums, batch, run(batch, changed))
+        return worst(sums)
 
     nodes = list(plan.int8_nodes)
     found = in_parallel(measure, nodes, what="rank layers", progress=progress)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import Batch
@@ -17,6 +13,7 @@ from trtune.precision.lower.half_on_cpu import in_float32
 from trtune.precision.plan.half_types import HALVES
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
+from trtune.precision.runtime.output_groups import add_parts, output_groups, worst
 from trtune.precision.runtime.session import make_session
 
 
@@ -39,30 +36,28 @@ def half_alone_errors(
 ) -> dict[str, ErrorSums]:
     """What running each half node of `plan` alone in half does, with what is fused behind it.
 
-    Node -> errors of the model's outputs against FP32 over `pictures`, which are batches of a size
-    that the model takes. One session and one pass over the pictures a node.
+    Node -> errors of the output that suffers most, against FP32 over `pictures`, which are batches
+    of a size that the model takes. One session and one pass over the pictures a node.
     """
     raised = raise_opset(model, needed_opset(view, plan))
     outputs = [output.name for output in model.outputs]
     session = make_session(model.proto, external_dir=model.external_dir)
-    references = [session.run(outputs, dict(batch.feeds)) for batch in pictures]
+    references = [
+        dict(zip(outputs, session.run(outputs, dict(batch.feeds)), strict=True))
+        for batch in pictures
+    ]
+    groups = output_groups({name: [found[name] for found in references] for name in outputs})
 
     def measure(name: str) -> ErrorSums:
         types = {n: plan.float_type(n) for n in (name, *plan.groups.get(name, ()))}
         typed = insert_casts(raised.proto, types, external_dir=model.external_dir)
         alone = make_session(in_float32(typed), threads=1, external_dir=model.external_dir)
-        sums = ErrorSums()
+        sums: dict[str, ErrorSums] = {}
         for batch, reference in zip(pictures, references, strict=True):
-            found = alone.run(outputs, dict(batch.feeds))
-            for exact, test in zip(reference, found, strict=True):
-                sums = _added(sums, exact, test)
-        return sums
+            found = dict(zip(outputs, alone.run(outputs, dict(batch.feeds)), strict=True))
+            sums = add_parts(sums, groups, reference, found)
+        return worst(sums)
 
     nodes = half_nodes(plan)
     found = in_parallel(measure, nodes, what="rank layers", progress=progress)
     return dict(zip(nodes, found, strict=True))
-
-
-def _added(sums: ErrorSums, reference: NDArray[Any], test: NDArray[Any]) -> ErrorSums:
-    """`sums` with an output added, if it is one of floats."""
-    return sums.add(reference, test) if np.issubdtype(reference.dtype, np.floating) else sums

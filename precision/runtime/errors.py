@@ -4,10 +4,11 @@ Every measure is a ratio of the same few sums over elements, so `ErrorSums` keep
 and never the tensors: its size does not depend on the number of pictures. The functions at the
 end are the same measures of one pair of arrays.
 
-Edge cases are the same everywhere. No epsilon is added anywhere. A NaN or Inf in the *reference*
-is an error (`NotFiniteError`), because nothing can be measured against it. A NaN or Inf in the
-*test* array is a result: it is counted in `not_finite`, and makes the error infinite (SQNR -inf,
-cosine 0, the others +inf). Arrays without elements do not differ.
+Edge cases are the same everywhere. No epsilon is added anywhere. A NaN in the *reference* is an
+error (`NotFiniteError`), because nothing can be measured against it. An infinity that both hold,
+as masks of attention do, is left out. Any other NaN or Inf is a result: it is counted in
+`not_finite`, and makes the error infinite (SQNR -inf, cosine 0, the others +inf). Arrays without
+elements do not differ.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 
 class NotFiniteError(ValueError):
-    """The reference holds NaN or Inf; `index` is the first such element of the flat array."""
+    """The reference holds NaN; `index` is the first such element of the flat array."""
 
     def __init__(self, index: int, value: float) -> None:
         super().__init__(f"the reference holds {value} at flat index {index}")
@@ -59,10 +60,10 @@ def _flat(array: NDArray[Any]) -> NDArray[Any]:
     return flat
 
 
-def _refuse_not_finite(reference: NDArray[Any]) -> None:
-    finite = np.isfinite(reference)
-    if not finite.all():
-        index = int(np.argmin(finite))
+def _refuse_nan(reference: NDArray[Any]) -> None:
+    missing = np.isnan(reference)
+    if missing.any():
+        index = int(np.argmax(missing))
         raise NotFiniteError(index, float(reference[index]))
 
 
@@ -72,8 +73,8 @@ class ErrorSums:
 
     `signal` sum(r^2); `noise` sum((r-t)^2); `dot` sum(r*t); `energy` sum(t^2); `relative`
     sum(|r-t|/|r|), where an element with r == 0 counts 0 if t == 0 and 1 if not; `max_abs`
-    max(|r-t|); all float64. `count` elements were added, `not_finite` of them with a t of NaN or
-    Inf, which are in no sum.
+    max(|r-t|); all float64. `count` elements were added; in no sum are `equal_infinities` of them,
+    and `not_finite` where one side is infinite or t is NaN.
 
     >>> sums = ErrorSums().add(np.array([3.0, 4.0]), np.array([3.0, 4.5]))
     >>> sums.sqnr_db, sums.max_abs, sums.relative_l2
@@ -88,6 +89,7 @@ class ErrorSums:
     max_abs: float = 0.0
     count: int = 0
     not_finite: int = 0
+    equal_infinities: int = 0
 
     def add(self, reference: NDArray[Any], test: NDArray[Any]) -> ErrorSums:
         """The sums with `test` against `reference` added: same shape, any rank, any real dtype.
@@ -95,19 +97,20 @@ class ErrorSums:
         One pass without temporaries where both are float32; float16 and 8-bit integers are widened
         to float32, everything else to float64 first. Both arrays are left as they are.
 
-        Raises ValueError if the shapes differ, NotFiniteError for NaN or Inf in the reference.
+        Raises ValueError if the shapes differ, NotFiniteError for NaN in the reference.
         """
         if reference.shape != test.shape:
             raise ValueError(f"shapes differ: reference {reference.shape}, test {test.shape}")
         r, t = _flat(reference), _flat(test)
-        bad = 0
+        bad = equal = 0
         sums = _sums(r, t)
         if not math.isfinite(sum(sums)):
-            _refuse_not_finite(r)
-            finite = np.isfinite(t)
-            bad = int(t.size - np.count_nonzero(finite))
+            _refuse_nan(r)
+            finite = np.isfinite(r) & np.isfinite(t)
+            equal = int(np.count_nonzero((r == t) & ~finite))
+            bad = int(t.size - np.count_nonzero(finite)) - equal
             sums = _sums(r[finite], t[finite])
-        return self.merge(ErrorSums(*sums, count=r.size, not_finite=bad))
+        return self.merge(ErrorSums(*sums, count=r.size, not_finite=bad, equal_infinities=equal))
 
     def merge(self, other: ErrorSums) -> ErrorSums:
         """The sums over the elements of both."""
@@ -122,6 +125,7 @@ class ErrorSums:
             else max(self.max_abs, other.max_abs),
             count=self.count + other.count,
             not_finite=self.not_finite + other.not_finite,
+            equal_infinities=self.equal_infinities + other.equal_infinities,
         )
 
     @property
@@ -169,7 +173,7 @@ def sqnr_db(reference: NDArray[Any], test: NDArray[Any]) -> float:
     10*log10(sum(r^2) / sum((r-t)^2)), summed in float64 over all elements. Same shape, any rank.
     Equal arrays give +inf; an all-zero reference with a non-zero test gives -inf.
 
-    Raises ValueError if the shapes differ, NotFiniteError for NaN or Inf in `reference`.
+    Raises ValueError if the shapes differ, NotFiniteError for NaN in `reference`.
 
     >>> sqnr_db(np.array([3.0, 4.0]), np.array([3.0, 4.5]))
     20.0
@@ -183,7 +187,7 @@ def cosine(reference: NDArray[Any], test: NDArray[Any]) -> float:
     sum(r*t) / (|r| * |t|) in float64. Equal arrays, all-zero ones too, give 1; one all-zero
     array against another gives 0. Same shape, any rank; blind to a common factor.
 
-    Raises ValueError if the shapes differ, NotFiniteError for NaN or Inf in `reference`.
+    Raises ValueError if the shapes differ, NotFiniteError for NaN in `reference`.
 
     >>> cosine(np.array([1.0, 0.0]), np.array([0.0, 2.0]))
     0.0
@@ -196,7 +200,7 @@ def relative_l2(reference: NDArray[Any], test: NDArray[Any]) -> float:
 
     Equal arrays give 0; an all-zero reference with a non-zero test gives +inf.
 
-    Raises ValueError if the shapes differ, NotFiniteError for NaN or Inf in `reference`.
+    Raises ValueError if the shapes differ, NotFiniteError for NaN in `reference`.
 
     >>> relative_l2(np.array([3.0, 4.0]), np.array([3.0, 4.5]))
     0.1
@@ -210,7 +214,7 @@ def mean_relative(reference: NDArray[Any], test: NDArray[Any]) -> float:
     Where r == 0 an element counts 0 if t == 0 too, else 1 (all of it is error). Small |r| weigh
     heavily: this is the measure for "the same up to float noise", not for quantization.
 
-    Raises ValueError if the shapes differ, NotFiniteError for NaN or Inf in `reference`.
+    Raises ValueError if the shapes differ, NotFiniteError for NaN in `reference`.
 
     >>> mean_relative(np.array([2.0, 0.0, 0.0, 4.0]), np.array([3.0, 0.0, 9.0, 4.0]))
     0.375
@@ -221,7 +225,7 @@ def mean_relative(reference: NDArray[Any], test: NDArray[Any]) -> float:
 def max_abs(reference: NDArray[Any], test: NDArray[Any]) -> float:
     """The largest |r-t|, in the unit of the arrays; 0 for equal arrays and for empty ones.
 
-    Raises ValueError if the shapes differ, NotFiniteError for NaN or Inf in `reference`.
+    Raises ValueError if the shapes differ, NotFiniteError for NaN in `reference`.
 
     >>> max_abs(np.array([3.0, 4.0]), np.array([3.0, 4.5]))
     0.5

@@ -325,10 +325,10 @@ def test_nan_outputs_are_wrong_answers_and_warned_about(caplog: pytest.LogCaptur
 def test_a_broken_reference_names_the_item() -> None:
     def reference(feeds: Arrays) -> dict[str, NDArray[Any]]:
         y = fp32(feeds)["y"]
-        y[feeds["x"][:, 0] == X[7, 0]] = np.inf
+        y[feeds["x"][:, 0] == X[7, 0]] = np.nan
         return {"y": y}
 
-    with pytest.raises(TrtuneError, match="output 'y' holds inf for 'row7'"):
+    with pytest.raises(TrtuneError, match="output 'y' holds nan for 'row7'"):
         evaluate(fp32, Rows(X, None), reference=reference)
 
 
@@ -410,3 +410,21 @@ def test_large_outputs_lie_in_files() -> None:
     assert isinstance(stored.pieces[-1]["y"], np.memmap)
     assert np.array_equal(stored.outputs["y"], plain.outputs["y"])
     assert evaluate(fp32, Rows(X, None, 7), reference=stored).sqnr_db == math.inf
+
+
+def test_scores_beside_boxes_in_one_output_are_judged_apart() -> None:
+    def joined(score: float) -> Run:
+        def run(feeds: Arrays) -> Arrays:
+            boxes = 300 + 100 * np.abs(fp32(feeds)["y"])
+            scores = np.full((len(boxes), 16), score)
+            return {"out": np.concatenate([boxes, scores], axis=1).astype(np.float32)}
+
+        return run
+
+    source = Rows(X, None)
+    reference = collect_outputs(joined(0.1), source)
+    lost = evaluate(joined(0.0), source, reference=reference)
+    assert list(lost.outputs) == ["out[:, 0:4]", "out[:, 4:20]"]
+    assert lost.outputs["out[:, 0:4]"].sqnr_db == math.inf
+    assert lost.sqnr_db == pytest.approx(0.0)
+    assert evaluate(joined(0.1), source, reference=reference).sqnr_db == math.inf

@@ -146,12 +146,13 @@ def test_alone_is_the_whole_model_with_one_node_in_int8(name: str) -> None:
     found = alone_errors(alone_of(prepared), prepared.view, prepared.plan, prepared.table)
     assert list(found) == list(prepared.plan.int8_nodes)
     for node, sums in found.items():
-        whole, expected = only(prepared, node), ErrorSums()
+        whole, each = only(prepared, node), dict[str, ErrorSums]()
         for batch in batches_of(prepared):
             exact = outputs(prepared.model.proto, batch.feeds)
             test = outputs(whole, batch.feeds)
             for tensor, values in exact.items():
-                expected = expected.add(values, test[tensor])
+                each[tensor] = each.get(tensor, ErrorSums()).add(values, test[tensor])
+        expected = min(each.values(), key=lambda sums: sums.sqnr_db)
         assert sums.count == expected.count
         assert sums.noise > 0
         assert sums.noise == pytest.approx(expected.noise, rel=0.02)
