@@ -42,6 +42,8 @@ class ImportedPlan(PrecisionPlan):
         return tuple(read for read in self.reads if self._is_active(read))
 
     def _is_active(self, read: Read) -> bool:
+        if (read.node, read.index) in self.float_reads:
+            return False
         if read.owners:
             return any(self.is_int8(owner) for owner in read.owners)
         return not self.nodes[read.node].is_pinned
@@ -54,7 +56,9 @@ class ImportedPlan(PrecisionPlan):
         """The same precisions with pairs where the rules of this package put them, which is what
         `lower_deploy` needs; they may stand on tensors that the imported table has no scale for.
         """
-        return PrecisionPlan(self.default, self.fallback, self.nodes, self.groups, self.refusals)
+        return PrecisionPlan(
+            self.default, self.fallback, self.nodes, self.groups, self.refusals, self.float_reads
+        )
 
     @property
     def decisions(self) -> dict[str, Any]:
@@ -76,4 +80,11 @@ class ImportedPlan(PrecisionPlan):
             Read(tensor, node, index, tuple(owners))
             for tensor, node, index, owners in json.loads(text)["reads"]
         )
-        return cls(base.default, base.fallback, base.nodes, base.groups, reads=reads)
+        return cls(
+            base.default,
+            base.fallback,
+            base.nodes,
+            base.groups,
+            float_reads=base.float_reads,
+            reads=reads,
+        )

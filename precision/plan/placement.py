@@ -90,7 +90,7 @@ def skip_edge(view: GraphView, plan: PrecisionPlan, node: onnx.NodeProto) -> Edg
             same = view.shapes.get(follower.input[index]) == view.shapes.get(main)
             if isinstance(plan, ImportedPlan):
                 same = plan.reads_quantized(member, index)
-            return (member, index) if same else None
+            return (member, index) if same and (member, index) not in plan.float_reads else None
         main = follower.output[0]
     return None
 
@@ -104,6 +104,14 @@ def edges_of(view: GraphView, plan: PrecisionPlan, node: onnx.NodeProto) -> tupl
         return tuple((r.node, r.index) for r in plan.active_reads if node.name in r.owners)
     skip = skip_edge(view, plan, node)
     return ((node.name, 0), *((skip,) if skip is not None else ()))
+
+
+def served_by(plan: PrecisionPlan, edge: Edge) -> tuple[str, ...]:
+    """The int8 nodes for whose sake the input `edge` is read quantized."""
+    if isinstance(plan, ImportedPlan):
+        owners = [r.owners for r in plan.active_reads if (r.node, r.index) == edge]
+        return tuple(o for found in owners for o in found if plan.is_int8(o))
+    return (plan.leader(edge[0]),)
 
 
 def shared_ranges(view: GraphView, tensors: Mapping[str, object] | set[str]) -> dict[str, str]:

@@ -56,6 +56,8 @@ class PrecisionPlan:
     nodes run in, and what those run in that cannot. `refusals` maps a precision to the nodes that
     cannot run in it, with the reason: by their types, and by ranges once those are measured. It
     follows from the model, so it is not written to JSON, and two plans are equal without it.
+    `float_reads` are the (node, input index) pairs that read float though the rules would have them
+    read int8.
     """
 
     default: str
@@ -65,6 +67,7 @@ class PrecisionPlan:
     refusals: Mapping[str, Mapping[str, str]] = field(
         default_factory=dict, compare=False, repr=False
     )
+    float_reads: tuple[tuple[str, int], ...] = ()
     _leaders: Mapping[str, str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +75,8 @@ class PrecisionPlan:
         object.__setattr__(self, "nodes", MappingProxyType(dict(self.nodes)))
         object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
         object.__setattr__(self, "refusals", MappingProxyType(dict(self.refusals)))
+        edges = sorted({(node, index) for node, index in self.float_reads})
+        object.__setattr__(self, "float_reads", tuple(edges))
         object.__setattr__(self, "_leaders", MappingProxyType(leaders))
 
     def leader(self, node: str) -> str:
@@ -175,6 +180,10 @@ class PrecisionPlan:
             refused[node] = reason
         return replace(self, nodes=changed, refusals={**self.refusals, "int8": refused})
 
+    def reading_float(self, edges: Iterable[tuple[str, int]]) -> Self:
+        """The plan in which the inputs `edges` are read in float."""
+        return replace(self, float_reads=(*self.float_reads, *edges))
+
     def refusing(self, precision: str, reasons: Mapping[str, str]) -> Self:
         """The plan that also knows why the nodes in `reasons` may not run in `precision`."""
         known = {**self.refusals.get(precision, {}), **reasons}
@@ -191,6 +200,7 @@ class PrecisionPlan:
             "fallback": self.fallback,
             "nodes": {n: [a.precision, a.role, a.around, a.origin] for n, a in self.nodes.items()},
             "groups": {name: list(members) for name, members in self.groups.items()},
+            "float_reads": [list(edge) for edge in self.float_reads],
         }
 
     def to_json(self) -> str:
@@ -205,12 +215,14 @@ class PrecisionPlan:
             | ({"around": a.around} if a.around else {})
             for name, a in self.nodes.items()
         }
-        value = {
+        value: dict[str, Any] = {
             "default": self.default,
             "fallback": self.fallback,
             "nodes": nodes,
             "groups": {name: list(members) for name, members in self.groups.items()},
         }
+        if self.float_reads:
+            value["float_reads"] = [list(edge) for edge in self.float_reads]
         return json.dumps(value, indent=1, ensure_ascii=False)
 
     @classmethod
@@ -225,4 +237,5 @@ class PrecisionPlan:
             value["fallback"],
             {name: Assignment(**a) for name, a in value["nodes"].items()},
             {name: tuple(members) for name, members in value["groups"].items()},
+            float_reads=tuple((name, index) for name, index in value.get("float_reads", ())),
         )

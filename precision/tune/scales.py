@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -24,7 +24,7 @@ from trtune.datasets.holdout import WholeBatches, Without, hold_out, join
 from trtune.precision.compare.alone import Alone, held_tensors
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.deploy import deploy_tensors
-from trtune.precision.plan.placement import Edge, Placement, place, shared_ranges
+from trtune.precision.plan.placement import Edge, Placement, place, served_by, shared_ranges
 from trtune.precision.plan.plan import RANGE, PrecisionPlan
 from trtune.precision.tune.choice import Choice
 from trtune.precision.tune.company import Company
@@ -301,19 +301,20 @@ def held_batches(
 def without_zero_ranges(
     view: GraphView, plan: PrecisionPlan, table: CalibrationTable
 ) -> PrecisionPlan:
-    """`plan` less the nodes that read a tensor which was never anything but zero.
+    """`plan` less the nodes that read a tensor which was never anything but zero: no scale is right
+    for it.
 
-    No scale is right for it. For the skip input of an Add that is the convolution it belongs to.
+    A skip input is read in float instead: the convolution that it is added to is alive.
     """
-    changed = dict(plan.nodes)
-    owner = {member: leader for leader, members in plan.groups.items() for member in members}
+    reasons: dict[str, str] = {}
+    skips: list[Edge] = []
     for tensor, edges in place(view, plan).activations.items():
         if table.scales.get(tensor) != 0:
             continue
-        reason = f"its input {tensor!r} was zero in every calibration picture"
-        for name, _ in edges:
-            node = owner.get(name, name)
-            changed[node] = replace(
-                changed[node], precision=plan.fallback, reason=reason, origin=RANGE
-            )
-    return replace(plan, nodes=changed)
+        for edge in edges:
+            if plan.leader(edge[0]) != edge[0]:
+                skips.append(edge)
+            else:
+                reason = f"its input {tensor!r} was zero in every calibration picture"
+                reasons.update(dict.fromkeys(served_by(plan, edge), reason))
+    return plan.without_int8(reasons, origin=RANGE).reading_float(skips)

@@ -34,6 +34,7 @@ from trtune.precision.backends.rtx.repair import (
     refused_nodes,
     torn_apart,
     unquantized,
+    without_float_only,
 )
 from trtune.precision.backends.rtx.support import (
     COMPUTE_CAPABILITIES,
@@ -214,7 +215,7 @@ class RtxBackend:
         place: Path,
     ) -> tuple[_Built, dict[str, str]]:
         """The build that has most in INT8, and node -> words of the compiler that refused it."""
-        plan = candidate.plan
+        plan = without_float_only(candidate.model.proto, candidate.plan)
         guards: tuple[str, ...] = ()
         refused: dict[str, str] = {}
         best: _Built | None = None
@@ -250,7 +251,8 @@ class RtxBackend:
     def lowered(candidate: Candidate) -> onnx.ModelProto:
         """The Q/DQ model that `build` gives to the compiler, before any repair."""
         table = candidate.table or CalibrationTable({})
-        return lower_emulate(candidate.model, candidate.plan, table)
+        plan = without_float_only(candidate.model.proto, candidate.plan)
+        return lower_emulate(candidate.model, plan, table)
 
     def _attempt(
         self,

@@ -14,6 +14,7 @@ from types import MappingProxyType
 import onnx
 from onnx import TensorProto, helper
 
+from trtune.precision.backends.rtx.support import FLOAT_ONLY
 from trtune.precision.graph.proto import copy_of, replace_field
 from trtune.precision.plan.plan import COMPILER, PrecisionPlan
 
@@ -46,6 +47,20 @@ def unquantized(plan: PrecisionPlan, nodes: Mapping[str, str]) -> PrecisionPlan:
     """`plan` with `nodes` in its fallback; the reasons are the words of the compiler."""
     what = "TensorRT-RTX has no INT8 implementation of it"
     reasons = {node: f"{what}: {words}" for node, words in nodes.items()}
+    return plan.without_int8(reasons, origin=COMPILER)
+
+
+def without_float_only(
+    model: onnx.ModelProto, plan: PrecisionPlan, operators: Collection[str] = FLOAT_ONLY
+) -> PrecisionPlan:
+    """`plan` without int8 for the nodes of `operators`, which the compiler has in float only: pairs
+    around them would cost and give nothing."""
+    ops = {node.name: node.op_type for node in model.graph.node}
+    reasons = {
+        node: f"TensorRT-RTX computes every {ops[node]} in float"
+        for node in plan.int8_nodes
+        if ops[node] in operators
+    }
     return plan.without_int8(reasons, origin=COMPILER)
 
 

@@ -16,6 +16,9 @@ COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 WITHOUT_INT8 = ("7.5",)
 """For these it compiles no INT8: with one of them in an engine, all of it is float, silently."""
 
+FLOAT_ONLY = ("ConvTranspose",)
+"""Operators that it computes in float whatever scales stand around them."""
+
 
 def unsupported(found: str) -> str:
     """That compute capability `found` is not supported, in words."""

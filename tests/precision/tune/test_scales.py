@@ -12,7 +12,7 @@ import pytest
 import tinymodels
 from numpy.typing import NDArray
 from tinymodels import Net
-from tinyquant import Rows, inner_values, named, outputs, set_weight
+from tinyquant import Rows, case, inner_values, named, outputs, set_weight
 
 from trtune.calibrate.histogram import Histogram
 from trtune.calibrate.methods import AMAX_METHODS
@@ -24,6 +24,7 @@ from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.deploy import lower_deploy
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.placement import place
+from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.errors import sqnr_db
 from trtune.precision.tune.scales import (
@@ -427,9 +428,7 @@ def zero_table(prepared: Any, *zeros: str) -> CalibrationTable:
     ("name", "zero", "float_nodes"),
     [
         pytest.param("conv_relu", "relu1", ["n_conv2"], id="its data input"),
-        pytest.param(
-            "residual", "stem_relu", ["n_conv1", "n_conv2"], id="one's data, another's skip input"
-        ),
+        pytest.param("residual", "stem_relu", ["n_conv1"], id="one's data, another's skip input"),
         pytest.param("concat", "squeeze_relu", ["n_left", "n_right"], id="several readers"),
         pytest.param("residual", "conv2", [], id="what nothing reads quantized"),
     ],
@@ -448,6 +447,40 @@ def test_a_node_that_reads_nothing_but_zeros_stays_float(
         )
     assert plan.pinned == ()
     assert zero not in place(prepared.view, plan).activations
+
+
+def test_a_live_convolution_stays_int8_beside_a_skip_input_of_zeros() -> None:
+    prepared = named("residual")
+    plan = without_zero_ranges(prepared.view, prepared.plan, zero_table(prepared, "stem_relu"))
+    assert plan.is_int8("n_conv2")
+    assert plan.float_reads == (("n_sum", 1),)
+    edges = [e for found in place(prepared.view, plan).activations.values() for e in found]
+    assert ("n_sum", 1) not in edges
+    assert ("n_conv2", 0) in edges
+    again = PrecisionPlan.from_json(plan.to_json())
+    assert again == plan
+    assert place(prepared.view, again) == place(prepared.view, plan)
+    assert plan.decisions != prepared.plan.decisions
+
+
+@pytest.mark.parametrize("lower", [lower_emulate, lower_deploy])
+def test_a_dead_skip_input_costs_no_pair_in_any_lowering(lower: Any) -> None:
+    """A branch that gave only zeros in calibration passes unclipped if it wakes."""
+    net = Net()
+    x = net.input("x")
+    live, dead = net.conv(x, "live", 3, 8), net.op("Relu", net.conv(x, "asleep", 3, 8), out="dead")
+    net.op("Relu", net.op("Add", live, dead, out="sum"), out="y")
+    proto = net.model({"y": ("N", 8, 8, 8)})
+    prepared = case(proto)
+    table = zero_table(prepared, "dead")
+    plan = without_zero_ranges(prepared.view, prepared.plan, table)
+    assert plan.int8_nodes == prepared.plan.int8_nodes
+    feeds = tinymodels.feeds(proto, batch=2)
+    exact, found = (
+        outputs(model, feeds)["y"]
+        for model in (prepared.model.proto, lower(prepared.model, plan, table))
+    )
+    assert np.abs(exact - found).max() < 0.1 * np.abs(exact).max()
 
 
 def test_a_tensor_that_the_table_does_not_know_is_no_zero() -> None:

@@ -146,6 +146,18 @@ def test_a_planned_int8_node_that_came_out_in_float_is_named(tmp_path: Path) -> 
 
 
 @needs_rtx
+def test_no_pairs_stand_around_what_the_compiler_has_in_float_only(tmp_path: Path) -> None:
+    candidate = candidate_of(tinymodels.resize())
+    info = ADA.build(candidate, tmp_path)
+    assert candidate.plan.is_int8("n_up")
+    built = onnx.load(tmp_path / "model.onnx")
+    made = {tensor: node for node in built.graph.node for tensor in node.output}
+    (up,) = (node for node in built.graph.node if node.op_type == "ConvTranspose")
+    assert not any(made[t].op_type == "DequantizeLinear" for t in up.input if t in made)
+    assert info.precisions["n_conv"] == "int8"
+
+
+@needs_rtx
 def test_an_unread_log_gives_unknown_and_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
