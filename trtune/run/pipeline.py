@@ -16,7 +16,7 @@ from pathlib import Path
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import ConfigError, did_you_mean
 from trtune.configs.files import write_text
-from trtune.configs.progress import Progress, silent
+from trtune.configs.progress import Progress, announce, enter, silent
 from trtune.configs.schema import Config
 from trtune.precision.runtime.api import BuildInfo
 from trtune.reports.html import several_html
@@ -28,6 +28,11 @@ from trtune.run.assemble import layer_rows, run_record
 from trtune.run.inputs import require_usable
 from trtune.run.job import Job, run_folder
 from trtune.run.store import logged_to, read_stage, write_stage
+
+CHECK, BASELINE, CALIBRATE, COMPARE, TUNE, MEASURE, REPORT = STAGES = (
+    *("check", "baseline", "calibrate", "compare", "tune", "measure", "report"),
+)
+"""What a run tells its `Progress` that it goes through, in order."""
 
 __all__ = ["build", "calibrate", "compare", "report", "run", "run_folder", "tune"]
 
@@ -54,6 +59,7 @@ def run(
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         job = _prepared(config, out, progress, builds=True)
         record = run_record_of(job, command, started, began)
+        enter(progress, REPORT)
         rows = layer_rows(job, job.tuned.plan)
         formats = dict.fromkeys([*config.report.formats, "json"])
         write_report(job.folder, record, rows, formats=tuple(formats))
@@ -62,17 +68,26 @@ def run(
 
 def run_record_of(job: Job, command: str, started: str, began: float) -> RunRecord:
     """Do the stages in the order that shows what is wrong soonest, and keep the plan."""
+    enter(job.progress, BASELINE)
     _ = job.baseline  # labels that do not fit show here, before calibration
     for backend in job.engines:
         job.gate_engine(backend)
+    enter(job.progress, CALIBRATE)
+    _ = job.untuned  # which needs the ranges
+    enter(job.progress, COMPARE)
     _ = job.layers
+    enter(job.progress, TUNE)
     _ = job.tuned
     write_text(job.folder / "plan.json", job.tuned.plan.to_json())
     write_stage(job.folder, "tune", job.tuning_key, {"done": True})
+    enter(job.progress, MEASURE)
     return run_record(job, command=command, started=started, began=began)
 
 
 def _prepared(config: Config, out: Path | str, progress: Progress, *, builds: bool = False) -> Job:
+    if builds:
+        announce(progress, STAGES)
+        enter(progress, CHECK)
     job = Job(config, out, progress)
     if builds:
         require_usable(job.backends)
