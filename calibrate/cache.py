@@ -353,7 +353,13 @@ def _with_sidecar(path: Path, cache: Cache, sidecar: Mapping[str, Any]) -> Calib
     factors = sidecar.get("factors", {})
     try:
         return CalibrationTable(
-            cache.scales, sidecar["methods"], sidecar["provenance"], weights, reads, factors
+            cache.scales,
+            sidecar["methods"],
+            sidecar["provenance"],
+            weights,
+            reads,
+            factors,
+            sidecar.get("axes", {}),
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise CacheError(

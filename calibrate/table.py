@@ -37,7 +37,8 @@ class CalibrationTable:
     A table that was read from a quantized model holds two things more, which are empty otherwise:
     `weights` maps an initializer to its scales, one an output channel or one for all, where they
     are not max|w| / 127; `reads` maps a tensor to the (node, input index) pairs that read it
-    quantized, where the model and not the rules of this package says so.
+    quantized, where the model and not the rules of this package says so. `axes` names the axis of a
+    weight's scales where that is not the one of the output channels.
     """
 
     scales: Mapping[str, float]
@@ -46,6 +47,7 @@ class CalibrationTable:
     weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     reads: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with np.errstate(over="ignore"):  # infinity is refused below, by name
@@ -59,6 +61,8 @@ class CalibrationTable:
         object.__setattr__(self, "methods", MappingProxyType(dict(self.methods)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
         factors = {tensor: float(factor) for tensor, factor in self.factors.items()}
+        axes = {weight: int(axis) for weight, axis in self.axes.items()}
+        object.__setattr__(self, "axes", MappingProxyType(axes))
         object.__setattr__(self, "factors", MappingProxyType(factors))
         object.__setattr__(self, "weights", MappingProxyType(_weights(self.weights)))
         object.__setattr__(self, "reads", MappingProxyType(_reads(self.reads)))
@@ -116,10 +120,11 @@ class CalibrationTable:
         )
 
     def imported(self) -> dict[str, Any]:
-        """`weights` and `reads` as values for JSON; nothing if both are empty."""
+        """`weights`, `reads` and `axes` as values for JSON; those that are empty are left out."""
         parts: dict[str, Any] = {
             "weights": {name: list(scales) for name, scales in self.weights.items()},
             "reads": {t: [list(edge) for edge in edges] for t, edges in self.reads.items()},
+            "axes": dict(self.axes),
         }
         return {name: value for name, value in parts.items() if value}
 
@@ -139,6 +144,7 @@ class CalibrationTable:
             value.get("weights", {}),
             value.get("reads", {}),
             value.get("factors", {}),
+            value.get("axes", {}),
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from trtune.precision.plan.plan import PrecisionPlan
@@ -28,13 +30,18 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class ImportedPlan(PrecisionPlan):
-    """A plan whose pairs stand where the imported model has them, and not where rules put them."""
+    """A plan whose pairs stand where the imported model has them, and not where rules put them.
+
+    `axes` maps a weight to the axis of its scales where the model has another than the rules.
+    """
 
     reads: tuple[Read, ...] = ()
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         PrecisionPlan.__post_init__(self)
         object.__setattr__(self, "reads", tuple(self.reads))
+        object.__setattr__(self, "axes", MappingProxyType(dict(self.axes)))
 
     @property
     def active_reads(self) -> tuple[Read, ...]:
@@ -64,12 +71,14 @@ class ImportedPlan(PrecisionPlan):
     def decisions(self) -> dict[str, Any]:
         """Everything that decides what is written for the plan: its key."""
         reads = [[r.tensor, r.node, r.index, list(r.owners)] for r in self.reads]
-        return {**PrecisionPlan.decisions.fget(self), "reads": reads}  # type: ignore[attr-defined]
+        return {**PrecisionPlan.decisions.fget(self), "reads": reads, "axes": dict(self.axes)}  # type: ignore[attr-defined]
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back to an equal plan."""
         value = json.loads(PrecisionPlan.to_json(self))
         value["reads"] = [[r.tensor, r.node, r.index, list(r.owners)] for r in self.reads]
+        if self.axes:
+            value["axes"] = dict(self.axes)
         return json.dumps(value, indent=1, ensure_ascii=False)
 
     @classmethod
@@ -87,4 +96,5 @@ class ImportedPlan(PrecisionPlan):
             base.groups,
             float_reads=base.float_reads,
             reads=reads,
+            axes=json.loads(text).get("axes", {}),
         )

@@ -64,7 +64,10 @@ def _as_read(view: GraphView, plan: ImportedPlan) -> Placement:
     for read in plan.active_reads:
         edges.setdefault(read.tensor, []).append((read.node, read.index))
     nodes = [view.by_name[name] for name in plan.int8_nodes]
-    weights = {(node.name, 1): (node.input[1], weight_axis(node)) for node in nodes}
+    weights = {
+        (node.name, 1): (node.input[1], plan.axes.get(node.input[1], weight_axis(node)))
+        for node in nodes
+    }
     return Placement({t: tuple(e) for t, e in _in_graph_order(view, edges).items()}, weights)
 
 

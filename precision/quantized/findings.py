@@ -20,6 +20,7 @@ _SAYS = {
     "int32-bias": (ERROR, "refuses int32 behind a DequantizeLinear; biases stay float"),
     "per-channel-activation": (ERROR, "takes it, and computes in float without a word"),
     "weight-axis": (ERROR, "takes it, and computes in float without a word"),
+    "transposed-axis": (INFO, "takes it; TensorRT-RTX computes every ConvTranspose in float"),
     "bad-scale": (ERROR, "refuses scales that are not above zero"),
     "subnormal-scale": (ERROR, "takes it, though a GPU may read such a scale as zero"),
     "scale-type": (ERROR, "gives the data the scale's type, and refuses the node behind"),

@@ -62,6 +62,7 @@ def plan_from_table(
         base.groups,
         {**base.refusals, "int8": unscaled},
         reads=_reads(view, table, nodes, base),
+        axes=table.axes,
     )
     return with_pins(view, plan, pins or {})
 

@@ -21,6 +21,7 @@ from trtune.precision.quantized.find import (
 from trtune.precision.quantized.findings import EXACT, NONE, REQUANTIZE, Finding, finding
 from trtune.precision.quantized.repair import (
     TINY,
+    channel_axis,
     cuts_at_zero,
     float_range,
     is_shifted,
@@ -208,7 +209,9 @@ def symmetric_kind(view: GraphView, found: Found, pair: Pair) -> str:
     uses = [edge for edge, source in found.weights.items() if source.pair is pair]
     exact = all(
         edge[0] not in found.int8
-        or symmetric_weights(view, found.weights[edge], weight_axis(view.by_name[edge[0]])).exact
+        or symmetric_weights(
+            view, found.weights[edge], channel_axis(view.by_name[edge[0]], found.weights[edge])
+        ).exact
         for edge in uses
     )
     return EXACT if exact else REQUANTIZE
@@ -267,8 +270,19 @@ def _channels(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:
             repair,
         )
     for (name, _), source in found.weights.items():
-        axis = weight_axis(view.by_name[name])
-        if role == WEIGHT and source.pair is pair and source.axis != axis:
+        if role != WEIGHT or source.pair is not pair:
+            continue
+        axis = channel_axis(view.by_name[name], source)
+        if axis != weight_axis(view.by_name[name]):
+            yield finding(
+                pair.node,
+                "transposed-axis",
+                f"the weights of {name}, a ConvTranspose, have scales along axis {axis}, its input "
+                "channels",
+                "kept as they are, bit for bit",
+                NONE,
+            )
+        if source.axis != axis:
             yield finding(
                 pair.node,
                 "weight-axis",

@@ -10,10 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.rewrite import QMAX, weight_scales
+from trtune.precision.plan.rules import weight_axis
 from trtune.precision.quantized.find import (
     INT8_RANGE,
     Pair,
@@ -95,6 +97,13 @@ def symmetric_activation(pair: Pair) -> Symmetric:
     low, high = float_range(pair)
     largest = max(-low / -INT8_RANGE[0], high / INT8_RANGE[1], TINY)
     return Symmetric(np.array([largest], np.float32), False)
+
+
+def channel_axis(node: onnx.NodeProto, source: WeightSource) -> int:
+    """The axis of a node's weights that their scales go along: its output channels, but for a
+    ConvTranspose whose scales came along axis 0, as NVIDIA's own toolkits write them."""
+    kept = node.op_type == "ConvTranspose" and source.pair.per_channel and source.axis == 0
+    return 0 if kept else weight_axis(node)
 
 
 def symmetric_weights(view: GraphView, source: WeightSource, axis: int) -> Symmetric:

@@ -37,6 +37,7 @@ from trtune.precision.quantized.find import (
 )
 from trtune.precision.quantized.repair import (
     Requantized,
+    channel_axis,
     cuts_at_zero,
     float_range,
     requantized_activation,
@@ -70,6 +71,7 @@ class _Taken:
     scales: dict[str, float] = field(default_factory=dict)
     methods: dict[str, str] = field(default_factory=dict)
     weights: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    axes: dict[str, int] = field(default_factory=dict)
     values: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     copies: list[onnx.NodeProto] = field(default_factory=list)
     changes: list[Requantized] = field(default_factory=list)
@@ -181,7 +183,7 @@ class _Strip:
             if name not in self.found.int8:
                 continue
             node, pair = self.view.by_name[name], source.pair
-            axis = weight_axis(node)
+            axis = channel_axis(node, source)
             made = symmetric_weights(self.view, source, axis)
             value = weight_value(self.view, source)
             plain = bool(pair.quantize) and source.order is None
@@ -191,6 +193,8 @@ class _Strip:
             if not made.exact and tensor not in self.taken.weights:
                 self.taken.changes.append(requantized_weights(pair, tensor, made.scales))
             self.taken.weights[tensor] = made.scales
+            if axis != weight_axis(node):
+                self.taken.axes[tensor] = axis
             self.taken.values[tensor] = value
             self.taken.renamed[(name, index)] = tensor
 
@@ -276,6 +280,7 @@ class _Strip:
             },
             {name: tuple(values.tolist()) for name, values in self.taken.weights.items()},
             {t: reads[t] for t in ranked if t in reads},
+            axes=self.taken.axes,
         )
 
     def _carried(self) -> dict[str, float]:

@@ -14,11 +14,11 @@ import pytest
 import tinymodels
 import tinyqat
 from numpy.typing import NDArray
-from realdata import data_dir, needs_data
+from realdata import data_dir, needs_data, shared_case
 from tinyqat import assert_same_bits, imported
 from tinyquant import Rows, op_counts, outputs
 
-from trtune.calibrate.cache import load_table
+from trtune.calibrate.cache import load_table, save_table
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, ModelError
 from trtune.datasets.batches import Batch
@@ -528,3 +528,52 @@ def test_edges_of_a_plan_by_rules_are_data_and_skip() -> None:
     plan = make_plan(view)
     assert edges_of(view, plan, view.by_name["n_conv2"]) == (("n_conv2", 0), ("n_sum", 1))
     assert edges_of(view, plan, view.by_name["n_conv1"]) == (("n_conv1", 0),)
+
+
+# ConvTranspose with scales along its input channels
+
+
+def transposed(outputs: int, *, stored: bool) -> onnx.ModelProto:
+    """A ConvTranspose from 16 channels whose scales go along axis 0, between convolutions."""
+    net = tinyqat.QatNet()
+    x = net.qconv(net.pair(net.input("input"), 0.03), "conv", 3, 16)
+    x = net.pair(net.op("Relu", x, out="relu"), 0.02, out="read")
+    w = net.weight("w", 16, outputs, 2, 2)
+    scales = tinyqat.channel_scales(net.value(w), 0)
+    if stored:
+        codes = np.rint(net.value(w) / scales.reshape(-1, 1, 1, 1))
+        w = net.stored("up_w", codes, scales, 0, np.int8, axis=0)
+    else:
+        w = net.pair(w, scales, np.zeros(16), axis=0)
+    x = net.op("ConvTranspose", x, w, out="up", strides=[2, 2])
+    return net.model({"up": ("N", outputs, 16, 16)})
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["float weights", "stored codes"])
+@pytest.mark.parametrize("channels", [16, 24])
+def test_scales_along_the_inputs_of_a_conv_transpose_are_kept(
+    channels: int, stored: bool, tmp_path: Path
+) -> None:
+    proto = transposed(channels, stored=stored)
+    found = imported(proto)
+    assert "n_up" in found.plan.int8_nodes
+    assert list(found.table.axes.values()) == [0]
+    assert found.changes == ()
+    notes = [row for row in found.findings if row.kind == "transposed-axis"]
+    assert [(row.severity, row.blocks) for row in notes] == [("info", False)]
+    assert "weight-axis" not in {row.kind for row in found.findings}
+    feeds = tinymodels.feeds(found.original.proto)
+    assert_same_bits(found.original.proto, insert_quantization(found.model, found.table), feeds)
+    assert CalibrationTable.from_json(found.table.to_json()) == found.table
+    save_table(tmp_path / "c", found.table)
+    assert load_table(tmp_path / "c") == found.table
+    again = ImportedPlan.from_json(found.plan.to_json())
+    assert again == found.plan
+    assert dict(again.axes) == dict(found.plan.axes)
+
+
+def test_the_case_of_a_conv_transpose_that_was_refused() -> None:
+    found = import_quantized(shared_case("convtranspose_axis0.onnx"))
+    feeds = dict(np.load(shared_case("convtranspose_axis0.npz")))
+    assert set(found.plan.int8_nodes) == {"conv1", "up", "conv2"}
+    assert_same_bits(found.original.proto, insert_quantization(found.model, found.table), feeds)
