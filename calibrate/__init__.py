@@ -17,7 +17,7 @@ if __name__ != "trtune.calibrate":
 
 from typing import TYPE_CHECKING
 
-from trtune.configs.lazy import lazy_names
+from trtune.configs.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trtune.calibrate.cache import (

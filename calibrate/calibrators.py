@@ -25,11 +25,14 @@ from trtune.datasets.batches import Batch, BatchSource, InputSpec, fit_batch, re
 
 log = logging.getLogger(__name__)
 
-ALGORITHMS: Mapping[str, str] = {"entropy2": "EntropyCalibration2", "minmax": "MinMaxCalibration"}
+CACHE_ALGORITHMS: Mapping[str, str] = {
+    "entropy2": "EntropyCalibration2",
+    "minmax": "MinMaxCalibration",
+}
 """Calibrator name in the config -> the algorithm that the header of its cache names."""
 
 
-class DeviceBuffer(Protocol):
+class GpuBuffer(Protocol):
     """Memory of a GPU that one input of a batch is copied to."""
 
     @property
@@ -43,7 +46,7 @@ class DeviceBuffer(Protocol):
         """Give the memory back."""
 
 
-Allocate = Callable[[int], DeviceBuffer]
+Allocate = Callable[[int], GpuBuffer]
 """Makes a buffer of so many bytes."""
 
 
@@ -83,7 +86,7 @@ class DeviceFeed:
         self._total = source.count
         self._size = next((shape[0] for shape in self._shapes.values() if shape), 1)
         self._batches: Iterator[Batch] = rebatch(source, self._size)
-        self._buffers: dict[str, DeviceBuffer] = {}
+        self._buffers: dict[str, GpuBuffer] = {}
         self.samples = 0
 
     def upload(self, names: Sequence[str]) -> list[int] | None:
@@ -247,17 +250,17 @@ def version_of(text: str) -> tuple[int, int, int]:
     return major, minor, patch
 
 
-def cache_of(table: CalibrationTable, tensorrt_version: str) -> bytes:
+def tensorrt_cache(table: CalibrationTable, tensorrt_version: str) -> bytes:
     """`table` as the cache file that this version of TensorRT reads.
 
-    >>> cache_of(CalibrationTable({"x": 1.0}), "10.16.1.11")
+    >>> tensorrt_cache(CalibrationTable({"x": 1.0}), "10.16.1.11")
     b'TRT-101601-EntropyCalibration2\\nx: 3f800000\\n'
     """
     header = header_for(version_of(tensorrt_version), "EntropyCalibration2")
     return dump_cache(Cache(header, table.scales)).encode("utf-8")
 
 
-def table_of(cache: bytes, provenance: Mapping[str, Any]) -> CalibrationTable:
+def tensorrt_table(cache: bytes, provenance: Mapping[str, Any]) -> CalibrationTable:
     """The table that a cache which TensorRT itself wrote stands for.
 
     Every tensor's method is `tensorrt/ALGORITHM`. Raises CacheError if it cannot be read.

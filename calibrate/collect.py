@@ -28,8 +28,8 @@ from trtune.calibrate.on_gpu import count_on_gpu, device_memory, not_a_number
 from trtune.calibrate.sessions import cuda_number, open_session
 from trtune.calibrate.taps import Reader, Tapped, tap, with_outputs
 from trtune.configs.errors import DataError
-from trtune.configs.machine import usable_cores
 from trtune.configs.progress import Progress, silent
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import (
     Batch,
     BatchSource,
@@ -212,7 +212,7 @@ def _fixed_axis(shape: tuple[int, ...], size: int) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Batching:
     """Pictures an inference, and whether a short last batch is filled up to that."""
 
     step: int
@@ -229,7 +229,7 @@ def _schedule(
     memory: int,
     workers: int,
     largest: int = LARGEST_STEP,
-) -> tuple[Layout, int]:
+) -> tuple[Batching, int]:
     """Pictures an inference, and workers: as many as caches like, within `memory`.
 
     `fixed` is the batch size of the model or 0, `each` the bytes of a picture's tensors, `count`
@@ -240,7 +240,7 @@ def _schedule(
     step = max(min(cached // each, memory // each, largest, count), 1)
     step = fixed or (given if mixed or given == 1 else step)
     workers = max(1, min(workers, memory // (each * step)))
-    return Layout(step, fill=bool(fixed) or not mixed), workers
+    return Batching(step, fill=bool(fixed) or not mixed), workers
 
 
 def _chunks(tensors: Sequence[str], extents: Mapping[str, Extent], budget: int) -> list[list[str]]:
@@ -264,7 +264,7 @@ class _Work:
     chunk: Sequence[str]
     wanted: Sequence[str]
     extents: Mapping[str, Extent]
-    layout: Layout
+    layout: Batching
     workers: int
     external_dir: Path | None
 
@@ -321,7 +321,7 @@ class _Pass:
         tapped: Tapped,
         tensors: Sequence[str],
         extents: Mapping[str, Extent],
-        layout: Layout,
+        layout: Batching,
         workers: int,
     ) -> None:
         self.busy = 0.0

@@ -10,15 +10,19 @@ same histogram bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trtune.calibrate.compiled import compiled
+from trtune.configs.files import atomic_path
+from trtune.configs.system.compiled import compiled
 
 SHIFT = 16
 BINS = 1 << (31 - SHIFT)
@@ -51,7 +55,7 @@ def bin_edges() -> NDArray[np.float64]:
     return edges
 
 
-@compiled
+@compiled()
 def _fill(bits: Any, first: Any, second: Any, third: Any, fourth: Any, largest: Any) -> None:
     """Count the magnitudes of float32 `bits` (uint32, pictures x values), each row's largest apart.
 
@@ -216,3 +220,37 @@ def quantile(counts: Counts, q: float) -> float:
     index = int(np.searchsorted(np.cumsum(counts), rank))
     edges = bin_edges()
     return 0.0 if index == 0 else float((edges[index] + edges[index + 1]) / 2)
+
+
+def save_histograms(path: Path, histograms: Mapping[str, Histogram]) -> None:
+    """Write histograms, their filled bins only, as an .npz file in one step."""
+    arrays: dict[str, Any] = {"names": np.array(list(histograms))}
+    for i, histogram in enumerate(histograms.values()):
+        for part, counts in (("values", histogram.counts), ("maxima", histogram.pictures.counts)):
+            filled = np.flatnonzero(counts)
+            arrays[f"{i}/{part}"] = np.stack([filled, counts[filled]])
+        arrays[f"{i}/max"] = np.array([histogram.maximum, histogram.pictures.runner_up])
+        arrays[f"{i}/item"] = np.array(histogram.pictures.item)
+    with atomic_path(path) as target, target.open("wb") as handle:
+        np.savez_compressed(handle, **arrays)
+
+
+def load_histograms(path: Path) -> dict[str, Histogram]:
+    """Read what `save_histograms` wrote. Raises OSError, ValueError or KeyError otherwise."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            names = enumerate(arrays["names"].tolist())
+            return {name: _read_histogram(arrays, i) for i, name in names}
+    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _read_histogram(arrays: Mapping[str, NDArray[Any]], i: int) -> Histogram:
+    counts = {}
+    for part in ("values", "maxima"):
+        filled, amounts = arrays[f"{i}/{part}"]
+        counts[part] = np.zeros(BINS, np.int64)
+        counts[part][filled] = amounts
+    maximum, runner_up = arrays[f"{i}/max"].tolist()
+    maxima = PictureMaxima(counts["maxima"], str(arrays[f"{i}/item"]), runner_up)
+    return Histogram(counts["values"], maximum, maxima)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtune.calibrate.compiled import compiled
 from trtune.calibrate.histogram import Histogram, bin_edges, quantile
+from trtune.configs.system.compiled import compiled
 
 LEVELS = 127
 ENTROPY_BINS = 1024
@@ -82,7 +82,7 @@ def _centers(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.floa
     return middles, histogram.counts[filled].astype(np.float64)
 
 
-@compiled
+@compiled()
 def _mse(centers: Any, counts: Any, amaxes: Any, errors: Any) -> None:
     """Fill `errors` with the sum over bins of count * E[(x - Q(x))^2] for each amax."""
     for k in range(amaxes.size):
@@ -231,7 +231,7 @@ def linear_counts(histogram: Histogram, width: float, bins: int) -> NDArray[np.f
     return out
 
 
-@compiled
+@compiled()
 def _spread(counts: Any, upper: Any, width: Any, out: Any) -> None:
     """Add the counts of adjacent bins with these upper edges, the first from 0, to equal ones."""
     lower = 0.0
@@ -258,9 +258,9 @@ def _divergences_at(
     """
     filled = counts > 0
     logs = counts * np.log(counts, out=np.zeros_like(counts), where=filled)
-    sums = (np.concatenate([[0.0], np.cumsum(each)]) for each in (counts, filled, logs))
+    mass, full, terms = (np.append(0.0, np.cumsum(each)) for each in (counts, filled, logs))
     found = np.empty(thresholds.size)
-    _divergences(*sums, thresholds, levels, margin, found)
+    _divergences(mass, full, terms, thresholds, levels, margin, found)
     return found
 
 
@@ -278,7 +278,7 @@ def _clipping_least(divergences: NDArray[np.float64]) -> int:
     return int(np.flatnonzero(divergences <= least + TIE * abs(least))[-1])
 
 
-@compiled
+@compiled()
 def _divergences(
     mass: Any, filled: Any, logs: Any, thresholds: Any, levels: Any, margin: Any, out: Any
 ) -> None:

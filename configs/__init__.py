@@ -10,7 +10,7 @@ if __name__ != "trtune.configs":
 
 from typing import TYPE_CHECKING
 
-from trtune.configs.lazy import lazy_names
+from trtune.configs.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trtune.configs.errors import (

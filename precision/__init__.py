@@ -13,7 +13,7 @@ if __name__ != "trtune.precision":
 
 from typing import TYPE_CHECKING
 
-from trtune.configs.lazy import lazy_names
+from trtune.configs.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trtune.precision.compare.alone import Alone, alone_errors

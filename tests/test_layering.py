@@ -1,69 +1,192 @@
-"""Each folder imports only what stands above it in the design."""
+"""The order of folders and packages, what a folder may hold, and no public name twice."""
 
 from __future__ import annotations
 
 import ast
+import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ("configs", "datasets", "calibrate", "precision", "reports")
-FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+sys.path.insert(0, str(ROOT / "tests"))
+
+from structure import LAYERS, Module, cycles, import_graph, modules, names_twice  # noqa: E402
+
+FOUND = modules(ROOT)
+SOURCES = [module for module in FOUND if module.path.relative_to(ROOT).parts[0] != "trtune"]
+PRECISION = (
+    "graph", "plan", "prepare", "lower", "runtime", "compare", "tune", "traces", "quantized",
+    "backends",
+)  # fmt: skip
+"""The packages in precision, each of which imports only what stands before it."""
+BACKENDS = ("ort", "trt", "rtx")
+"""Backends that know nothing of each other; what they share is in `gpu`."""
+
+SMALL = {
+    "trtune": "the public API, the doctor and what is done without a config",
+    "trtune.precision": "its modules stand in packages",
+    "trtune.precision.tune": "three searches, each a file",
+    "trtune.precision.backends": "its modules stand in packages",
+    "trtune.precision.backends.ort": "onnxruntime's own build step is one file to write",
+}
+"""Folders with fewer than four modules, and why."""
+LARGE = {
+    "trtune.datasets": "one file for each source of data, and what they share",
+}
+"""Folders with more than twelve modules, and why."""
 
 
-def imported(source: str) -> list[tuple[int, str]]:
-    """(line, dotted module) of every import in `source`, inside functions too.
-
-    `from a.b import c` counts as `a.b.c`, since c may be a module; a relative import as ".".
-    """
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            module = "." if node.level else node.module
-            found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
-    return found
-
-
-def violations(layer: str, source: str) -> list[str]:
-    """Imports in a file of `layer` that reach below it, or past the import root."""
-    allowed = LAYERS[: LAYERS.index(layer) + 1]
+def violations(module: Module) -> list[str]:
+    """Imports that reach below the module's folder or package, or past the import root."""
+    layer, package = place(module)
     wrong = []
-    for line, module in imported(source):
-        root, _, rest = module.partition(".")
-        if root == "" or root in LAYERS:
-            wrong.append(f"line {line}: {module}: import trtune.<folder> by its full name")
-        elif root == "trtune" and rest.partition(".")[0] not in allowed:
-            wrong.append(f"line {line}: {module}: {layer} stands above it")
+    for line, name in module.imports():
+        root, *rest = name.split(".")
+        target = rest[0] if rest else ""
+        if root == "" or root in LAYERS[:-1]:
+            wrong.append(f"line {line}: {name}: import trtune.<folder> by its full name")
+        elif root != "trtune":
+            continue
+        elif target not in LAYERS[: LAYERS.index(layer) + 1]:
+            wrong.append(f"line {line}: {name}: {layer} stands above it")
+        elif target == "precision" == layer and package:
+            inner = rest[1] if len(rest) > 1 else ""
+            if inner not in PRECISION[: PRECISION.index(package) + 1]:
+                wrong.append(f"line {line}: {name}: precision.{package} stands above it")
+            elif inner == "backends" and _strangers(module, rest):
+                wrong.append(f"line {line}: {name}: backends do not import each other")
     return wrong
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_file_imports_only_what_stands_above_it(path: Path) -> None:
-    layer = path.relative_to(ROOT).parts[0]
-    assert violations(layer, path.read_text("utf-8")) == []
+def place(module: Module) -> tuple[str, str]:
+    """The folder of a module and, in precision, the package."""
+    parts = module.name.split(".")[1:]
+    return parts[0], parts[1] if parts[0] == "precision" and len(parts) > 1 else ""
+
+
+def _strangers(module: Module, target: list[str]) -> bool:
+    """Whether a module of a backend imports from another one, or the shared part from any."""
+    own, other = (name[2:3] for name in (module.name.split(".")[1:], target))
+    return other[0] in BACKENDS and own != other if own and other else False
+
+
+@pytest.mark.parametrize("module", SOURCES, ids=lambda module: module.name)
+def test_a_file_imports_only_what_stands_above_it(module: Module) -> None:
+    assert violations(module) == []
 
 
 @pytest.mark.parametrize(
-    ("layer", "source", "count"),
+    ("name", "source", "count"),
     [
-        pytest.param("datasets", "from trtune.configs.errors import DataError", 0, id="above"),
-        pytest.param("datasets", "from trtune.datasets import batches", 0, id="itself"),
-        pytest.param("datasets", "import trtune.calibrate.table", 1, id="below"),
-        pytest.param("configs", "from trtune import reports", 1, id="below, from the root"),
-        pytest.param("reports", "from trtune.cli.commands import main", 1, id="the command line"),
-        pytest.param("reports", "import trtune", 1, id="the root itself"),
-        pytest.param("precision", "def f():\n    import trtune.reports", 1, id="in a function"),
-        pytest.param("precision", "from datasets import load_dataset", 1, id="the bare name"),
-        pytest.param("precision", "from . import graph", 1, id="relative"),
-        pytest.param("precision", "import numpy.random", 0, id="others"),
+        pytest.param("datasets.x", "from trtune.configs.errors import DataError", 0, id="above"),
+        pytest.param("datasets.x", "from trtune.datasets import batches", 0, id="itself"),
+        pytest.param("datasets.x", "import trtune.calibrate.table", 1, id="below"),
+        pytest.param("configs.x", "from trtune import reports", 1, id="below, from the root"),
+        pytest.param("reports.x", "from trtune.cli.commands import main", 1, id="the commands"),
+        pytest.param("reports.x", "import trtune", 1, id="the root itself"),
+        pytest.param("precision.graph.x", "def f():\n    import trtune.reports", 1, id="inside"),
+        pytest.param("precision.graph.x", "from datasets import load_dataset", 1, id="bare name"),
+        pytest.param("precision.graph.x", "from . import graph", 1, id="relative"),
+        pytest.param("precision.graph.x", "import numpy.random", 0, id="others"),
+        pytest.param("precision.plan.x", "from trtune.precision.graph.view import V", 0, id="ok"),
+        pytest.param("precision.graph.x", "from trtune.precision.plan import plan", 1, id="order"),
+        pytest.param("precision.graph.x", "from trtune.precision import Model", 1, id="the front"),
+        pytest.param(
+            "precision.backends.trt.x", "import trtune.precision.backends.gpu.memory", 0, id="gpu"
+        ),
+        pytest.param(
+            "precision.backends.trt.x", "import trtune.precision.backends.rtx.log", 1, id="rtx"
+        ),
+        pytest.param(
+            "precision.backends.gpu.x", "import trtune.precision.backends.ort.backend", 1, id="up"
+        ),
     ],
 )
-def test_what_counts_as_a_violation(layer: str, source: str, count: int) -> None:
-    assert len(violations(layer, source)) == count
+def test_what_counts_as_a_violation(name: str, source: str, count: int, tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(source, encoding="utf-8")
+    assert len(violations(Module(f"trtune.{name}", tmp_path / "x.py"))) == count
 
 
-def test_every_layer_has_files() -> None:
-    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(LAYERS)
+def test_every_layer_and_package_has_files() -> None:
+    assert {place(module)[0] for module in SOURCES} == set(LAYERS[:-1])
+    found = {place(module)[1] for module in SOURCES} - {""}
+    assert found <= set(PRECISION)
+
+
+def test_no_modules_import_each_other() -> None:
+    assert cycles(import_graph(FOUND)) == []
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"a"}, "c": {"a"}}, [("a", "b")]),
+        (
+            {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"e"}, "e": {"d"}},
+            [("a", "b", "c"), ("d", "e")],
+        ),
+    ],
+)
+def test_cycles(graph: dict[str, set[str]], expected: list[tuple[str, ...]]) -> None:
+    assert cycles(graph) == expected
+
+
+def test_folders_hold_neither_too_little_nor_too_much() -> None:
+    counts = Counter(m.package for m in FOUND if m.path.name != "__init__.py")
+    packages = {module.package for module in FOUND}
+    assert {p for p in packages if counts[p] < 4} <= set(SMALL)
+    assert {p for p in packages if counts[p] > 12} <= set(LARGE)
+
+
+def test_no_file_repeats_the_name_of_its_folder() -> None:
+    found = [
+        module.name
+        for module in FOUND
+        if module.path.stem.startswith(f"{module.path.parent.name.rstrip('s')}_")
+    ]
+    assert found == []
+
+
+SECTION = "the section of the YAML file, and the value or list that is made of it"
+COMMAND = "the command, and the function that it calls"
+RECORD = (
+    "as it is measured, and as it is kept in the run record, whose form may not follow the code"
+)
+OWN = "a small thing of one module, and of another: nobody imports both"
+SAME_NAME: Mapping[str, str] = {
+    **dict.fromkeys(("Backend", "Latency", "Model", "Preprocess", "Shape", "Size"), SECTION),
+    **dict.fromkeys(("build", "calibrate", "compare", "convert", "diff"), COMMAND),
+    **dict.fromkeys(("inspect", "lint", "migrate", "report", "run", "strip", "tune"), COMMAND),
+    **dict.fromkeys(("DominantPicture", "Outlier"), RECORD),
+    "LayerErrors": "of one comparison, and of all that a run makes",
+    **dict.fromkeys(("Command", "FLOATS", "STAGES", "listed", "worst"), OWN),
+    "Array": "what NDArray[Any] is called where a line would be too long",
+    "Layout": "of pictures, and of a model's outputs",
+    "main": "the entry of a program",
+    **dict.fromkeys(("cosine", "sqnr_db"), "of two arrays, and the metric of a model's outputs"),
+}
+"""Public names that two modules define, and why."""
+
+
+def test_no_public_name_is_defined_twice() -> None:
+    imported = {name for module in FOUND for _, name in module.imports()}
+    found = {
+        name: places
+        for name, places in names_twice(FOUND).items()
+        if not name.isupper() or any(f"{place}.{name}" in imported for place in places)
+    }  # a constant that no module imports is its own module's, though nothing marks it so
+    assert {name: places for name, places in found.items() if name not in SAME_NAME} == {}
+
+
+def test_the_figures_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    import structure
+
+    structure.main([str(ROOT)])
+    out = capsys.readouterr().out
+    assert "import levels: " in out
+    assert "names defined twice: " in out
+    assert ast.literal_eval(out.split("import cycles: ")[1].split()[0]) == 0

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from trtstrict import snapshot
 
-from trtune.calibrate.calibrators import ALGORITHMS
+from trtune.calibrate.calibrators import CACHE_ALGORITHMS
 from trtune.precision.backends.trt.weak import DATA_TYPES, LEFT_ALONE, REDUCED
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +133,7 @@ def test_names_from_tables_exist() -> None:
     assert {*REDUCED.values()} <= {*API[10]["BuilderFlag"]["enum"]}
     assert {*DATA_TYPES.values()} <= {*API[10]["DataType"]["enum"]}
     assert {*LEFT_ALONE} <= {*API[10]["LayerType"]["enum"]}
-    assert {*ALGORITHMS} == {"entropy2", "minmax"}
+    assert {*CACHE_ALGORITHMS} == {"entropy2", "minmax"}
 
 
 @pytest.mark.parametrize(

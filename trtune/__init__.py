@@ -32,7 +32,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from trtune.configs.lazy import lazy_names
+from trtune.configs.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trtune.calibrate.table import CalibrationTable

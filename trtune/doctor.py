@@ -9,7 +9,7 @@ from trtune.precision.backends.rtx.backend import RtxBackend
 from trtune.precision.backends.trt.backend import TensorRTBackend
 from trtune.precision.runtime.api import Usable
 
-DEFAULT = "onnxruntime/emulate"
+DEFAULT_BACKEND = "onnxruntime/emulate"
 
 
 def diagnose() -> dict[str, Usable]:

@@ -246,7 +246,7 @@ def dominant_pictures(run: Path) -> list[DominantPicture]:
 
     Empty if the folder holds no histograms.
     """
-    from trtune.calibrate.histogram_file import load_histograms
+    from trtune.calibrate.histogram import load_histograms
     from trtune.calibrate.outliers import dominant, outliers
 
     try:

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-import numba
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from trtune.calibrate.table import CalibrationTable
-from trtune.configs.machine import usable_cores
 from trtune.configs.progress import Progress, silent
+from trtune.configs.system.compiled import compiled
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch
 from trtune.precision.graph.proto import copy_of, inputs_of
 from trtune.precision.graph.view import GraphView, Model
@@ -33,7 +33,8 @@ from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.output_groups import OutputGroup, add_parts, output_groups, worst
 from trtune.precision.runtime.session import make_session
 
-Array = NDArray[Any]
+Rest = Callable[[int, Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
+"""The rest of a network: from a batch number and changed tensors to the model's outputs."""
 Result = TypeVar("Result")
 Task = TypeVar("Task")
 
@@ -49,7 +50,7 @@ def fake_quantize(values: NDArray[np.floating[Any]], scale: float) -> NDArray[np
     return result
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _fake_quantize(values: Any, step: Any, result: Any) -> None:
     low, high = np.float32(-128), np.float32(127)
     for i in range(values.size):
@@ -57,7 +58,7 @@ def _fake_quantize(values: Any, step: Any, result: Any) -> None:
 
 
 def fake_quantize_weights(
-    weights: Array, axis: int, given: Sequence[float] | None = None
+    weights: NDArray[Any], axis: int, given: Sequence[float] | None = None
 ) -> NDArray[np.float32]:
     """`weights` as their int8 codes say, per channel along `axis`; same shape, float32.
 
@@ -101,12 +102,12 @@ class Alone:
         session = make_session(model.proto, outputs=inner, external_dir=model.external_dir)
         names = [*dict.fromkeys([*self._outputs, *inner])]
         self._pictures = tuple(len(batch) for batch in pictures)
-        self._stored: list[dict[str, Array]] = []
+        self._stored: list[dict[str, NDArray[Any]]] = []
         for batch in pictures:
             found = dict(zip(names, session.run(names, dict(batch.feeds)), strict=True))
             self._stored.append({**batch.feeds, **found})
 
-    def session(self, change: Change) -> Callable[[int, Mapping[str, Array]], list[Array]]:
+    def session(self, change: Change) -> Rest:
         """A function from a batch number and the changed tensors to the model's outputs."""
         nodes = _behind(self._view, change.edges)
         made = {output for node in nodes for output in node.output}
@@ -131,7 +132,7 @@ class Alone:
         wanted = {entry.name for entry in session.get_inputs()}
         plain = [tensor for tensor in boundary if tensor in wanted]
 
-        def run(batch: int, changed: Mapping[str, Array]) -> list[Array]:
+        def run(batch: int, changed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
             stored = self._stored[batch]
             feeds = {tensor: stored[tensor] for tensor in plain}
             feeds |= {renamed[t]: a for t, a in changed.items() if renamed[t] in wanted}
@@ -141,7 +142,7 @@ class Alone:
         return run
 
     def _submodel(
-        self, nodes: Sequence[onnx.NodeProto], weights: Mapping[str, Array]
+        self, nodes: Sequence[onnx.NodeProto], weights: Mapping[str, NDArray[Any]]
     ) -> onnx.ModelProto:
         made = {output for node in nodes for output in node.output}
         read = dict.fromkeys(name for node in nodes for name in inputs_of(node))
@@ -180,7 +181,7 @@ class Alone:
             shape = [None] * stored.ndim
         return onnx.helper.make_tensor_value_info(name, kind, shape)
 
-    def stored(self, batch: int, tensor: str) -> Array:
+    def stored(self, batch: int, tensor: str) -> NDArray[Any]:
         """The FP32 values of a tensor at which a change can begin."""
         return self._stored[batch][tensor]
 
@@ -193,7 +194,7 @@ class Alone:
         """How many pictures a batch has."""
         return self._pictures[batch]
 
-    def reference(self, batch: int) -> list[Array]:
+    def reference(self, batch: int) -> list[NDArray[Any]]:
         """The model's FP32 outputs."""
         return [self._stored[batch][name] for name in self._outputs]
 
@@ -203,7 +204,7 @@ class Alone:
         return output_groups({n: [s[n] for s in self._stored] for n in self._outputs})
 
     def compared(
-        self, sums: Mapping[str, ErrorSums], batch: int, outputs: Sequence[Array]
+        self, sums: Mapping[str, ErrorSums], batch: int, outputs: Sequence[NDArray[Any]]
     ) -> dict[str, ErrorSums]:
         """`sums` by group with the model's `outputs` for a batch, in its order, added."""
         named = dict(zip(self._outputs, outputs, strict=True))

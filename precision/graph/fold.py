@@ -25,6 +25,7 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 from trtune.precision.graph.batch_norm import fold_batch_norms
 from trtune.precision.graph.inference import infer_shapes
 from trtune.precision.graph.proto import (
+    RANDOM_OPS,
     constant_value,
     inputs_of,
     is_external,
@@ -44,12 +45,6 @@ TOTAL = 3 << 29
 PART = 1 << 29
 """So many bytes are computed at a time."""
 
-RANDOM_OPS = frozenset(
-    {
-        *("Bernoulli", "Dropout", "Multinomial"),
-        *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
-    }
-)
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 FOLDED_DOMAINS = frozenset({"", "com.microsoft"})

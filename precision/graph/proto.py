@@ -18,6 +18,13 @@ HEAVY_BYTES = 4096
 PACKED = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
 """Types of which a byte holds two."""
 DEFAULT_DOMAINS = ("", "ai.onnx")
+RANDOM_OPS = frozenset(
+    {
+        *("Bernoulli", "Dropout", "Multinomial"),
+        *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+    }
+)
+"""Operators that give something else each time."""
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:

@@ -22,16 +22,12 @@ from onnx import numpy_helper
 from trtune.calibrate.sessions import open_session
 from trtune.precision.graph.file import Model, load_model, model_from_proto, save_model, tensor_spec
 from trtune.precision.graph.fold import Folded
-from trtune.precision.graph.proto import attribute, captured
+from trtune.precision.graph.proto import RANDOM_OPS, attribute, captured
 
 __all__ = ["GraphView", "Model", "attribute", "load_model", "model_from_proto", "save_model"]
 
 Shape = tuple[int | str | None, ...]
 
-RANDOM_OPS = {
-    *("Bernoulli", "Dropout", "Multinomial"),
-    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
-}
 SHAPE_SOURCES = {"Shape", "Size"}
 INTEGER_COMPUTE = {
     *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"),

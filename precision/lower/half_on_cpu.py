@@ -26,7 +26,7 @@ from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_types import HALF_WORDS, HALVES
 from trtune.precision.plan.placement import MOVES
 
-EXACT = MOVES | {
+UNROUNDED = MOVES | {
     *("Relu", "Clip", "Slice", "Split", "Gather", "GatherElements", "GatherND", "Max", "Min"),
     *("Where", "Neg", "Abs", "GlobalMaxPool", "ReduceMax", "ReduceMin", "TopK", "Pad", "Trilu"),
     *("DequantizeLinear", "Shape", "ConstantOfShape", "Cast", "Compress", "Floor", "Ceil", "Round"),
@@ -103,7 +103,7 @@ class _Rounding:
                 entry.t.CopyFrom(_widened(entry.t))
             elif entry.name == "output_dtype" and entry.i in TYPES.values():
                 entry.i = onnx.TensorProto.FLOAT
-        rounding = node.op_type not in EXACT
+        rounding = node.op_type not in UNROUNDED
         for index, tensor in enumerate(node.output):
             word = self._dtypes.get(tensor)
             if word not in HALF_WORDS:

@@ -17,7 +17,7 @@ from trtune.precision.graph.view import GraphView, Model, Shape, elements
 
 QUANTIZED_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 KNOWN_DOMAINS = frozenset({"", "com.microsoft"})
-SHOWN = 3
+LISTED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,8 @@ def _problems(
             yield problem
     if assigned is not None and not any(row.precision == "int8" for row in rows):
         reasons = Counter(row.reason for row in rows if row.op in MACS and row.reason)
-        why = "; ".join(f"{reason} ({count} nodes)" for reason, count in reasons.most_common(SHOWN))
+        usual = reasons.most_common(LISTED)
+        why = "; ".join(f"{reason} ({count} nodes)" for reason, count in usual)
         yield "the plan runs no node in INT8" + (f": {why}" if why else "")
     for spec in model.inputs:
         if spec.fixed_batch is not None:
@@ -221,11 +222,11 @@ def _unknown_shapes(graph: GraphView) -> str | None:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """'3 (a, b, c)', of which at most `SHOWN` are named.
+    """'3 (a, b, c)', of which at most `LISTED` are named.
 
     >>> _listed(["a", "b", "c", "d"])
     '4 (a, b, c, ...)'
     """
     every = list(names)
-    dots = ", ..." if len(every) > SHOWN else ""
-    return f"{len(every)} ({', '.join(every[:SHOWN])}{dots})"
+    dots = ", ..." if len(every) > LISTED else ""
+    return f"{len(every)} ({', '.join(every[:LISTED])}{dots})"

@@ -14,13 +14,11 @@ from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.imported import FLOAT_IN_FILE, IN_FILE, QAT, ImportedPlan, Read
 from trtune.precision.plan.pins import with_pins
-from trtune.precision.plan.placement import is_move, place
+from trtune.precision.plan.placement import Edge, is_move, place
 from trtune.precision.plan.plan import COMPUTE, COMPUTE_OPS, FILE, Assignment, PrecisionPlan
 from trtune.precision.plan.rules import make_plan
 
 log = logging.getLogger(__name__)
-
-Edge = tuple[str, int]
 
 
 def plan_from_table(

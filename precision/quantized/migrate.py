@@ -55,7 +55,7 @@ class Unmatched:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class PrecisionChange:
     """A node that runs in something else than under implicit quantization, and why."""
 
     node: str
@@ -81,7 +81,7 @@ class Migrated:
     unmatched: tuple[Unmatched, ...] = ()
     missing: tuple[Unmatched, ...] = ()
     pins: tuple[PinNote, ...] = ()
-    changes: tuple[Change, ...] = ()
+    changes: tuple[PrecisionChange, ...] = ()
     header: str = ""
     notes: tuple[str, ...] = field(default=())
     fit: CacheFit | None = None
@@ -302,10 +302,10 @@ def _without_missing(
 
 def _changes(
     view: GraphView, base: PrecisionPlan, plan: PrecisionPlan, table: CalibrationTable
-) -> tuple[Change, ...]:
+) -> tuple[PrecisionChange, ...]:
     """Nodes in another precision than TensorRT gave them by the scales alone, pins left out."""
     quantized = _neighbours_of_int8(view, plan)
-    found: list[Change] = []
+    found: list[PrecisionChange] = []
     for node in view.nodes:
         assigned = plan.nodes[node.name]
         if assigned.role == SHAPE or assigned.is_pinned:
@@ -323,7 +323,7 @@ def _changes(
             continue
         if before != now:
             was, is_now = ("int8", plan.fallback) if before else (plan.fallback, "int8")
-            found.append(Change(node.name, node.op_type, was, is_now, reason))
+            found.append(PrecisionChange(node.name, node.op_type, was, is_now, reason))
     return tuple(found)
 
 

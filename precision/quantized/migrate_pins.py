@@ -23,7 +23,7 @@ __all__ = [
     "PinFile",
     "PinNote",
     "by_precedence",
-    "explain",
+    "explain_pins",
     "parse_pins",
     "parts_of",
     "read_pins",
@@ -197,10 +197,10 @@ def _pin(entry: str) -> LayerPin:
     return LayerPin(layer, kinds[0])
 
 
-def explain(layer: str) -> str:
+def explain_pins(layer: str) -> str:
     """Why a name of TensorRT's is no node of the ONNX file; empty if it looks like one.
 
-    >>> explain("(Unnamed Layer* 12) [Shuffle]")
+    >>> explain_pins("(Unnamed Layer* 12) [Shuffle]")
     "layer 12 of TensorRT's own count, a Shuffle that its ONNX parser added or whose node has no \
 name; the number changes with the parser, so it cannot be matched: name the tensor or node instead"
     """
@@ -272,7 +272,7 @@ def _with_pin(view: GraphView, plan: PrecisionPlan, pin: LayerPin) -> tuple[Prec
 
 def _no_node(layer: str, names: Iterable[str]) -> str:
     near = ", ".join(map(repr, nearest(layer, names, count=3)))
-    return explain(layer) or (f"no such node; nearest: {near}" if near else "no such node")
+    return explain_pins(layer) or (f"no such node; nearest: {near}" if near else "no such node")
 
 
 def _refused(pin: LayerPin, refused: Mapping[str, str]) -> str:

@@ -17,9 +17,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from trtune.configs.system.compiled import compiled
 
 
 class NotFiniteError(ValueError):
@@ -32,7 +33,7 @@ class NotFiniteError(ValueError):
 
 
 # Reassociation lets LLVM add in vector lanes; it still has to respect NaN and Inf.
-@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+@compiled(error_model="numpy", fastmath=("reassoc", "contract", "nsz"))
 def _sums(
     reference: NDArray[Any], test: NDArray[Any]
 ) -> tuple[float, float, float, float, float, float]:  # pragma: no cover - compiled

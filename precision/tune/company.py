@@ -16,8 +16,8 @@ import onnx
 from numpy.typing import NDArray
 
 from trtune.calibrate.table import CalibrationTable
-from trtune.configs.machine import usable_cores
 from trtune.configs.progress import Progress, silent
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch
 from trtune.precision.graph.proto import captured
 from trtune.precision.graph.view import GraphView, Model

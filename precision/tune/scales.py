@@ -33,7 +33,7 @@ from trtune.precision.tune.ranges import USUAL, choose_by_output
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
+AUTO_METHOD = "auto"
 UNIFORM = ("entropy", "mse", "percentile", "max")
 """The methods that `auto` must not be behind of: each for all ranges is tried as a whole."""
 
@@ -72,7 +72,7 @@ def calibrate_model(
     source: BatchSource,
     *,
     lowerings: Iterable[str] = ("emulate",),
-    method: str = AUTO,
+    method: str = AUTO_METHOD,
     percentile: float = PERCENTILE,
     holdout: int = 24,
     memory: int = DEFAULT_MEMORY,
@@ -90,7 +90,7 @@ def calibrate_model(
     tensors = carried_tensors(view, plan, lowerings)
     roots = shared_ranges(view, dict.fromkeys(tensors))
     ranges = list(dict.fromkeys(roots.values()))
-    held = hold_out(source, holdout) if method == AUTO and ranges else ()
+    held = hold_out(source, holdout) if method == AUTO_METHOD and ranges else ()
     seen = seen_pictures(source, held, batch_size(model.inputs, 1))
     wanted = [*ranges, *(tensor for tensor in also if tensor not in ranges)]
     found = collect(

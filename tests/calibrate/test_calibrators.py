@@ -18,11 +18,11 @@ from trtdouble import double
 from trtune.calibrate.calibrators import (
     DeviceFeed,
     ScaleRatio,
-    cache_of,
     compare_tables,
     streaming_calibrator,
     table_calibrator,
-    table_of,
+    tensorrt_cache,
+    tensorrt_table,
     version_of,
 )
 from trtune.calibrate.table import CalibrationTable
@@ -219,7 +219,7 @@ def test_a_bug_in_the_data_says_what_it_was() -> None:
 
 
 def test_a_table_is_given_twice_the_same_and_needs_no_data() -> None:
-    cache = cache_of(CalibrationTable({"x": 0.5}), "10.16.1.11")
+    cache = tensorrt_cache(CalibrationTable({"x": 0.5}), "10.16.1.11")
     with table_calibrator(double(10), cache) as calibrator:
         assert calibrator.get_batch_size() == 1
         assert calibrator.read_calibration_cache() == cache
@@ -256,15 +256,15 @@ def test_version_of(text: str, expected: tuple[int, int, int]) -> None:
 )
 def test_a_table_survives_the_way_through_a_cache(scales: dict[str, float]) -> None:
     table = CalibrationTable(scales)
-    assert table_of(cache_of(table, "10.16.1.11"), {}).scales == table.scales
+    assert tensorrt_table(tensorrt_cache(table, "10.16.1.11"), {}).scales == table.scales
 
 
 def test_the_table_of_a_cache_says_who_calibrated() -> None:
-    table = table_of(b"TRT-101601-MinMaxCalibration\nx: 3f800000\n", {"source": "tensorrt"})
+    table = tensorrt_table(b"TRT-101601-MinMaxCalibration\nx: 3f800000\n", {"source": "tensorrt"})
     assert table.methods == {"x": "tensorrt/MinMaxCalibration"}
     assert table.provenance == {"source": "tensorrt"}
     with pytest.raises(CacheError, match="line 2"):
-        table_of(b"TRT-101601-MinMaxCalibration\nx: zz\n", {})
+        tensorrt_table(b"TRT-101601-MinMaxCalibration\nx: zz\n", {})
 
 
 def test_tables_are_compared_tensor_by_tensor_worst_first() -> None:

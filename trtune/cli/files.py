@@ -53,12 +53,12 @@ def inspect(terminal: Terminal, model: ModelFile) -> None:
 def doctor(terminal: Terminal) -> None:
     """Say of every backend whether it works on this machine, and if not, why and what to do."""
     from trtune.cli import show
-    from trtune.doctor import DEFAULT, diagnose
+    from trtune.doctor import DEFAULT_BACKEND, diagnose
 
     found = diagnose()
     value = {name: dataclasses.asdict(state) for name, state in found.items()}
     terminal.result(value, show.backend_table(found))
-    raise typer.Exit(0 if found[DEFAULT].usable else 1)
+    raise typer.Exit(0 if found[DEFAULT_BACKEND].usable else 1)
 
 
 @command(epilog="Example: trtune schema > trtune.schema.json")

@@ -24,7 +24,7 @@ DELAY = 2.0
 STARTING = "starting"
 
 DONE, RUNNING, TO_COME = "done", "running", "to come"
-MARKS = {DONE: ("✓", "green"), RUNNING: ("▸", "bold"), TO_COME: ("·", "dim")}
+STATES = {DONE: ("✓", "green"), RUNNING: ("▸", "bold"), TO_COME: ("·", "dim")}
 PLAIN_MARKS = {DONE: "[x]", RUNNING: "[>]", TO_COME: "[ ]"}
 
 
@@ -145,7 +145,7 @@ class Overview:
         """All of it in a line."""
         parts = []
         for name, state in self.states():
-            mark, style = MARKS[state]
+            mark, style = STATES[state]
             shown = f"{PLAIN_MARKS[state] if self._ascii else mark} {name}"
             if state == RUNNING:
                 shown += f" {_minutes(self._clock() - self._entered)}"

@@ -35,7 +35,7 @@ from trtune.reports.terminal import render_table
 if TYPE_CHECKING:
     from trtune.calibrate.outliers import DominantPicture
 
-WORST = 10
+WORST_SHOWN = 10
 SHOWN_NAMES = 5
 
 
@@ -231,7 +231,7 @@ def build_table(infos: Sequence[BuildInfo]) -> Iterator[RenderableType]:
             yield f"{info.backend}: {info.reason}"
 
 
-def layer_tables(rows: Sequence[LayerRow], *, worst: int = WORST) -> Iterator[RenderableType]:
+def layer_tables(rows: Sequence[LayerRow], *, worst: int = WORST_SHOWN) -> Iterator[RenderableType]:
     """The layers with the largest errors: each quantized alone, and accumulated."""
     for by, title in (
         ("alone_sqnr_db", "Alone: only this node quantized; error of the network's output"),

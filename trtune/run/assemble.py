@@ -15,7 +15,7 @@ import numpy as np
 from trtune.calibrate.histogram import Histogram, bin_edges
 from trtune.calibrate.outliers import dominant, outliers
 from trtune.configs.errors import TrtuneError
-from trtune.configs.machine import peak_rss
+from trtune.configs.system.machine import peak_rss
 from trtune.precision.compare.inner import inner_kind
 from trtune.precision.graph.macs import macs, parameters
 from trtune.precision.plan.half_rules import flushed_weights

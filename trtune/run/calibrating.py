@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trtune.calibrate.cache import check_table, load_table, save_table
-from trtune.calibrate.histogram_file import load_histograms, save_histograms
+from trtune.calibrate.histogram import load_histograms, save_histograms
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, ModelError
 from trtune.configs.files import hash_json

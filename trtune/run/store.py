@@ -12,7 +12,7 @@ from typing import Any
 
 from trtune.configs.errors import TrtuneError
 from trtune.configs.files import hash_json, write_json
-from trtune.configs.locks import try_lock
+from trtune.configs.system.locks import try_lock
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from trtune.run.inputs import first_batch, repeat_to
 from trtune.run.job import Job
 from trtune.run.store import read_stage, write_stage
 
-EMULATED = "emulation of TensorRT's arithmetic: its CPU time says nothing about speed"
+EMULATION_NOTE = "emulation of TensorRT's arithmetic: its CPU time says nothing about speed"
 FP32, UNTUNED, TUNED = "fp32", "untuned", "tuned"
 
 
@@ -95,7 +95,7 @@ def _users_model(job: Job, backend: Backend, latencies: Mapping[str, Latency]) -
         drop=None if value is None else 0.0,
         top1=top1_of(job.baseline),
         latency_ms=latencies.get(FP32),
-        latency_note=EMULATED if is_emulation(backend) else None,
+        latency_note=EMULATION_NOTE if is_emulation(backend) else None,
         size_bytes=fp32_bytes(job),
         nodes={"int8": 0, "fp16": 0, "fp32": len(job.untuned.compute_nodes)},
         path=Path(job.config.model.path).name,
@@ -112,7 +112,7 @@ def _as_it_stands(job: Job, backend: Backend, value: Evaluation) -> Variant:
         top1=top1_of(value),
         sqnr_db=value.sqnr_db,
         agreement=value.agreement,
-        latency_note=EMULATED,
+        latency_note=EMULATION_NOTE,
         size_bytes=Path(job.config.model.path).stat().st_size,
         nodes=job.planned.counts(),
         path=Path(job.config.model.path).name,
@@ -138,7 +138,7 @@ def _variant(
         sqnr_db=value.sqnr_db if value else None,
         agreement=value.agreement if value else None,
         latency_ms=latencies.get(name),
-        latency_note=EMULATED if is_emulation(backend) else None,
+        latency_note=EMULATION_NOTE if is_emulation(backend) else None,
         size_bytes=info.size_bytes,
         nodes=plan.counts(),
         account={} if is_emulation(backend) else accounted(plan, info),

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 Sink = Callable[[str, str], None]
 
 LAST_WORDS = 20
-LEVELS = {
+LOG_LEVELS = {
     "INTERNAL_ERROR": logging.ERROR,
     "ERROR": logging.ERROR,
     "WARNING": logging.WARNING,
@@ -53,7 +53,7 @@ def process_logger(trt: ModuleType) -> Any:
             if self.sink is not None:
                 self.sink(severity.name, msg)
                 return
-            level = LEVELS.get(severity.name, logging.DEBUG)
+            level = LOG_LEVELS.get(severity.name, logging.DEBUG)
             if level == logging.ERROR:
                 self.words.append(" ".join(msg.split()))
             log.log(level, "TensorRT: %s", msg)

@@ -25,14 +25,7 @@ from trtune.precision.backends.gpu.callbacks import (
     process_logger,
 )
 from trtune.precision.backends.gpu.driver import Stream
-from trtune.precision.backends.gpu.ports import (
-    Buffers,
-    Port,
-    Shape,
-    fitting,
-    nbytes_of,
-    numpy_type,
-)
+from trtune.precision.backends.gpu.ports import Buffers, Dims, Port, fitting, nbytes_of, numpy_type
 from trtune.precision.backends.gpu.runtime import binary_size, use_device
 from trtune.precision.backends.gpu.timing import GpuTiming, time_gpu
 
@@ -64,7 +57,7 @@ class TrtEngine:
         self._host_code, self._dla_core = host_code, dla_core
         self._ports: tuple[Port, ...] = ()
         self._buffers: dict[str, Buffers] = {}
-        self._shapes: dict[str, Shape] = {}
+        self._shapes: dict[str, Dims] = {}
         self._stack = ExitStack()
         self._logger: Any = None
         self._runtime: Any = None
@@ -299,7 +292,7 @@ class TrtEngine:
             self._prepare({name: array.shape for name, array in wanted.items()})
             yield
 
-    def _prepare(self, shapes: Mapping[str, Shape]) -> None:
+    def _prepare(self, shapes: Mapping[str, Dims]) -> None:
         """Give the context these input shapes, and memory for them and for what comes of them.
 
         An input in the CPU's memory holds its values by now: shapes are computed from them.
@@ -323,7 +316,7 @@ class TrtEngine:
             if not port.is_input:
                 self._prepare_output(port, tuple(self._context.get_tensor_shape(port.name)))
 
-    def _prepare_output(self, port: Port, shape: Shape) -> None:
+    def _prepare_output(self, port: Port, shape: Dims) -> None:
         self._shapes[port.name] = shape
         if -1 not in shape:
             self._bind(port, self._reserve(port, nbytes_of(shape, port.dtype)))

@@ -29,7 +29,7 @@ NUMPY_OF = MappingProxyType(
 )
 """TensorRT's names of types as NumPy has them, the last ones through ml_dtypes."""
 
-Shape = tuple[int, ...]
+Dims = tuple[int, ...]
 
 
 def numpy_type(kind: str) -> np.dtype[Any] | None:
@@ -53,9 +53,9 @@ class Port:
 
     name: str
     dtype: np.dtype[Any]
-    shape: Shape
-    low: Shape
-    high: Shape
+    shape: Dims
+    low: Dims
+    high: Dims
     is_input: bool
     on_host: bool
 
@@ -97,7 +97,7 @@ class Buffers:
             self.host.free()
 
 
-def nbytes_of(shape: Shape, dtype: np.dtype[Any]) -> int:
+def nbytes_of(shape: Dims, dtype: np.dtype[Any]) -> int:
     """Bytes of a dense tensor.
 
     >>> nbytes_of((2, 3), np.dtype("float16"))
@@ -125,7 +125,7 @@ def fitting(port: Port, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     return array
 
 
-def _misfit(port: Port, shape: Shape) -> str:
+def _misfit(port: Port, shape: Dims) -> str:
     said = f"input {port.name!r} has shape {list(shape)} in the batch"
     if port.low == port.high:
         return f"{said}; the engine was built for {list(port.shape)} alone: change data.*.batch"

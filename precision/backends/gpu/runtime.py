@@ -19,7 +19,7 @@ from typing import Any
 from trtune.configs.errors import TrtuneError
 
 RUNTIME = "cuda.bindings.runtime"
-INSTALL = "pip install 'cuda-python>=13,<14'"
+INSTALL_CUDA = "pip install 'cuda-python>=13,<14'"
 
 LOST = "the GPU work of this process is lost: start it again; `compute-sanitizer` finds the cause"
 UNCAPTURED = "this work cannot be one CUDA graph: queue it call by call"
@@ -66,7 +66,7 @@ def load_runtime() -> ModuleType:
     except ImportError as error:
         raise TrtuneError(
             f"running on an NVIDIA GPU needs cuda-python 13, and {RUNTIME} cannot be imported "
-            f"({error}): {INSTALL}"
+            f"({error}): {INSTALL_CUDA}"
         ) from error
 
 

@@ -42,9 +42,9 @@ from trtune.precision.backends.rtx.support import (
     NAME,
     REMEDY,
     WITHOUT_INT8,
-    command,
+    build_command,
     cuda_version,
-    installed_version,
+    rtx_version,
     unsupported,
     why_not,
 )
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_BUILDS = 8
-SHOWN = ("[I]", "[W]", "[E]")
+LOG_MARKS = ("[I]", "[W]", "[E]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class RtxBackend:
         """What the built engine depends on; "" for TensorRT-RTX where it is not installed."""
         return {
             "onnx": version("onnx"),
-            NAME: installed_version() or "",
+            NAME: rtx_version() or "",
             "trtune": version("trtune"),
         }
 
@@ -184,7 +184,7 @@ class RtxBackend:
         parsed, TrtuneError for what else goes wrong, with the compiler's own words.
         """
         start = time.perf_counter()
-        if installed_version() is None:
+        if rtx_version() is None:
             raise TrtuneError(f"backend {NAME!r} needs {DISTRIBUTION}, not installed: {REMEDY}")
         targets, plan = self.targets(), candidate.plan
         old = [found for found in targets if found in WITHOUT_INT8]
@@ -305,7 +305,7 @@ class RtxBackend:
                 candidate.plan, built.accounts, refused, readable=built.readable
             ),
             versions=self.versions,
-            log="\n".join([line for line in text.splitlines() if line[:3] in SHOWN][-20:]),
+            log="\n".join([line for line in text.splitlines() if line[:3] in LOG_MARKS][-20:]),
             reason=why_not(gpu, targets),
             details={
                 "settings": self.settings,
@@ -315,7 +315,7 @@ class RtxBackend:
                 "gpu_compute_capability": gpu.compute_capability if gpu else None,
                 "driver": gpu.driver if gpu else None,
                 "cuda": cuda_version(),
-                "command": command(
+                "command": build_command(
                     MODEL_FILE,
                     PLAN_FILE,
                     targets,
@@ -357,7 +357,7 @@ class RtxBackend:
 
     def doctor(self) -> Usable:
         """Whether engines can be built here, and whether they would run; never raises."""
-        found = installed_version()
+        found = rtx_version()
         if found is None:
             return Usable(False, f"{DISTRIBUTION} is not installed", REMEDY)
         broken = why_not_loaded()

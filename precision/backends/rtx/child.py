@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     """Do what the request file says; the exit status is 0 or `FAILED`."""
     _end_with_parent()
     request = Request(**json.loads(Path(arguments[0]).read_text("utf-8")))
-    answer = run(request)
+    answer = build_engine(request)
     write_json(Path(request.answer), asdict(answer))
     return 0 if answer.stage == "done" else FAILED
 
@@ -77,7 +77,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run(request: Request) -> Answer:
+def build_engine(request: Request) -> Answer:
     """Build, and say how it went; the log is written as it comes."""
     try:
         trt = importlib.import_module("tensorrt_rtx")

@@ -22,7 +22,7 @@ KERNEL = re.compile(
     r"Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?)\], "
     r"TacticName: .*?, StreamId: \d+(?:, \w+: [^,\[\]{}]+)*, Metadata: (?P<metadata>.*)"
 )
-TENSOR = re.compile(
+TENSOR_TEXT = re.compile(
     r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], Strides: \[.*?\], "
     r"StrideOrder: \[.*?\], Datatype: (?P<dtype>\w+), Format: .*?\}"
 )
@@ -38,7 +38,7 @@ CONTROL = frozenset({"cjmp", "copy", "jmp", "memset", "shape_call", "signal", "w
 """What computes no tensor of the network."""
 WITH_WEIGHTS = frozenset({"correlation", "deconv", "gemm"})
 """Library kernels, whose first constant is the weights (or a scalar, if both are inputs)."""
-PRODUCTS = WITH_WEIGHTS | {"runtime_fusion"}
+PRODUCT_LAYERS = WITH_WEIGHTS | {"runtime_fusion"}
 FLOATS = ("fp32", "bf16", "fp16")
 WIDEST_FIRST = (*FLOATS, "int8")
 
@@ -160,7 +160,7 @@ def _operands(text: str) -> tuple[Operand, ...] | None:
     """The tensors of one list; None if not all of it was understood."""
     found = tuple(
         Operand(m["name"], tuple(int(dim) for dim in m["dims"].split(",") if dim), m["dtype"])
-        for m in TENSOR.finditer(text)
+        for m in TENSOR_TEXT.finditer(text)
     )
     return found if len(found) == text.count("Datatype: ") and bool(found) == bool(text) else None
 
@@ -193,7 +193,7 @@ def _account(kernels: list[Kernel], is_compute: bool) -> Account:
 def _share(kernel: Kernel, is_compute: bool) -> str:
     """What `kernel` does a node's work in: of a product, or of what is fused with one."""
     if kernel.kind != GENERATED:
-        fused = kernel.kind in PRODUCTS and not is_compute
+        fused = kernel.kind in PRODUCT_LAYERS and not is_compute
         return UNKNOWN if fused and kernel.precision == "int8" else kernel.precision
     read = {operand.precision for operand in (*kernel.inputs, *kernel.constants)}
     if not is_compute:

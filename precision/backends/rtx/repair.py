@@ -14,12 +14,12 @@ from types import MappingProxyType
 import onnx
 from onnx import TensorProto, helper
 
+from trtune.precision.backends.rtx.log import FLOATS
 from trtune.precision.backends.rtx.support import FLOAT_ONLY
 from trtune.precision.graph.proto import copy_of, replace_field
 from trtune.precision.plan.plan import COMPILER, PrecisionPlan
 
 REFUSAL = re.compile(r"could not find any implementation for|cannot compile operation", re.I)
-FLOATS = ("fp32", "fp16", "bf16")
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 LARGEST: Mapping[int, float] = MappingProxyType(
     {

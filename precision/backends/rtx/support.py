@@ -26,7 +26,7 @@ def unsupported(found: str) -> str:
     return f"compute capability {found} is not supported by TensorRT-RTX (it has {known})"
 
 
-def installed_version() -> str | None:
+def rtx_version() -> str | None:
     """The version of TensorRT-RTX that is installed; None if it is not."""
     try:
         return version(DISTRIBUTION)
@@ -59,7 +59,7 @@ def why_not(gpu: Gpu | None, targets: Sequence[str]) -> str:
     return ""
 
 
-def command(
+def build_command(
     model: str,
     plan: str,
     targets: Sequence[str],
@@ -71,7 +71,7 @@ def command(
 ) -> str:
     """The line for a shell that builds the same with NVIDIA's own tool.
 
-    >>> command("m.onnx", "e.plan", ["8.9"], {}, tf32=True)
+    >>> build_command("m.onnx", "e.plan", ["8.9"], {}, tf32=True)
     'tensorrt_rtx --onnx=m.onnx --saveEngine=e.plan --computeCapabilities=89 --skipInference'
     """
     words = [

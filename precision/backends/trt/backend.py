@@ -20,11 +20,11 @@ from typing import Any
 from trtune.calibrate.calibrators import (
     Calibrator,
     DeviceFeed,
-    cache_of,
     compare_tables,
     streaming_calibrator,
     table_calibrator,
-    table_of,
+    tensorrt_cache,
+    tensorrt_table,
     version_of,
 )
 from trtune.calibrate.table import CalibrationTable
@@ -53,7 +53,7 @@ from trtune.precision.backends.trt.inspector import node_precisions, parse_layer
 from trtune.precision.backends.trt.timing_cache import save_timing_cache, use_timing_cache
 from trtune.precision.backends.trt.version import (
     carried_over,
-    diagnose,
+    diagnose_tensorrt,
     is_weak,
     load_tensorrt,
 )
@@ -77,7 +77,7 @@ from trtune.precision.runtime.not_honoured import not_honoured
 log = logging.getLogger(__name__)
 
 LAYERS_FILE = "layers.json"
-CACHE_FILE = "calibration.cache"
+TENSORRT_CACHE = "calibration.cache"
 
 
 @dataclass(slots=True)
@@ -203,7 +203,7 @@ class TensorRTBackend:
         work = _Build(trt, candidate, folder, self._settings, profiles, debug=debug)
         for text in carried_over(trt, self._settings, candidate, weakly=typed_weakly):
             work.note(text)
-        for name in (ENGINE_JSON, PLAN_FILE, CACHE_FILE, LAYERS_FILE):
+        for name in (ENGINE_JSON, PLAN_FILE, TENSORRT_CACHE, LAYERS_FILE):
             (folder / name).unlink(missing_ok=True)  # of an earlier build: this one may fail
         try:
             with self._device(), ExitStack() as stack:
@@ -277,7 +277,7 @@ class TensorRTBackend:
             **{n: p for n, p in constraints.items() if n in pins.layers},
         }
         by_layer = {name: constraints[n] for n, names in pins.layers.items() for name in names}
-        cache = Path(CACHE_FILE) if work.calibrator is not None else None
+        cache = Path(TENSORRT_CACHE) if work.calibrator is not None else None
         work.options, left_out = weak_options(tuple(flags), by_layer, cache)
         work.details.update(flags=flags, constrained=by_layer)
         if left_out:
@@ -291,7 +291,7 @@ class TensorRTBackend:
             view = GraphView.of(work.candidate.model)
             for tensor in place(view, work.candidate.plan).activations:
                 table.scale(tensor)  # without one TensorRT would leave the node in float
-            return table_calibrator(work.trt, cache_of(table, work.trt.__version__))
+            return table_calibrator(work.trt, tensorrt_cache(table, work.trt.__version__))
         if self._batches is None:
             raise ValueError(f"calibrator {kind!r} needs batches")
         inputs = work.candidate.model.inputs
@@ -357,7 +357,7 @@ class TensorRTBackend:
 
     def doctor(self) -> Usable:
         """Whether TensorRT 10.x or 11.x is installed and there is a GPU for it."""
-        return diagnose(self._load_module, self._cuda, self._settings.device)
+        return diagnose_tensorrt(self._load_module, self._cuda, self._settings.device)
 
 
 def _planned(plan: PrecisionPlan) -> dict[str, str]:
@@ -408,10 +408,11 @@ def _keep_cache(work: _Build, calibrator: Calibrator) -> None:
     """Keep the calibration cache beside the engine; one of TensorRT's own is compared with ours."""
     if calibrator.cache is None:
         return
-    write_bytes(work.folder / CACHE_FILE, calibrator.cache)
+    write_bytes(work.folder / TENSORRT_CACHE, calibrator.cache)
     if work.settings.calibrator == "table" or work.candidate.table is None:
         return
-    theirs = table_of(calibrator.cache, {"source": "tensorrt", "version": work.trt.__version__})
+    source = {"source": "tensorrt", "version": work.trt.__version__}
+    theirs = tensorrt_table(calibrator.cache, source)
     rows = compare_tables(work.candidate.table, theirs)
     work.details["calibration"] = {
         "calibrator": work.settings.calibrator,

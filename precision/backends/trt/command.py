@@ -10,7 +10,7 @@ from trtune.precision.backends.gpu.profiles import Profile
 from trtune.precision.backends.trt.build import Settings
 from trtune.precision.backends.trt.weak import trtexec_constraints
 
-LEVELS: Mapping[str, str] = {
+HARDWARE_LEVELS: Mapping[str, str] = {
     "ampere_plus": "ampere+",
     "same_compute_capability": "sameComputeCapability",
 }
@@ -46,7 +46,7 @@ def trtexec_command(
         words.append("--versionCompatible")
     if settings.hardware_compatibility != "none":
         level = settings.hardware_compatibility
-        words.append(f"--hardwareCompatibilityLevel={LEVELS[level]}")
+        words.append(f"--hardwareCompatibilityLevel={HARDWARE_LEVELS[level]}")
     if settings.tactic_sources is not None:
         sources = ",".join(f"+{name.upper()}" for name in settings.tactic_sources)
         words.append(f"--tacticSources={sources}")

@@ -18,7 +18,7 @@ from trtune.precision.runtime.api import UNKNOWN
 METADATA = re.compile(r"\[ONNX Layer: (.*?)\](?=$|\s|[\x1e\x1f]|\[ONNX Layer: )")
 """How layers of a network, and of an engine, name the ONNX nodes that they were made from."""
 DATA_TYPE_KEYS = ("Datatype", "DataType", "Format/Datatype")
-DATA_TYPES: tuple[tuple[str, str], ...] = (
+TYPE_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"int8\b", "int8"),
     (r"bf16|bfloat16", "bf16"),
     (r"fp8|float8", "fp8"),
@@ -56,7 +56,7 @@ def data_type(description: str) -> str | None:
     >>> data_type("N/A due to dynamic shapes")
     """
     text = description.lower()
-    return next((name for pattern, name in DATA_TYPES if re.search(pattern, text)), None)
+    return next((name for pattern, name in TYPE_PATTERNS if re.search(pattern, text)), None)
 
 
 def parse_layers(text: str, nodes: Collection[str]) -> tuple[EngineLayer, ...]:

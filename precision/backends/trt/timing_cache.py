@@ -13,13 +13,13 @@ from typing import Any
 
 from trtune.configs.errors import TrtuneError
 from trtune.configs.files import write_bytes
-from trtune.configs.locks import locked
+from trtune.configs.system.locks import locked
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0
 """Seconds to wait for another build that is writing, which takes it far less than one."""
-REMEDY = "give this build another `timing_cache`"
+ANOTHER_CACHE = "give this build another `timing_cache`"
 
 
 def use_timing_cache(config: Any, path: Path) -> str:
@@ -44,7 +44,7 @@ def save_timing_cache(config: Any, path: Path) -> None:
     cache = config.get_timing_cache()
     if cache is None:
         return
-    with locked(path, patience=PATIENCE, remedy=REMEDY):
+    with locked(path, patience=PATIENCE, remedy=ANOTHER_CACHE):
         data = _read(path)
         others = config.create_timing_cache(data) if data else None
         if data and (others is None or not cache.combine(others, False)):

@@ -14,7 +14,7 @@ from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.runtime.api import Candidate, Usable
 
 MAJORS = (10, 11)
-INSTALL = (
+INSTALL_TENSORRT = (
     "pip install 'trtune[trt10]' for TensorRT 10.x (calibrators, OBEY), or "
     "pip install 'trtune[trt11]' for 11.x; backend onnxruntime runs without either"
 )
@@ -29,12 +29,13 @@ def load_tensorrt() -> Any:
         module = importlib.import_module("tensorrt")
     except (ImportError, OSError) as error:
         raise TrtuneError(
-            f"backend 'tensorrt' needs TensorRT, and it cannot be imported ({error}): {INSTALL}"
+            f"backend 'tensorrt' needs TensorRT, and it cannot be imported ({error}): "
+            f"{INSTALL_TENSORRT}"
         ) from error
     found = str(getattr(module, "__version__", "of an unknown version"))
     if not found.split(".")[0].isdigit() or version_of(found)[0] not in MAJORS:
         raise TrtuneError(f"TensorRT {found} is installed, and trtune builds with 10.x or 11.x: "
-                          f"{INSTALL}")  # fmt: skip
+                          f"{INSTALL_TENSORRT}")  # fmt: skip
     return module
 
 
@@ -99,7 +100,7 @@ def _counted(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 's'}"
 
 
-def diagnose(load_module: Callable[[], Any], cuda: Cuda, device: int) -> Usable:
+def diagnose_tensorrt(load_module: Callable[[], Any], cuda: Cuda, device: int) -> Usable:
     """Whether TensorRT 10.x or 11.x works here with GPU `device`, what it can do, what is missing.
 
     Never raises a TrtuneError.
@@ -107,8 +108,8 @@ def diagnose(load_module: Callable[[], Any], cuda: Cuda, device: int) -> Usable:
     try:
         trt = load_module()
     except TrtuneError as error:
-        reason = str(error).removesuffix(f": {INSTALL}")
-        return Usable(False, reason, INSTALL)
+        reason = str(error).removesuffix(f": {INSTALL_TENSORRT}")
+        return Usable(False, reason, INSTALL_TENSORRT)
     found = str(trt.__version__)
     try:
         gpu = cuda.properties(device)

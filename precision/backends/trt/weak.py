@@ -93,7 +93,7 @@ def nodes_of_layers(network: Any, makers: Mapping[str, str]) -> list[str | None]
     nodes = [_stated_node(layer, makers, known) for layer in layers]
     read_by: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
-        for tensor in inputs_of(layer):
+        for tensor in layer_inputs(layer):
             read_by.setdefault(tensor.name, []).append(index)
     for index in reversed(range(len(layers))):  # readers stand behind their producers
         if nodes[index] is None:
@@ -111,7 +111,7 @@ def _stated_node(layer: Any, makers: Mapping[str, str], known: frozenset[str]) -
     return next((makers[t.name] for t in outputs_of(layer) if t.name in makers), None)
 
 
-def inputs_of(layer: Any) -> list[Any]:
+def layer_inputs(layer: Any) -> list[Any]:
     """The tensors that a layer reads; optional ones that are absent are left out."""
     found = (layer.get_input(index) for index in range(layer.num_inputs))
     return [tensor for tensor in found if tensor is not None]

@@ -18,8 +18,8 @@ from trtune.configs.errors import CacheError, ConfigError, InputError, ModelErro
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.rules import make_plan
-from trtune.precision.quantized.migrate import Change, migrate, migrate_files, to_cache
-from trtune.precision.quantized.migrate_pins import LayerPin, explain, parse_pins, parts_of
+from trtune.precision.quantized.migrate import PrecisionChange, migrate, migrate_files, to_cache
+from trtune.precision.quantized.migrate_pins import LayerPin, explain_pins, parse_pins, parts_of
 
 OLD = "TRT-8601-EntropyCalibration2"
 EVERY = (
@@ -90,7 +90,7 @@ def test_what_ran_in_int8_before_and_does_not_now_is_listed() -> None:
     found = migrate(named("attention").model, cache("ln", "q", "k", "kt", "v", "mixed", "proj",
                                                     "scores", "scaled", "probs"))  # fmt: skip
     lost = {change.node: change for change in found.changes if change.before == "int8"}
-    assert lost["n_scores"] == Change(
+    assert lost["n_scores"] == PrecisionChange(
         "n_scores", "MatMul", "int8", "fp32",
         "its weights are computed at run time (attention pattern)",
     )  # fmt: skip
@@ -213,10 +213,10 @@ def test_integer_pins_and_impossible_ones_are_told() -> None:
 
 def test_names_in_an_engine() -> None:
     assert list(parts_of("a + b + PWN(PWN(c), d)")) == ["a", "b", "c", "d"]
-    assert explain("{ForeignNode[a...z]}") == (
+    assert explain_pins("{ForeignNode[a...z]}") == (
         "a part of the network that was compiled as a whole, a to z"
     )
-    assert explain("conv1") == ""
+    assert explain_pins("conv1") == ""
 
 
 # Bad input

@@ -9,7 +9,7 @@ import pytest
 from trtdouble import double
 
 from trtune.configs.errors import TrtuneError
-from trtune.configs.locks import locked
+from trtune.configs.system.locks import locked
 from trtune.precision.backends.trt import timing_cache
 from trtune.precision.backends.trt.timing_cache import save_timing_cache, use_timing_cache
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtune.calibrate.histogram import Counter, Histogram
-from trtune.calibrate.histogram_file import load_histograms, save_histograms
+from trtune.calibrate.histogram import Counter, Histogram, load_histograms, save_histograms
 
 
 def counted(values: list[list[float]]) -> Histogram:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trtune.configs.lazy import lazy_names
+from trtune.configs.system.lazy import lazy_names
 
 LAZY = ["trtune", "trtune.calibrate", "trtune.configs", "trtune.precision"]
 
@@ -47,7 +47,7 @@ def test_importing_it_imports_no_module_of_its_own(package: str, tmp_path: Path)
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "['trtune.configs.lazy']"
+    assert done.stdout.strip() == "['trtune.configs.system', 'trtune.configs.system.lazy']"
 
 
 def test_a_name_is_looked_up_in_its_module_and_others_are_refused() -> None:

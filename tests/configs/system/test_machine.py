@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from trtune.configs.machine import peak_rss, usable_cores
+from trtune.configs.system.machine import peak_rss, usable_cores
 
 
 def test_peak_memory_is_in_bytes() -> None:

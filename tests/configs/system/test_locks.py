@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from trtune.configs import locks
 from trtune.configs.errors import TrtuneError
-from trtune.configs.locks import lock_of, locked, try_lock, unlock
+from trtune.configs.system import locks
+from trtune.configs.system.locks import lock_of, locked, try_lock, unlock
 
 HOLD = """
 import sys, pathlib
-from trtune.configs.locks import locked
+from trtune.configs.system.locks import locked
 with locked(pathlib.Path(sys.argv[1]), patience=0, remedy=""):
     print("held", flush=True)
     sys.stdin.read()

@@ -1,0 +1,1 @@
+"""What the operating system and Python give: locks, cores, memory, lazy imports, compiled code."""
