@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,15 @@ class Tuned:
     met: bool
     steps: tuple[Step, ...]
 
+    @property
+    def front(self) -> tuple[Step, ...]:
+        """Pins against value: the steps that no other reaches with as few pins, fewest first."""
+        best: list[Step] = []
+        for step in sorted(self.steps, key=lambda s: (len(s.pinned), -s.score.value)):
+            if not best or step.score.value > best[-1].score.value:
+                best.append(step)
+        return tuple(best)
+
 
 def ladder(limit: int) -> Iterator[int]:
     """1, 2, 4, ... and `limit` itself.
@@ -70,6 +80,8 @@ def tune(
     *,
     max_pins: int,
     precisions: Sequence[str] = ("fp32",),
+    evaluations: int | None = None,
+    patience: int | None = None,
 ) -> Tuned:
     """Pin the worst nodes of `plan` until `evaluate` says that the target is met, each to the
     first of `precisions` that `plan.may` allows it (FP32 is always allowed).
@@ -78,6 +90,9 @@ def tune(
     doubles from step to step, up to `max_pins`; a pin takes the node's whole fusion group. Once
     the target is met, pins are taken back one at a time, the least harmful node first, as long as
     it holds. If it is never met, the plan with the best value is returned.
+
+    At most `evaluations` plans are evaluated (at least one), and `patience` rungs in a row that
+    gain nothing end the search; None: no such limit.
     """
     steps: list[Step] = []
 
@@ -100,15 +115,20 @@ def tune(
     if score.met:
         return Tuned(best, True, tuple(steps))
     best_value = score.value
+    limit = math.inf if evaluations is None else evaluations
+    idle = 0
     for rung in ladder(min(max_pins, len(ranking))):
+        if len(steps) >= limit or (patience is not None and idle >= patience):
+            break
         pins = list(ranking[:rung])
         candidate, score = measure(
             "pin", pins, f"the {rung} worst alone" if rung > 1 else "the worst alone"
         )
+        idle = 0 if score.value > best_value else idle + 1
         if score.value > best_value:
             best, best_value = candidate, score.value
         if score.met:
-            best = _take_back(candidate, pins, measure, steps)
+            best = _take_back(candidate, pins, measure, steps, limit)
             return Tuned(best, True, tuple(steps))
     return Tuned(best, False, tuple(steps))
 
@@ -118,12 +138,13 @@ def _take_back(
     pins: list[tuple[str, str]],
     measure: Callable[[str, Sequence[tuple[str, str]], str], tuple[PrecisionPlan, Score]],
     steps: list[Step],
+    limit: float,
 ) -> PrecisionPlan:
     """Try each pin's removal, least harmful first, as long as the target holds."""
     best = plan
     for pin in reversed(pins[:]):
         fewer = [other for other in pins if other != pin]
-        if not fewer:
+        if not fewer or len(steps) >= limit:
             break  # no pin at all was tried first, and missed
         candidate, score = measure("unpin", fewer, f"without {pin[0]}")
         if score.met:

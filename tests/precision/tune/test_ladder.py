@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import combinations
 
 import pytest
 from hypothesis import given
@@ -221,3 +222,57 @@ def test_a_pin_goes_to_the_first_precision_that_the_node_may_run_in() -> None:
     assert {n: tuned.plan.precision(n) for n in (*"abf", "b_relu", "f_relu")} == {
         "a": "fp32", "b": "fp16", "b_relu": "fp16", "f": "fp32", "f_relu": "fp32",
     }  # fmt: skip
+
+
+# Limits, and sums of independent gains
+
+
+def additive(gains: Mapping[str, float]) -> Value:
+    return lambda pins: sum(gains[name] for name in pins)
+
+
+GAINS = st.lists(st.integers(0, 8), min_size=6, max_size=6)
+
+
+@given(GAINS, st.integers(0, 30))
+def test_an_additive_problem_is_met_whenever_brute_force_meets_it(
+    values: list[int], target: int
+) -> None:
+    gains = dict(zip("abcdef", map(float, values), strict=True))
+    worst_first = [(n, "") for n in sorted(gains, key=lambda n: (-gains[n], n))]
+    tuned = tune(a_plan(), worst_first, Evaluator(additive(gains), target), max_pins=6)
+    fewest = next(
+        (
+            size
+            for size in range(7)
+            for pins in combinations("abcdef", size)
+            if additive(gains)(frozenset(pins)) >= target
+        ),
+        None,
+    )
+    assert tuned.met == (fewest is not None)
+    if fewest is not None:
+        assert len(tuned.plan.pinned) == fewest
+
+
+def test_a_search_ends_after_rungs_that_gain_nothing() -> None:
+    evaluator = Evaluator(needs("a", "i"), 2.0)
+    tuned = tune(a_plan(), RANKING, evaluator, max_pins=10, patience=2)
+    assert evaluator.asked == ["", "a", "ab", "abcd"]
+    assert (tuned.met, tuned.plan.pinned) == (False, ("a",))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+def test_no_more_plans_are_evaluated_than_allowed(limit: int) -> None:
+    evaluator = Evaluator(needs("ac"), 1.0)
+    tuned = tune(a_plan(), RANKING, evaluator, max_pins=10, evaluations=limit)
+    assert len(evaluator.plans) == limit == len(tuned.steps)
+    assert tuned.met == (limit >= 4)
+
+
+def test_the_front_has_the_best_of_each_number_of_pins() -> None:
+    gains = {**dict.fromkeys(NODES, 0.0), "a": 1.0, "d": 4.0}
+    tuned = tune(a_plan(), RANKING, Evaluator(additive(gains), 5.0), max_pins=10)
+    assert [("".join(s.pinned), s.score.value) for s in tuned.front] == [
+        ("", 0.0), ("d", 4.0), ("ad", 5.0),
+    ]  # fmt: skip
