@@ -27,6 +27,8 @@ from trtune.configs.yamltree import (
 )
 
 PRESETS = Path(__file__).parent / "presets"
+SCHEMA_ID = "urn:trtune:config:1"
+"""Names the schema of this version of the language; it is nowhere to be downloaded."""
 
 
 def load_config(
@@ -91,6 +93,7 @@ def json_schema() -> dict[str, Any]:
     properties = {"extends": extends, **schema.pop("properties")}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": SCHEMA_ID,
         **schema,
         "title": "trtune config",
         "properties": properties,

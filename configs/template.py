@@ -10,6 +10,8 @@ from pathlib import PurePath
 from trtune.configs.yamltree import inline_yaml
 
 DATA_PATH = "PATH/TO/YOUR/DATA"
+SCHEMA_FILE = "trtune.schema.json"
+"""Beside a config: what editors check and complete it by."""
 ModelInput = tuple[str, Sequence[int | str | None], str]
 
 _BATCH = (1, 8, 32)
@@ -46,7 +48,8 @@ def init_text(
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(model_path).stem).strip("-._") or "model"
     picture = _as_picture(inputs)
     lines = [
-        "# What each key means: trtune schema (JSON Schema, for editors).",
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+        "# What each key means: trtune schema, or an editor that reads the file named above.",
         "version: 1",
         f"name: {inline_yaml(name or f'{stem[:90]}-int8')}",
         "# extends: presets/imagenet.yaml     # other configs, or presets; what stands here wins",

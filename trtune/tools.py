@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import replace
@@ -21,7 +22,8 @@ from trtune.calibrate.cache import (
 )
 from trtune.configs.errors import CacheError, InputError, ModelError
 from trtune.configs.files import write_text
-from trtune.configs.template import init_text
+from trtune.configs.load import json_schema
+from trtune.configs.template import SCHEMA_FILE, init_text
 from trtune.precision.graph.file import save_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_emulate
@@ -97,6 +99,7 @@ def init_config(
 ) -> Path:
     """Write a commented config for the ONNX file `model` and return where it is.
 
+    The JSON Schema by which editors check and complete it is written beside it.
     `config` is by default the model's name with .yaml in the current folder. The model's path is
     written relative to it. Raises ModelError if the model cannot be read, InputError if the file
     is there already, unless `overwrite`.
@@ -109,6 +112,8 @@ def init_config(
     quantized = any(node.op_type == "QuantizeLinear" for node in loaded.proto.graph.node)
     seen = _seen_from(model, target.parent)
     write_text(target, init_text(seen, inputs, default="qat" if quantized else "int8"))
+    schema = json.dumps(json_schema(), indent=2, ensure_ascii=False)
+    write_text(target.parent / SCHEMA_FILE, schema + "\n")
     return target
 
 

@@ -333,6 +333,14 @@ class TestSchema:
         invoke("init", "net.onnx")
         jsonschema.validate(yaml.safe_load(Path("net.yaml").read_text()), schema)
 
+    def test_init_names_the_schema_that_it_writes_beside_the_config(self, model: Path) -> None:
+        invoke("init", "net.onnx", "-o", "configs/net.yaml")
+        first = Path("configs/net.yaml").read_text().splitlines()[0]
+        place = Path("configs") / first.partition("# yaml-language-server: $schema=")[2]
+        written = json.loads(place.read_text("utf-8"))
+        assert written == json.loads(invoke("schema").stdout)
+        assert written["$id"] == "urn:trtune:config:1"
+
     def test_json_changes_nothing(self) -> None:
         assert invoke("schema", "--json").stdout == invoke("schema").stdout
 
