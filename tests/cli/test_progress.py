@@ -9,6 +9,7 @@ from rich.console import Console
 
 from trtune.cli.progress import Bars, Overview, rate
 from trtune.configs.progress import StagedProgress, announce, enter, silent
+from trtune.run.pipeline import STAGES
 
 
 def screen(*, terminal: bool = True) -> Console:
@@ -118,13 +119,13 @@ class TestStages:
             ("calibrate", "running"),
             ("tune", "to come"),
         ]
-        assert overview.text().plain == "✓ gate  ▸ calibrate 1:15  · tune  total 1:15"
+        assert overview.text().plain == "✓ gate ▸ calibrate 1:15 · tune  1:15"
 
     def test_a_screen_without_such_signs(self) -> None:
         overview = Overview(lambda: 0.0, ascii_only=True)
         overview.names = ("gate", "tune")
         overview.enter("tune")
-        assert overview.text().plain == "[x] gate  [>] tune 0:00  total 0:00"
+        assert overview.text().plain == "[x] gate [>] tune 0:00  0:00"
 
     def test_a_stage_that_was_not_announced_comes_last(self) -> None:
         overview = Overview(lambda: 0.0)
@@ -142,7 +143,7 @@ class TestStages:
         assert "calibrate" not in drawn(console)
         now[0] = 2.5
         bars._bars.refresh()
-        assert "▸ calibrate 0:02  · tune  total 0:02" in drawn(console)
+        assert "▸ calibrate 0:02 · tune  0:02" in drawn(console)
         bars.stop()
 
     def test_imports_and_other_beginnings_have_a_line_too(self) -> None:
@@ -151,6 +152,7 @@ class TestStages:
         bars.begin()
         bars._bars.refresh()
         assert "starting" in drawn(console)
+        assert "/?" not in drawn(console)
         bars("calibrate", 0, 8)
         assert [task.description for task in bars._bars.tasks] == ["calibrate"]
         bars.stop()
@@ -159,3 +161,11 @@ class TestStages:
         assert not isinstance(silent, StagedProgress)
         announce(silent, ["calibrate"])
         enter(silent, "calibrate")
+
+    def test_the_stages_of_a_run_fit_80_columns(self) -> None:
+        overview = Overview(lambda: 60.0 * 12)
+        overview.names = STAGES
+        overview.begin()
+        for name in STAGES:
+            overview.enter(name)
+            assert len(overview.text().plain) <= 80

@@ -50,7 +50,7 @@ class Bars:
             SpinnerColumn("line" if console.options.ascii_only else "dots"),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+            _Count(),
             RateColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -150,7 +150,14 @@ class Overview:
             if state == RUNNING:
                 shown += f" {_minutes(self._clock() - self._entered)}"
             parts.append(Text(shown, style))
-        return Text("  ").join([*parts, Text(f"total {_minutes(self.elapsed)}", "dim")])
+        return Text(" ").join([*parts, Text(f" {_minutes(self.elapsed)}", "dim")])
+
+
+class _Count(MofNCompleteColumn):
+    """Steps done of all; nothing while there are none to count."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None or task.completed else Text()
 
 
 class RateColumn(ProgressColumn):
