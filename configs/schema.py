@@ -75,6 +75,10 @@ class Model(Section):
     shapes: Mapping[str, Shape] = Field(
         default={}, description="input name -> min, opt, max shape; only for dynamic inputs"
     )
+    outputs: tuple[str, ...] = Field(
+        default=(),
+        description="tensors that the model ends at; what lies behind is left out of everything",
+    )
 
 
 class Calibration(Section):

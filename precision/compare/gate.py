@@ -17,6 +17,7 @@ import onnxruntime as ort
 from trtune.configs.errors import ModelError, TrtuneError
 from trtune.datasets.batches import BatchSource
 from trtune.precision.compare.batches import add_batch, limited, no_samples
+from trtune.precision.graph.file import Model, comparable
 from trtune.precision.graph.proto import copy_model
 from trtune.precision.runtime.api import Engine
 from trtune.precision.runtime.errors import ErrorSums
@@ -73,6 +74,20 @@ def fp32_gate(
             )
         log.info("FP32 gate: %s differs by %.1e on average", name, total.mean_relative)
     return sums
+
+
+def model_gate(model: Model, source: BatchSource) -> dict[str, ErrorSums]:
+    """`fp32_gate` of a loaded model against its file, as far as onnxruntime can run that.
+
+    Empty for an opset so old that onnxruntime has no operators of it: there is nothing to compare
+    with. Raises what `fp32_gate` raises.
+    """
+    reference = comparable(model)
+    if reference is None:
+        log.warning("%s: onnxruntime runs no opset below 7, so not compared with it", model.path)
+        return {}
+    folder = model.path.parent  # of external weights, the file's own and those still outside
+    return fp32_gate(reference, model.proto, source, external_dir=folder)
 
 
 def _original_session(

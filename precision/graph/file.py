@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -17,9 +17,11 @@ from onnx import external_data_helper, numpy_helper
 from trtune.configs.errors import ModelError
 from trtune.configs.files import atomic_path, hash_bytes, hash_file
 from trtune.datasets.batches import InputSpec
+from trtune.precision.graph.cut import Tail, cut_plugins, end_at, ending_at
 from trtune.precision.graph.fold import Folded, Folding
 from trtune.precision.graph.fold import fold as fold_model
-from trtune.precision.graph.normalise import normalise
+from trtune.precision.graph.normalise import free_dimensions, normalise
+from trtune.precision.graph.opsets import BROADCAST_OPSET
 from trtune.precision.graph.proto import (
     HEAVY_BYTES,
     copy_fields,
@@ -69,7 +71,8 @@ class Model:
     `proto` is never modified: who wants to change it copies it. `sha256` is that of the file's
     bytes, external data included. `inputs` leaves out initializers. `notes` says what normalising
     changed. `external_dir` is the folder of the weights if they were too large to be read in.
-    `folded` are the nodes of the file whose work others do, or nobody has to do.
+    `folded` are the nodes of the file whose work others do, or nobody has to do. `tail` is what
+    stands behind the operators that onnxruntime lacks, which `proto` ends before.
     """
 
     proto: onnx.ModelProto
@@ -81,13 +84,23 @@ class Model:
     notes: tuple[str, ...] = ()
     external_dir: Path | None = None
     folded: Mapping[str, Folded] = field(default_factory=lambda: MappingProxyType({}))
+    tail: Tail | None = None
 
 
 Fold = Literal["all", "constants", "none"]
 
 
-def load_model(path: Path, *, load_limit: int = LOAD_LIMIT, fold: Fold = "all") -> Model:
-    """Read, check, normalise and fold the ONNX file at `path`.
+def load_model(
+    path: Path,
+    *,
+    load_limit: int = LOAD_LIMIT,
+    fold: Fold = "all",
+    outputs: Sequence[str] = (),
+) -> Model:
+    """Read, check, normalise, cut and fold the ONNX file at `path`.
+
+    `outputs` names the tensors that the model ends at; what lies behind is left out. Without it,
+    it ends at the file's outputs, or before what onnxruntime lacks (`Model.tail`).
 
     `fold` "constants" leaves batch normalization as it is, "none" all nodes.
 
@@ -100,7 +113,9 @@ def load_model(path: Path, *, load_limit: int = LOAD_LIMIT, fold: Fold = "all") 
     proto = _read(path)
     try:
         digest, external_dir = _read_external(proto, path, load_limit)
-        model = model_from_proto(proto, path, sha256=digest, external_dir=external_dir, fold=fold)
+        model = model_from_proto(
+            proto, path, sha256=digest, external_dir=external_dir, fold=fold, outputs=outputs
+        )
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     for note in model.notes:
@@ -132,12 +147,18 @@ def model_from_proto(
     sha256: str | None = None,
     external_dir: Path | None = None,
     fold: Fold = "all",
+    outputs: Sequence[str] = (),
 ) -> Model:
     """The normal form of a model that is already in memory, folded; `proto` is not touched.
 
     `sha256` is by default that of the serialised proto. Raises ModelError as `load_model` does.
     """
     normal, notes = normalise(proto)
+    digest = sha256 or hash_bytes(proto.SerializeToString(deterministic=True))
+    if outputs:
+        end_at(normal, outputs)
+        digest = hash_bytes(f"{digest} {list(outputs)}".encode())
+    tail = cut_plugins(normal, strict=fold != "none")
     folding = Folding()
     if fold != "none":
         folding = fold_model(normal, external_dir, batch_norm=fold == "all")
@@ -146,14 +167,34 @@ def model_from_proto(
     return Model(
         proto=normal,
         path=Path(path),
-        sha256=sha256 or hash_bytes(proto.SerializeToString(deterministic=True)),
+        sha256=digest,
         inputs=tuple(_spec("input", info) for info in normal.graph.input),
         outputs=tuple(_spec("output", info) for info in normal.graph.output),
         opset=opset,
-        notes=(*notes, *folding.notes),
+        notes=(*notes, *([tail.note] if tail else []), *folding.notes),
         external_dir=external_dir,
         folded=folding.gone,
+        tail=tail,
     )
+
+
+def comparable(model: Model) -> Path | onnx.ModelProto | None:
+    """The user's own file, as far as onnxruntime runs it: what `model` must give the values of.
+
+    The file itself, a copy of it that ends where `model` ends, or None for an opset so old that
+    onnxruntime has no operators of it. Raises ModelError as `load_model` does.
+    """
+    raw = _read(model.path)
+    opset = default_opset(raw)
+    if opset is not None and opset < BROADCAST_OPSET:
+        return None
+    names = [spec.name for spec in model.outputs]
+    whole = names == [info.name for info in raw.graph.output]
+    if free_dimensions(raw) is not None and whole:
+        return raw  # onnxruntime takes a 0 at its word
+    if whole:
+        return model.path
+    return ending_at(raw, names)
 
 
 def _read(path: Path) -> onnx.ModelProto:

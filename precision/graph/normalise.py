@@ -13,6 +13,7 @@ import onnx
 import onnx.inliner
 
 from trtune.configs.errors import ModelError
+from trtune.precision.graph.cut import set_plugins_aside
 from trtune.precision.graph.fold import fold_constants
 from trtune.precision.graph.inference import infer_shapes
 from trtune.precision.graph.opsets import (
@@ -51,6 +52,7 @@ def normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]
     model = copy_model(proto)
     shorten_domains(model)
     name_graphs(model.graph)
+    set_plugins_aside(model)
     notes = [
         free_dimensions(model),
         inline_functions(model),

@@ -50,9 +50,13 @@ def newest_opset() -> int:
 
 @cache
 def runtime_operators() -> frozenset[tuple[str, str]]:
-    """(domain, operator) of everything that onnxruntime or onnx has a definition of."""
-    known = [*ort_state.get_all_operator_schema(), *onnx.defs.get_all_schemas()]
-    return frozenset((schema.domain, schema.name) for schema in known)
+    """(domain, operator) of all that ONNX defines and that onnxruntime has a kernel for.
+
+    A definition in onnxruntime alone says nothing: it has those of TensorRT's plugins too.
+    """
+    kernels = {(kernel.domain, kernel.op_name) for kernel in ort_state.get_all_opkernel_def()}
+    standard = {(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas()}
+    return frozenset(standard.union(found for found in kernels if found[0]))
 
 
 def lowered_opset(nodes: Iterable[onnx.NodeProto], opset: int) -> int:

@@ -139,6 +139,11 @@ def _problems(
         problem = find(graph)
         if problem:
             yield problem
+    if model.tail is not None:
+        yield (
+            f"operators that onnxruntime does not have: {_listed(model.tail.operators)}; the "
+            f"{len(model.tail.nodes)} nodes from there on are neither quantized nor compared"
+        )
     if assigned is not None and not any(row.precision == "int8" for row in rows):
         reasons = Counter(row.reason for row in rows if row.op in MACS and row.reason)
         usual = reasons.most_common(LISTED)

@@ -238,7 +238,7 @@ class _Strip:
             proto, self.model.path, external_dir=self.model.external_dir, fold="none"
         )
         digest = hash_bytes(found.proto.SerializeToString())  # as the file that it is written to
-        found = replace(found, notes=self.model.notes, sha256=digest)
+        found = replace(found, notes=self.model.notes, sha256=digest, tail=self.model.tail)
         return Stripped(found, self._table(found), tuple(self.taken.changes))
 
     def _nodes(self) -> list[onnx.NodeProto]:

@@ -22,7 +22,7 @@ from trtune.configs.schema import Config
 from trtune.datasets.batches import BatchSource, batch_size
 from trtune.datasets.holdout import hold_out
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
-from trtune.precision.compare.gate import fp32_gate
+from trtune.precision.compare.gate import model_gate
 from trtune.precision.graph.file import Model, load_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_rules import keep_fp32, refuse_half_model
@@ -103,7 +103,8 @@ class Job:
         """The normalised FP32 model; of a quantized one what it is without its quantization."""
         if self.imported is not None:
             return self.imported.model
-        return load_model(Path(self.config.model.path))
+        section = self.config.model
+        return load_model(Path(section.path), outputs=section.outputs)
 
     @property
     def file(self) -> Model:
@@ -156,8 +157,7 @@ class Job:
         """Check that the normalised FP32 model gives what the user's file gives."""
         key = {"model": self.file.sha256, "data": self.hashes["calibration_data"], **self.versions}
         if read_stage(self.folder, "gate", key) is None:
-            path = Path(self.config.model.path)
-            fp32_gate(path, self.file.proto, self.sources[0], external_dir=self.file.external_dir)
+            model_gate(self.file, self.sources[0])
             write_stage(self.folder, "gate", key, True)
 
     @cached_property

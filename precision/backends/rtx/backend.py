@@ -12,7 +12,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -48,6 +48,7 @@ from trtune.precision.backends.rtx.support import (
     unsupported,
     why_not,
 )
+from trtune.precision.graph.file import Model
 from trtune.precision.graph.proto import default_opset
 from trtune.precision.graph.view import save_model
 from trtune.precision.lower.emulate import lower_emulate
@@ -61,6 +62,7 @@ from trtune.precision.runtime.api import (
     Usable,
 )
 from trtune.precision.runtime.engine_json import ENGINE_JSON, read_engine_json, write_engine_json
+from trtune.precision.runtime.whole_file import write_whole
 
 if TYPE_CHECKING:
     from trtune.precision.runtime.api import Engine
@@ -296,6 +298,18 @@ class RtxBackend:
     ) -> BuildInfo:
         gpu = find_gpu()
         text = (folder / LOG_FILE).read_text("utf-8", errors="replace")
+
+        def shell(model: Path) -> str:
+            return build_command(
+                str(model),
+                PLAN_FILE,
+                targets,
+                profiles,
+                workspace=self.workspace,
+                optimization_level=self.optimization_level,
+                tf32=self.tf32,
+            )
+
         return BuildInfo(
             backend=self.name,
             path=folder / PLAN_FILE,
@@ -315,15 +329,8 @@ class RtxBackend:
                 "gpu_compute_capability": gpu.compute_capability if gpu else None,
                 "driver": gpu.driver if gpu else None,
                 "cuda": cuda_version(),
-                "command": build_command(
-                    MODEL_FILE,
-                    PLAN_FILE,
-                    targets,
-                    profiles,
-                    workspace=self.workspace,
-                    optimization_level=self.optimization_level,
-                    tf32=self.tf32,
-                ),
+                "command": shell(Path(MODEL_FILE)),
+                **self._whole(candidate.model, folder, shell),
                 "kernels": {
                     node: [kernel.name for kernel in account.kernels]
                     for node, account in built.accounts.items()
@@ -333,6 +340,19 @@ class RtxBackend:
                 "unquantized": list(refused),
             },
         )
+
+    @staticmethod
+    def _whole(model: Model, folder: Path, shell: Callable[[Path], str]) -> dict[str, Any]:
+        """What stands behind a cut, put back; with the operators of it that RTX lacks too."""
+        found = write_whole(model, folder, shell)
+        if found:
+            registry = importlib.import_module(NAME).get_plugin_registry()
+            here = {creator.name for creator in registry.all_creators}
+            lacks = [name for name in found["whole"]["operators"] if name not in here]
+            found["whole"]["lacks"] = lacks
+            if lacks:
+                log.warning("%s has no %s: its engine ends before", NAME, ", ".join(lacks))
+        return found
 
     def load(self, folder: Path) -> Engine:
         """The engine in `folder`, to be used in `with`.

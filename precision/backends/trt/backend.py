@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ from trtune.precision.runtime.api import (
 )
 from trtune.precision.runtime.engine_json import ENGINE_JSON, write_engine_json
 from trtune.precision.runtime.not_honoured import not_honoured
+from trtune.precision.runtime.whole_file import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -306,17 +308,19 @@ class TensorRTBackend:
         found = parse_layers(layers, frozenset(work.planned))
         precisions = node_precisions(found, tuple(work.planned))
         marked = {"marked": DEBUG_TENSORS} if work.debug else {}
+        shell = partial(
+            trtexec_command,
+            engine=Path(PLAN_FILE),
+            settings=self._settings,
+            profiles=work.profiles,
+            typing=work.options,
+        )
         work.details.update(
             typing="weak" if typed_weakly else "strong",
             settings={**self.settings, **marked},
             profiles={name: profile.to_json() for name, profile in work.profiles.items()},
-            command=trtexec_command(
-                Path(MODEL_FILE),
-                Path(PLAN_FILE),
-                settings=self._settings,
-                profiles=work.profiles,
-                typing=work.options,
-            ),
+            command=shell(Path(MODEL_FILE)),
+            **write_whole(work.candidate.model, work.folder, shell),
             notes=work.notes,
             **marked,
             **gpu_facts(self._cuda.find(self._settings.device)),

@@ -1,0 +1,106 @@
+"""Networks as people ship them, from the file to the report."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tinymodels
+import tinyproject
+from onnx import TensorProto, helper
+
+from trtune.run.job import run_folder
+from trtune.run.pipeline import run
+
+HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
+RTX = 'backends=[{name: onnxruntime}, {name: tensorrt_rtx, compute_capabilities: ["8.9"]}]'
+
+
+def detector(domain: str) -> onnx.ModelProto:
+    net = tinymodels.Net()
+    x = net.conv(net.input("x", ("N", 3, 8, 8)), "head", 3, 6)
+    boxes = net.op("Reshape", x, net.const("s4", [0, -1, 4], np.int64), out="boxes")
+    scores = net.op("Reshape", x, net.const("s2", [0, -1, 2], np.int64), out="scores")
+    names = ["num", "det_boxes", "det_scores", "det_classes"]
+    attributes = {"score_threshold": 0.25, "plugin_version": "1"}
+    plugin = helper.make_node(
+        "EfficientNMS_TRT", [boxes, scores], names, "nms", domain=domain, **attributes
+    )
+    net.nodes.append(plugin)
+    int32 = TensorProto.INT32
+    proto = net.model({"num": (("N", 1), int32), "det_boxes": ("N", 10, 4)})
+    if domain:
+        proto.opset_import.append(helper.make_opsetid(domain, 1))
+    return proto
+
+
+def project(folder: Path, proto: onnx.ModelProto) -> Path:
+    """The project of `proto`, whose own rows are drawn for the part that onnxruntime runs."""
+    tinyproject.write_project(folder, tinymodels.conv_relu(), labels=False)
+    for seed, name in enumerate(("calibration", "evaluation")):
+        np.savez(folder / f"{name}.npz", **tinyproject.draw(proto, 16, seed=seed))
+    onnx.save(proto, folder / "net.onnx")
+    return folder
+
+
+@pytest.mark.parametrize("domain", ["TRT", ""])
+def test_a_plugin_is_put_back_into_what_is_written(domain: str, tmp_path: Path) -> None:
+    proto = detector(domain)
+    config = tinyproject.config_of(project(tmp_path, proto), *([RTX] if HAS_RTX else []))
+    record = run(config, out=tmp_path / "runs")
+    assert record.status == "met"
+    assert record.variants[-1].nodes["int8"] == 1
+    assert any("cut before EfficientNMS_TRT" in note for note in record.notes)
+    if not HAS_RTX:
+        pytest.skip("the rest needs tensorrt-rtx")
+    (path,) = run_folder(config, tmp_path / "runs").glob("tensorrt_rtx*/whole.onnx")
+    whole = onnx.load(path)
+    assert [info.name for info in whole.graph.output] == ["num", "det_boxes"]
+    (plugin,) = (node for node in whole.graph.node if node.name == "nms")
+    assert plugin == next(node for node in proto.graph.node if node.name == "nms")
+    assert "DequantizeLinear" in [node.op_type for node in whole.graph.node]
+
+
+def test_the_user_says_where_the_model_ends(tmp_path: Path) -> None:
+    config = tinyproject.config_of(
+        tinyproject.write_project(tmp_path, labels=False), "model.outputs=[relu2]"
+    )
+    record = run(config, out=tmp_path / "runs")
+    (path,) = run_folder(config, tmp_path / "runs").glob("*emulate/model.onnx")
+    assert [info.name for info in onnx.load(path).graph.output] == ["relu2"]
+    assert record.status == "met"
+
+
+@pytest.mark.parametrize("value", [-1, 0])
+def test_a_batch_that_is_not_above_0_is_free(value: int, tmp_path: Path) -> None:
+    proto = tinymodels.conv_relu()
+    for info in (*proto.graph.input, *proto.graph.output):
+        info.type.tensor_type.shape.dim[0].dim_value = value
+    record = run(tinyproject.config_of(project(tmp_path, proto)), out=tmp_path / "runs")
+    assert record.status == "met"
+
+
+def test_weights_behind_constants_run_in_int8(tmp_path: Path) -> None:
+    net = tinymodels.Net()
+    x = net.input("x", ("N", 8, 64))
+    w = net.op("Transpose", net.weight("w", 32, 64), out="t")
+    half = net.const("h", np.random.default_rng(0).standard_normal((32, 4)), np.float16)
+    v = net.op("Cast", half, out="v", to=TensorProto.FLOAT)
+    x = net.op("Relu", net.op("MatMul", x, w, out="m"), out="r")
+    proto = net.model({net.op("MatMul", x, v, out="y"): ("N", 8, 4)})
+    record = run(tinyproject.config_of(project(tmp_path, proto)), out=tmp_path / "runs")
+    assert record.variants[-1].nodes["int8"] == 2
+
+
+@pytest.mark.parametrize("opset", [5, 6])
+def test_an_old_opset_runs(opset: int, tmp_path: Path) -> None:
+    net = tinymodels.Net(opset=opset)
+    y = net.conv(net.input("x"), "c", 3, 8)
+    net.op("Add", y, net.const("b", np.ones(8)), out="y", broadcast=1, axis=1)
+    proto = net.model({"y": ("N", 8, 8, 8)})
+    proto.ir_version = 4
+    record = run(tinyproject.config_of(project(tmp_path, proto)), out=tmp_path / "runs")
+    assert record.status == "met"
