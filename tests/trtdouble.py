@@ -186,7 +186,8 @@ def calibrate(trt: Any, world: World, network: Any, config: Any) -> dict[str, fl
         batches += 1
     if not batches:
         return {}
-    tensors = {t.name: 0.5 for layer in network._layers for t in layer._ins if t._kind == "FLOAT"}
+    every = ((*layer._ins, *layer._outs) for layer in network._layers)
+    tensors = {t.name: 0.5 for found in every for t in found if t._kind == "FLOAT"}
     text = "\n".join([header, *(f"{name}: 3f000000" for name in tensors)]) + "\n"
     view = memoryview(bytearray(text.encode()))
     swallow(world, "write_calibration_cache", calibrator.write_calibration_cache, view)
@@ -199,11 +200,13 @@ def compiled(builder: Any, network: Any, config: Any, scales: dict[str, float]) 
     """[nodes, precision] of each engine layer; an activation behind a weighted node is fused."""
     found: list[Any] = []
     weak = bool(network._flags == 0) and hasattr(builder._trt.BuilderFlag, "INT8")
+    lacking = without_scale(builder, network, config, scales) if weak else set()
     for layer in network._layers:
         if not layer._node or layer._op in ("QuantizeLinear", "DequantizeLinear", "Constant"):
             continue
+        known = {} if layer._node in lacking else scales
         runs = (
-            weakly(layer, config, scales, builder._world) if weak else typed(layer, builder._world)
+            weakly(layer, config, known, builder._world) if weak else typed(layer, builder._world)
         )
         fused = found and layer._op in ("Relu", "Clip") and found[-1][2] in WEIGHTED
         held = pinned(layer) and layer._node not in builder._world.swallowed
@@ -212,6 +215,50 @@ def compiled(builder: Any, network: Any, config: Any, scales: dict[str, float]) 
             continue
         found.append([[layer._node], runs, layer._op])
     return found
+
+
+FUSED_BEHIND = ("ELEMENTWISE", "ACTIVATION")
+
+
+def without_scale(builder: Any, network: Any, config: Any, scales: dict[str, float]) -> set[str]:
+    """Nodes left in float for want of a scale, as implicit quantization does; and its warnings.
+
+    Every float tensor that a layer reads or writes is asked for. What a weighted layer writes may
+    have the scale of what is fused behind it.
+    """
+    if "INT8" not in config._set or not scales:
+        return set()
+    constants = {t.name for layer in network._layers if layer._type.name == "CONSTANT"
+                 for t in layer._outs}  # fmt: skip
+    asked = dict.fromkeys(
+        t.name for layer in network._layers for t in (*layer._ins, *layer._outs)
+        if t._kind == "FLOAT" and t.name not in constants and not t._computes_shape
+        and not t.name.startswith("(Unnamed Layer")  # between a product and its bias
+    )  # fmt: skip
+    for name in asked:
+        if name not in scales:
+            text = (
+                f"Missing scale and zero-point for tensor {name}, expect fall back to non-int8 "
+                "implementation for any layer consuming or producing given tensor"
+            )
+            builder._logger.log(builder._trt.ILogger.WARNING, text)
+    found = set()
+    for layer in network._layers:
+        reads = [t.name for t in layer._ins if t.name in asked]
+        made = [name for t in layer._outs for name in (t.name, *behind(network, t.name))]
+        lost = [name for name in reads if name not in scales]
+        if layer._op in WEIGHTED and (lost or not any(name in scales for name in made)):
+            found.add(layer._node)
+    return found
+
+
+def behind(network: Any, tensor: str) -> list[str]:
+    """What the activation, bias or sum that alone reads `tensor` writes, and the one behind it."""
+    readers = [layer for layer in network._layers if tensor in [t.name for t in layer._ins]]
+    if len(readers) != 1 or readers[0]._type.name not in FUSED_BEHIND:
+        return []
+    name = readers[0]._outs[0].name
+    return [name, *behind(network, name)]
 
 
 def pinned(layer: Any) -> bool:

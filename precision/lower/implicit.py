@@ -123,16 +123,19 @@ def left_in_float(
     return {name: tensor for name, tensor in found.items() if tensor}
 
 
-def with_moves(view: GraphView, scales: Mapping[str, float]) -> dict[str, float]:
+def with_moves(
+    view: GraphView, scales: Mapping[str, float], *, through_concat: bool = True
+) -> dict[str, float]:
     """`scales`, and those of tensors that moving operators connect with one: the same.
 
     As in TensorRT's own caches, MaxPool, Reshape, Transpose and nearest Resize share one scale.
+    The inputs of a Concat keep their own there: they get the output's only when it builds.
     """
     found = dict(scales)
     for nodes, forward in ((view.nodes, True), (tuple(reversed(view.nodes)), False)):
         for node in nodes:
             ends = [name for k, name in enumerate(node.input) if is_move(node, k)]
-            if not ends:
+            if not ends or (node.op_type == "Concat" and not through_concat):
                 continue
             source, target = (ends, list(node.output)) if forward else (list(node.output), ends)
             known = [found[name] for name in source if name in found]

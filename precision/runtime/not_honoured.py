@@ -18,10 +18,15 @@ PRECISION_OF_DTYPE = MappingProxyType(
 """The precision that a node on this type runs in."""
 
 
-def not_honoured(planned: Mapping[str, str], precisions: Mapping[str, str]) -> tuple[str, ...]:
+def not_honoured(
+    planned: Mapping[str, str],
+    precisions: Mapping[str, str],
+    why: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[str, ...]:
     """A sentence for each node that runs in something else than planned, in the plan's order.
 
-    Nodes whose precision is unknown, and those on integers or booleans, are left out.
+    Nodes whose precision is unknown, and those on integers or booleans, are left out. `why` maps
+    nodes to what is known of the reason.
 
     >>> not_honoured({"a": "int8", "b": "fp32"}, {"a": "fp32", "b": "fp32"})
     ('a: planned int8, runs in fp32',)
@@ -29,6 +34,7 @@ def not_honoured(planned: Mapping[str, str], precisions: Mapping[str, str]) -> t
     floats = set(PRECISION_OF_DTYPE.values())
     return tuple(
         f"{name}: planned {wanted}, runs in {precisions[name]}"
+        + (f": {why[name]}" if name in why else "")
         for name, wanted in planned.items()
         if precisions.get(name) in floats and precisions[name] != wanted
     )

@@ -7,9 +7,11 @@ method `auto` tries ranges on the network itself.
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -24,7 +26,15 @@ from trtune.datasets.holdout import WholeBatches, Without, hold_out, join
 from trtune.precision.compare.alone import Alone, held_tensors
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.deploy import deploy_tensors
-from trtune.precision.plan.placement import Edge, Placement, place, served_by, shared_ranges
+from trtune.precision.lower.implicit import implicit_tensors, in_cache_order, with_moves
+from trtune.precision.plan.placement import (
+    Edge,
+    Placement,
+    is_move,
+    place,
+    served_by,
+    shared_ranges,
+)
 from trtune.precision.plan.plan import RANGE, PrecisionPlan
 from trtune.precision.tune.choice import Choice
 from trtune.precision.tune.company import Company
@@ -38,6 +48,9 @@ UNIFORM = ("entropy", "mse", "percentile", "max")
 """The methods that `auto` must not be behind of: each for all ranges is tried as a whole."""
 
 PERCENTILE = 99.99
+IMPLICIT = "implicit"
+"""The lowering of weakly typed TensorRT 10: scales for every tensor, no Q/DQ."""
+BESIDE_AUTO = "mse"
 PICTURES_AT_ONCE = 4
 """Held-out pictures a batch: small, so that several tensors are tried at a time."""
 
@@ -65,6 +78,42 @@ def carried_tensors(view: GraphView, plan: PrecisionPlan, lowerings: Iterable[st
     return list(place(view, plan).activations)
 
 
+def implicit_only(view: GraphView, plan: PrecisionPlan, lowerings: Iterable[str]) -> list[str]:
+    """The tensors whose scales TensorRT 10 alone asks for, in graph order; none unless `implicit`
+    is among `lowerings`.
+
+    No Q/DQ model has them: they stand in the cache.
+    """
+    names = tuple(lowerings)
+    if IMPLICIT not in names:
+        return []
+    carried = set(carried_tensors(view, plan, names))
+    return [tensor for tensor in implicit_tensors(view, plan) if tensor not in carried]
+
+
+def _implicit_choices(
+    view: GraphView,
+    alone: Iterable[str],
+    histograms: Mapping[str, Histogram],
+    method: str,
+    percentile: float,
+) -> dict[str, Choice]:
+    """Ranges of what nothing reads quantized in a Q/DQ model.
+
+    There is no output to judge them by, so `auto` takes the least square error. As TensorRT does,
+    what an operator only moves has the range of what it gives.
+    """
+    kind = BESIDE_AUTO if method == AUTO_METHOD else method
+    chosen = _chosen_alike({t: histograms[t] for t in alone}, kind, percentile)
+    found = {tensor: c for tensor, c in chosen.items() if math.isfinite(c.amax)}
+    for node in reversed(view.nodes):
+        if node.op_type != "Concat" and node.output[0] in found:
+            for index, tensor in enumerate(node.input):
+                if tensor in found and is_move(node, index):
+                    found[tensor] = found[node.output[0]]
+    return found
+
+
 def calibrate_model(
     model: Model,
     view: GraphView,
@@ -84,15 +133,20 @@ def calibrate_model(
 
     `method` is a key of `AMAX_METHODS`, or `auto`: histograms of all but `holdout` pictures, and
     `auto_ranges` on those. Histograms are made of the tensors `also` too,
-    in the same pass. Raises DataError for too few pictures.
+    in the same pass. With `implicit` among `lowerings` the table also holds what TensorRT 10 alone
+    asks for; all other entries stay as they are. Raises DataError for too few pictures.
     """
+    lowerings = tuple(lowerings)
     started = time.perf_counter()
     tensors = carried_tensors(view, plan, lowerings)
     roots = shared_ranges(view, dict.fromkeys(tensors))
     ranges = list(dict.fromkeys(roots.values()))
     held = hold_out(source, holdout) if method == AUTO_METHOD and ranges else ()
     seen = seen_pictures(source, held, batch_size(model.inputs, 1))
-    wanted = [*ranges, *(tensor for tensor in also if tensor not in ranges)]
+    beside = implicit_only(view, plan, lowerings)
+    moved = with_moves(view, dict.fromkeys(tensors, 1.0), through_concat=False)
+    alone = [tensor for tensor in beside if tensor not in moved]
+    wanted = list(dict.fromkeys([*ranges, *also, *alone]))
     found = collect(
         model.proto, wanted, seen, memory=memory, external_dir=model.external_dir, progress=progress
     )
@@ -107,14 +161,34 @@ def calibrate_model(
         chosen = {name: found.histograms[name] for name in ranges}
         choices = _chosen_alike(chosen, method, percentile)
         _say_what_is_better(chosen, choices)
+    ranged = {tensor: choices[root] for tensor, root in roots.items()}
+    table = _table(ranged, provenance)
+    if beside:
+        more = _table(_implicit_choices(view, alone, found.histograms, method, percentile), None)
+        table = _whole(view, table, more, beside)
     return Calibrated(
-        _table({tensor: choices[root] for tensor, root in roots.items()}, provenance),
+        table,
         found.histograms,
         found.pictures,
         found.passes,
         time.perf_counter() - started,
         found.inference_seconds,
         time.perf_counter() - search if held else 0.0,
+    )
+
+
+def _whole(
+    view: GraphView, table: CalibrationTable, more: CalibrationTable, beside: Iterable[str]
+) -> CalibrationTable:
+    """`table`, unchanged, and beside it `more` and what is moved from one of both."""
+    moved = with_moves(view, {**more.scales, **table.scales}, through_concat=False)
+    scales = {**{t: moved[t] for t in beside if t in moved}, **table.scales}
+    common = Counter(table.methods.values()).most_common(1)
+    methods = dict.fromkeys(scales, common[0][0] if common else "") | dict(more.methods)
+    return replace(
+        table,
+        scales=in_cache_order(view, scales),
+        methods={t: {**methods, **table.methods}[t] for t in scales},
     )
 
 

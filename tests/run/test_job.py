@@ -297,7 +297,7 @@ class TestSharing:
     def test_pins_do_not_calibrate_again(self, project: Path) -> None:
         """The table has every quantizable node's tensors, whatever is pinned."""
         pinned = job_of(project, "precision.pin={n_conv2: fp32}")
-        assert set(pinned.table.scales) == {"input", "relu1", "flat"}
+        assert set(pinned.table.scales) >= {"input", "relu1", "flat"}
         assert pinned.untuned.int8_nodes == ("n_conv1", "n_logits")
 
     def test_the_comparison_is_of_the_plan_with_the_users_pins(self, project: Path) -> None:

@@ -636,5 +636,5 @@ def test_the_package_offers_the_same(tmp_path: Path) -> None:
     folder = write_project(tmp_path)
     config = config_of(folder)
     table: Any = trtune.calibrate(config, out=folder / "runs")
-    assert set(table.scales) == {"input", "relu1", "flat"}
+    assert set(table.scales) >= {"input", "relu1", "flat"}
     assert trtune.run(config, out=folder / "runs").status == record_of(config, folder)["status"]

@@ -105,7 +105,7 @@ class TestHalf:
         record = ran(folder, *overrides)
         assert record.calibration is not None
         assert record.calibration.pictures == 24
-        assert record.calibration.tensors == 3
+        assert record.calibration.tensors == 8
 
 
 class TestQuantizedAlready:

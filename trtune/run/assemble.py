@@ -24,6 +24,7 @@ from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.quantized.findings import summary
 from trtune.precision.runtime.engine_json import ENGINE_JSON
 from trtune.precision.runtime.errors import ErrorSums
+from trtune.precision.tune.scales import carried_tensors
 from trtune.reports.record import (
     Baseline,
     CalibrationRecord,
@@ -164,7 +165,8 @@ def _method(job: Job) -> str:
 def histogram_plots(job: Job) -> list[HistogramPlot]:
     """Histograms of the inputs of the nodes that hurt most alone, worst first."""
     histograms, table = job.calibrated.histograms, job.table
-    roots = shared_ranges(job.view, set(table.scales))
+    carried = carried_tensors(job.view, job.untuned, job.lowerings)
+    roots = shared_ranges(job.view, dict.fromkeys(carried))
     plots: dict[str, HistogramPlot] = {}
     for node in sorted(job.layers.alone, key=lambda n: (job.layers.alone[n].sqnr_db, n)):
         tensor = job.view.by_name[node].input[0]

@@ -21,7 +21,12 @@ from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_ranges import tensors_for_ranges
 from trtune.precision.plan.plan import COMPUTE_OPS, PrecisionPlan
 from trtune.precision.plan.rules import make_plan
-from trtune.precision.tune.scales import Calibrated, calibrate_model, carried_tensors
+from trtune.precision.tune.scales import (
+    Calibrated,
+    calibrate_model,
+    carried_tensors,
+    implicit_only,
+)
 from trtune.run.store import read_stage, write_stage
 
 log = logging.getLogger(__name__)
@@ -57,7 +62,8 @@ def calibrated_in(
     if not tensors and not ranges:
         raise ModelError(_nothing_quantizable(model, make_plan(view)))
     named = section.cache is not None and bool(tensors)
-    key = {**made_from, **_key(section, [] if named else tensors, ranges)}
+    every = [*tensors, *implicit_only(view, plan, lowerings)]
+    key = {**made_from, **_key(section, [] if named else every, ranges)}
     found, reused = Calibrated(CalibrationTable({}), {}, 0, 0, 0.0, 0.0, 0.0), False
     if ranges or not named:
         kept = _kept(folder, key)

@@ -37,7 +37,7 @@ from trtune.precision.runtime.engine_json import reusable
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.precision.tune.ladder import Score, Tuned, tune
-from trtune.precision.tune.scales import Calibrated, without_zero_ranges
+from trtune.precision.tune.scales import IMPLICIT, Calibrated, without_zero_ranges
 from trtune.reports.accuracy import Evaluation, evaluate
 from trtune.reports.metrics import FIDELITY_METRICS, find_metric
 from trtune.reports.outputs import Layout, StoredOutputs, collect_outputs
@@ -211,8 +211,8 @@ class Job:
 
     @cached_property
     def lowerings(self) -> tuple[str, ...]:
-        """The lowerings that the config's backends use."""
-        return tuple(sorted({b.lowering for b in (*self.backends, *self.judges)}))
+        """The lowerings that the config's backends use, and what makes the cache complete."""
+        return tuple(sorted({IMPLICIT, *(b.lowering for b in (*self.backends, *self.judges))}))
 
     @cached_property
     def table(self) -> CalibrationTable:

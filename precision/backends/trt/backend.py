@@ -60,6 +60,7 @@ from trtune.precision.backends.trt.version import (
 )
 from trtune.precision.compare.inner import DEBUG_TENSORS
 from trtune.precision.graph.view import GraphView, save_model
+from trtune.precision.lower.implicit import left_in_float
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import (
@@ -96,6 +97,7 @@ class _Build:
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     planned: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     calibrator: Calibrator | None = None
     pinned: bool = False
@@ -293,6 +295,7 @@ class TensorRTBackend:
             view = GraphView.of(work.candidate.model)
             for tensor in place(view, work.candidate.plan).activations:
                 table.scale(tensor)  # without one TensorRT would leave the node in float
+            _tell_left(work, left_in_float(view, work.candidate.plan, table.scales))
             return table_calibrator(work.trt, tensorrt_cache(table, work.trt.__version__))
         if self._batches is None:
             raise ValueError(f"calibrator {kind!r} needs batches")
@@ -330,7 +333,7 @@ class TensorRTBackend:
             path=path,
             size_bytes=path.stat().st_size,
             precisions=precisions,
-            not_honoured=not_honoured(work.planned, precisions),
+            not_honoured=not_honoured(work.planned, precisions, work.left),
             seconds=seconds,
             versions=self.versions,
             log="\n".join([*work.notes, work.messages.tail()]),
@@ -371,6 +374,21 @@ def _planned(plan: PrecisionPlan) -> dict[str, str]:
         if plan.precision(name) != "int8":
             found.update({member: plan.precision(name) for member in plan.groups.get(name, ())})
     return found
+
+
+def _tell_left(work: _Build, left: Mapping[str, str]) -> None:
+    """Say which nodes TensorRT will leave in float, and for want of which scale."""
+    for node, tensor in left.items():
+        work.left[node] = (
+            f"TensorRT 10 wants a scale for {tensor!r}, which the calibration table does not have"
+        )
+    if left:
+        node, tensor = next(iter(left.items()))
+        work.note(
+            f"TensorRT 10 leaves {len(left)} of {len(work.candidate.plan.int8_nodes)} INT8 nodes "
+            f"in float: the calibration table has no scale for a tensor of theirs, such as "
+            f"{tensor!r} of {node}. Calibrate again: tables are complete by default"
+        )
 
 
 def _refused_pins(work: _Build, errors: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from trtune.precision.compare.alone import held_tensors
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.deploy import lower_deploy
 from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.lower.implicit import implicit_tensors, left_in_float
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import make_plan
@@ -510,3 +512,29 @@ def test_a_dead_relu_goes_through_everything(method: str) -> None:
             if method in ("max", "auto"):
                 assert sqnr_db(outputs(proto, source.feeds)["logits"], logits) > 15
             assert np.isfinite(logits).all()
+
+
+class TestImplicit:
+    """What TensorRT 10 alone asks for stands in the table too, and nothing else changes."""
+
+    @pytest.mark.parametrize("name", ["conv_relu", "residual", "concat", "mlp", "attention"])
+    @pytest.mark.parametrize("method", ["entropy", "max", "auto"])
+    def test_the_cache_is_complete_and_the_others_keep_their_scales(
+        self, name: str, method: str
+    ) -> None:
+        prepared = named(name)
+        view, plan = GraphView.of(prepared.model), make_plan(GraphView.of(prepared.model))
+        proto = prepared.model.proto
+        options = {"method": method, "holdout": 2}
+        plain = calibrated(proto, pictures(proto, 8), **options).table
+        both = ("emulate", "implicit")
+        whole = calibrated(proto, pictures(proto, 8), lowerings=both, **options).table
+        for tensor, scale in plain.scales.items():  # more outputs: onnxruntime may fuse otherwise
+            assert whole.scales[tensor] == pytest.approx(scale, rel=1e-5), tensor
+        assert {t: whole.methods[t] for t in plain.methods} == dict(plain.methods)
+        wanted = implicit_tensors(view, plan)
+        assert set(wanted) <= set(whole.scales)
+        assert left_in_float(view, plan, whole.scales) == {}
+        carried = replace(whole, scales={t: whole.scales[t] for t in plain.scales})
+        one = lower_emulate(prepared.model, plan, carried).SerializeToString()
+        assert lower_emulate(prepared.model, plan, whole).SerializeToString() == one

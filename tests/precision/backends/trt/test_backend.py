@@ -29,6 +29,8 @@ from trtune.precision.backends.gpu.callbacks import messages_to, process_logger
 from trtune.precision.backends.gpu.runtime import DeviceProperties
 from trtune.precision.backends.trt.backend import Settings, TensorRTBackend, load_tensorrt
 from trtune.precision.backends.trt.engine_file import Cuda
+from trtune.precision.lower.implicit import implicit_tensors
+from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.runtime.api import BuildInfo, Candidate
 from trtune.precision.runtime.engine_json import read_engine_json, reusable
 
@@ -96,7 +98,15 @@ class Machine:
 
 
 def candidate_of(prepared: Case) -> Candidate:
-    return Candidate(prepared.model, prepared.plan, prepared.table)
+    return Candidate(prepared.model, prepared.plan, complete(prepared))
+
+
+def complete(prepared: Case) -> CalibrationTable:
+    """The case's table, with a scale for everything else that TensorRT 10 asks for."""
+    if isinstance(prepared.plan, ImportedPlan):
+        return prepared.table
+    rest = dict.fromkeys(implicit_tensors(prepared.view, prepared.plan), 0.5)
+    return replace(prepared.table, scales={**rest, **prepared.table.scales})
 
 
 def built(machine: Machine, prepared: Case, folder: Path, **options: Any) -> BuildInfo:
@@ -506,7 +516,7 @@ def test_our_table_is_calibration_enough(tmp_path: Path) -> None:
     info = built(machine, prepared, tmp_path)
     cache = read_cache(tmp_path / "calibration.cache")
     assert cache.header == "TRT-101601-EntropyCalibration2"
-    assert cache.scales == prepared.table.scales
+    assert cache.scales == complete(prepared).scales
     assert machine.world.events[-4:] == [
         "get_batch_size", "get_algorithm", "read_calibration_cache", "read_calibration_cache",
     ]  # fmt: skip
@@ -539,6 +549,31 @@ def test_a_tensor_without_a_scale_is_refused_before_tensorrt_leaves_it_in_float(
         Machine(10).backend().build(candidate, tmp_path)
 
 
+def test_a_layer_whose_output_has_no_scale_is_left_in_float_and_says_why(tmp_path: Path) -> None:
+    machine, prepared = Machine(10), named("conv_relu")
+    whole = complete(prepared).scales
+    scales = {t: s for t, s in whole.items() if t not in ("conv2", "relu2")}
+    candidate = Candidate(prepared.model, prepared.plan, CalibrationTable(scales))
+    info = machine.backend().build(candidate, tmp_path)
+    assert (info.precisions["n_conv1"], info.precisions["n_conv2"]) == ("int8", "fp32")
+    assert info.not_honoured == (
+        "n_conv2: planned int8, runs in fp32: TensorRT 10 wants a scale for 'conv2', which the "
+        "calibration table does not have",
+    )
+    said = (tmp_path / "build.log").read_text()
+    assert "Missing scale and zero-point for tensor conv2, expect fall back to non-int8" in said
+    assert any("n_conv2" in note for note in info.details["notes"])
+
+
+def test_the_scale_of_what_is_fused_behind_is_enough(tmp_path: Path) -> None:
+    prepared = named("conv_relu")
+    scales = {t: s for t, s in complete(prepared).scales.items() if t not in ("conv1", "conv2")}
+    candidate = Candidate(prepared.model, prepared.plan, CalibrationTable(scales))
+    info = Machine(10).backend().build(candidate, tmp_path)
+    assert info.not_honoured == ()
+    assert "Missing scale" in (tmp_path / "build.log").read_text()
+
+
 def batches(count: int = 6, **changes: Any) -> Rows:
     feeds = tinymodels.feeds(tinymodels.conv_relu(), batch=count, seed=3)
     return Rows.of({**feeds, **changes}, batch=3)
@@ -569,7 +604,7 @@ def test_tensorrt_calibrates_on_our_batches(tmp_path: Path, kind: str, header: s
     assert cache.header == header
     assert info.details["calibration"]["calibrator"] == kind
     ratios = info.details["calibration"]["log2_ratios"]
-    assert set(ratios) == set(prepared.table.scales)
+    assert set(ratios) == set(complete(prepared).scales)
     assert ratios["input"] == pytest.approx(np.log2(0.5 / prepared.table.scales["input"]))
     assert machine.world.released  # the memoryview was gone after the call; our copy is not
 
