@@ -10,9 +10,8 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from pydantic import ValidationError
 
 from trtune.configs.errors import DataError
@@ -36,6 +35,9 @@ from trtune.reports.summary import (
     three,
     untuned,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 EMULATED = "emulation of TensorRT arithmetic: its CPU time says nothing about speed"
 MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
@@ -69,6 +71,8 @@ def result_frame(record: RunRecord) -> pd.DataFrame:
 
     `latency_ms_*` and `speedup` are empty for emulating backends, whose time means nothing.
     """
+    import pandas as pd
+
     return pd.DataFrame(
         [_variant_values(record, variant) for variant in record.variants],
         columns=list(_variant_values(record, Variant(name="", backend="", value=None))),
@@ -216,6 +220,8 @@ def _compare_row(record: RunRecord, backend: str, notes: _Footnotes) -> tuple[st
 
 def layers_frame(rows: Iterable[LayerRow]) -> pd.DataFrame:
     """One row a layer, one column a field of `LayerRow`; None where not measured."""
+    import pandas as pd
+
     return pd.DataFrame(
         [row.model_dump() for row in rows], columns=list(LayerRow.model_fields), dtype=object
     )
@@ -239,6 +245,8 @@ def load_layers(text: str, *, where: str = "layers.csv") -> list[LayerRow]:
 
     Raises DataError with the row and column if it is something else.
     """
+    import pandas as pd
+
     try:
         frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, na_filter=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:

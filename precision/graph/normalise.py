@@ -34,6 +34,7 @@ from trtune.precision.graph.proto import (
     is_heavy,
     replace_field,
     subgraphs,
+    tensor_bytes,
     without_weights,
 )
 
@@ -116,9 +117,17 @@ def check(model: onnx.ModelProto) -> None:
         for tensor in model.graph.initializer:
             if is_heavy(tensor) and not is_external(tensor):
                 onnx.checker.check_tensor(tensor)
+                _check_length(tensor)
     except (onnx.checker.ValidationError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"the model is not valid ONNX: {reason[:500]}") from error
+
+
+def _check_length(tensor: onnx.TensorProto) -> None:
+    """Raise ValueError if raw data is not as long as the shape says; older checkers do not look."""
+    needed = tensor_bytes(tensor)
+    if tensor.HasField("raw_data") and len(tensor.raw_data) != needed:
+        raise ValueError(f"tensor {tensor.name!r} has {len(tensor.raw_data)} bytes, not {needed}")
 
 
 def _check_structure(light: onnx.ModelProto) -> None:

@@ -304,7 +304,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
 
 
 @needs_data
-@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", REAL, ids=lambda path: getattr(path, "stem", "none"))
 def test_real_models_compute_the_same(path: Path) -> None:
     model = load_model(path)
     rng = np.random.default_rng(0)
