@@ -24,7 +24,7 @@ import onnx
 from numpy.typing import NDArray
 
 from trtune.calibrate.histogram import Counter, Histogram
-from trtune.calibrate.on_gpu import count_on_gpu, device_memory, not_a_number
+from trtune.calibrate.on_gpu import count_on_gpu, device_memory, not_a_number, overflowed
 from trtune.calibrate.sessions import cuda_number, open_session
 from trtune.calibrate.taps import Reader, Tapped, tap, with_outputs
 from trtune.configs.errors import DataError
@@ -353,6 +353,9 @@ class _Pass:
         for counters in others:
             for tensor, counter in counters.items():
                 merged[tensor].merge(counter)
+        for tensor, counter in merged.items():
+            if 0 < len(counter.overflowed) < counter.pictures:
+                raise overflowed(tensor, min(counter.overflowed))
         return {tensor: counter.histogram() for tensor, counter in merged.items()}
 
     def _count(self, batch: Batch) -> int:

@@ -133,13 +133,17 @@ class Histogram:
 
 
 class Counter:
-    """A histogram being filled; one a thread, merged at the end."""
+    """A histogram being filled; one a thread, merged at the end.
+
+    `overflowed` names the pictures that held plus infinity.
+    """
 
     def __init__(self) -> None:
         self._tables = np.zeros((4, BINS + SPREAD), np.uint32)[:, :BINS]
         self._counts: Counts | None = None
         self._maxima: dict[int, int] = {}
         self._room = TABLE_ROOM
+        self.overflowed: list[str] = []
         self._best: tuple[float, str] = (-1.0, "")
         self._second = 0.0
 
@@ -157,6 +161,8 @@ class Counter:
         first, second, third, fourth = self._tables
         _fill(values.view(np.uint32), first, second, third, fourth, largest)
         for row in np.flatnonzero(largest == INFINITY_BITS).tolist():
+            if np.isposinf(values[row]).any():
+                self.overflowed.append(items[row])
             finite = np.isfinite(values[row])
             largest[row : row + 1].view(np.float32)[:] = np.abs(values[row][finite]).max(initial=0)
         for index in (largest >> SHIFT).tolist():
@@ -165,6 +171,11 @@ class Counter:
         for item, value in zip(items, maxima.tolist(), strict=True):
             self._rank(item, value)
         return maxima
+
+    @property
+    def pictures(self) -> int:
+        """How many rows were added."""
+        return sum(self._maxima.values())
 
     def _flush(self) -> None:
         """Move the small tables into the large one before one of their counts can overflow."""
@@ -189,6 +200,7 @@ class Counter:
 
     def merge(self, other: Counter) -> None:
         """Add what another thread counted."""
+        self.overflowed += other.overflowed
         self._counts = other._total() if self._counts is None else self._counts + other._total()
         for index, pictures in other._maxima.items():
             self._maxima[index] = self._maxima.get(index, 0) + pictures

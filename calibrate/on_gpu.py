@@ -462,6 +462,15 @@ def _asynchronous() -> ort.RunOptions:
     return options
 
 
+def overflowed(tensor: str, item: str) -> ModelError:
+    """The error for a tensor that is infinite for the picture `item`, and not for all others."""
+    return ModelError(
+        f"tensor {tensor!r} holds infinity for picture {item!r}, and not for all pictures; the "
+        "FP32 model itself overflows there, so no scale can be right: check the preprocessing of "
+        "that picture"
+    )
+
+
 def count_on_gpu(
     model: onnx.ModelProto,
     axes: Mapping[str, int | None],

@@ -168,7 +168,8 @@ def cut(name: str, end: int) -> Callable[[Path], None]:
         ),
         pytest.param(
             arrays("evaluation", labels=lambda array: array + 0.5), [TOP1], DataError,
-            "labels of {folder}/evaluation.npz must be whole numbers, found float64 values",
+            "metric 'top1' needs class indices, whole numbers, and the labels are float64 "
+            "(first: 5.5 of 0)",
             id="labels that are no class indices",
         ),
         pytest.param(
@@ -262,8 +263,9 @@ class TestOverflow:
         with pytest.raises(ModelError) as failure:
             run(config, out=folder / "runs")
         assert str(failure.value) == (
-            "tensor 'exp' holds infinity for picture '11'; the FP32 model itself gives it, so no "
-            "scale can be right: check the model and the preprocessing of that picture"
+            "tensor 'exp' holds infinity for picture '11', and not for all pictures; the FP32 "
+            "model itself overflows there, so no scale can be right: check the preprocessing of "
+            "that picture"
         )
         assert not (run_folder(config, folder / "runs") / "calibration.cache").exists()
         assert log_of(config, folder).rstrip().endswith(f"stopped by ModelError: {failure.value}")

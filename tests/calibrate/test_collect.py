@@ -195,6 +195,18 @@ class TestWhatIsWrong:
         source = Rows({"x": np.float32([[1, 9, -2, 0], [3, 8, 1, 1]])}, ("a", "b"), 2)
         assert collect(model, ["masked"], source).histograms["masked"].maximum == 3
 
+    @pytest.mark.parametrize("everywhere", [True, False])
+    def test_an_overflow_of_some_pictures_is_named(self, everywhere: bool) -> None:
+        model = tinymodels.conv_relu()
+        source = rows(model)
+        (name,) = source.feeds
+        source.feeds[name][slice(None) if everywhere else 7, 0, 0, 0] = np.inf
+        if everywhere:
+            assert np.isfinite(collect(model, [name], source).histograms[name].maximum)
+        else:
+            with pytest.raises(ModelError, match=rf"{name}.*infinity for picture 'picture 07'"):
+                collect(model, [name], source)
+
     def test_an_interrupt_from_the_data_leaves_no_thread(self) -> None:
         class Interrupted(Rows):
             def __iter__(self) -> Iterator[Batch]:
