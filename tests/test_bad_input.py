@@ -455,4 +455,4 @@ def test_a_cache_that_cannot_be_written_is_not_there_by_half(
     place = run_folder(config, folder / "runs")
     assert not (place / "calibration.cache").exists()
     assert leftovers(folder) == []
-    assert set(calibrate(config, out=folder / "runs").scales) == {"input", "relu1", "flat"}
+    assert set(calibrate(config, out=folder / "runs").scales) >= {"input", "relu1", "flat"}
