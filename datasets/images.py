@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import logging
-import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -18,20 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trtune.configs.errors import DataError, did_you_mean
+from trtune.configs.errors import DataError
 from trtune.configs.files import hash_file, hash_json
-from trtune.datasets.batches import Batch, InputSpec, batch_size, rebatch
+from trtune.datasets.batches import Batch, InputSpec, Labels, batch_size, rebatch
 from trtune.datasets.feeds import AUTO, picture_feed
+from trtune.datasets.geometry import framed
+from trtune.datasets.listing import SUFFIXES, Boxes, Listing, Mask, PictureLabel, list_folder
 from trtune.datasets.prefetch import default_workers, map_ahead
-from trtune.datasets.preprocess import Preprocess, prepare
+from trtune.datasets.preprocess import Preprocess, geometry, prepare, upright
 from trtune.datasets.selection import Selection
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (
-    *(".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
-    *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
-)
 # What Pillow's readers raise on files that are cut off, damaged, or no pictures at all.
 _UNREADABLE = (
     OSError,
@@ -57,11 +53,12 @@ class UnreadableError(DataError):
 class ImageSource:
     """Batches of the pictures in a folder and its subfolders, in the order of their paths.
 
-    `labels` is a CSV with the columns file (relative to the folder) and label (class index): then
-    the files it lists are the data, and others are ignored. AUTO: if every picture lies in a
-    subfolder, the top one is its class: the number, if all the folders are called by numbers, else
-    its place among their sorted names. None: no labels. Hidden files and files that are no
-    pictures by their suffix are ignored. Items are paths relative to the folder.
+    `labels` is a CSV with the columns file (relative to the folder) and label: then the files it
+    lists are the data, and others are ignored; or as `list_folder` describes. `listing` gives files
+    and labels instead. AUTO: if every picture lies in a subfolder, the top one is its class: the
+    number, if all the folders are called by numbers, else its place among their sorted names.
+    None: no labels. Hidden files and files that are no pictures by their suffix are ignored.
+    Items are paths relative to the folder. Boxes become pixels of the input.
 
     A picture that cannot be decoded is a DataError with its name, or with `on_error="skip"` is
     left out and listed in `skipped`.
@@ -81,6 +78,8 @@ class ImageSource:
         batch: int = 8,
         on_error: str = "error",
         workers: int | None = None,
+        classes: Sequence[str] = (),
+        listing: Listing | None = None,
     ) -> None:
         if len(inputs) != 1:
             names = ", ".join(repr(spec.name) for spec in inputs)
@@ -90,13 +89,17 @@ class ImageSource:
             )
         if on_error not in ("error", "skip"):
             raise ValueError(f"on_error must be 'error' or 'skip', found {on_error!r}")
-        self._folder = folder
         self._spec = inputs[0]
         self._preprocess = preprocess or Preprocess()
         self._batch = batch_size(inputs, batch)
         self._skip_errors = on_error == "skip"
         self._workers = workers or default_workers()
-        listed = list_pictures(folder, labels)
+        listing = listing or list_folder(folder, labels, classes)
+        listed = listing.files
+        self._folder = listing.folder
+        self.listing = listing
+        for note in listing.notes:
+            log.warning("%s", note)
         if not listed:
             place = folder if labels in (None, AUTO) else labels
             raise DataError(f"no pictures in {place}; it needs {', '.join(SUFFIXES)}")
@@ -122,40 +125,54 @@ class ImageSource:
         """The pictures that could not be decoded so far, sorted."""
         return tuple(sorted(self._skipped))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the result should know of this data: pictures without labels, classes.
+
+        The mapping of class names to indices is there where names were given.
+        """
+        mapping = self.listing.mapping
+        return (*self.listing.notes, *([f"classes: {mapping}"] if mapping else ()))
+
     @functools.cached_property
     def identity(self) -> str:
         """Hash of the chosen files' names, bytes and labels, and of the preprocessing."""
         paths = [self._folder / file for file in self._files]
         with closing(map_ahead(_hash_or_reason, paths, workers=self._workers)) as hashes:
-            content = list(zip(self._files, hashes, self._labels, strict=True))
+            labels = map(_plain_label, self._labels)
+            content = list(zip(self._files, hashes, labels, strict=True))
         return hash_json([content, asdict(self._preprocess), self._spec.name, self._spec.dtype])
 
     def _pictures(self) -> Iterator[Batch]:
         depth = max(2 * self._workers, min(2 * self._batch, _MOST_AHEAD))
-        decoded = map_ahead(self._decode, self._files, workers=self._workers, depth=depth)
+        rows = zip(self._files, self._labels, strict=True)
+        decoded = map_ahead(self._decode, rows, workers=self._workers, depth=depth)
         readable = 0
         with closing(decoded):
-            for file, label, picture in zip(self._files, self._labels, decoded, strict=True):
-                if isinstance(picture, UnreadableError):
-                    self._leave_out(file, picture)
+            for file, found in zip(self._files, decoded, strict=True):
+                if isinstance(found, UnreadableError):
+                    self._leave_out(file, found)
                     continue
                 readable += 1
-                known = None if label is None else np.array([label], np.int64)
-                yield Batch({self._spec.name: picture}, (file,), known)
+                picture, label = found
+                yield Batch({self._spec.name: picture}, (file,), _as_labels(label))
         self._finished = True
         if not readable:
             raise DataError(
                 f"none of the {len(self._files)} pictures in {self._folder} is readable"
             )
 
-    def _decode(self, file: str) -> NDArray[Any] | UnreadableError:
+    def _decode(self, row: tuple[str, PictureLabel]) -> tuple[NDArray[Any], Any] | UnreadableError:
+        file, label = row
+        path = self._folder / file
         try:
-            picture = read_picture(self._folder / file, self._preprocess)
+            picture, size = read_sized(path, self._preprocess)
+            known = placed(label, size, self._preprocess)
         except UnreadableError as error:
             return error
         except DataError as error:
-            raise DataError(f"{self._folder / file}: {error}") from error
-        return picture_feed(picture[np.newaxis], self._spec, where=f"{self._folder / file}")
+            raise DataError(f"{path}: {error}") from error
+        return picture_feed(picture[np.newaxis], self._spec, where=f"{path}"), known
 
     def _leave_out(self, file: str, error: UnreadableError) -> None:
         if not self._skip_errors:
@@ -165,16 +182,36 @@ class ImageSource:
         self._skipped[file] = None
 
 
+def _as_labels(label: Any) -> Labels | None:
+    if label is None:
+        return None
+    if isinstance(label, int):
+        return np.array([label], np.int64)
+    return (label,)
+
+
+def _plain_label(label: PictureLabel) -> Any:
+    if isinstance(label, Boxes):
+        return [label.rows.tolist(), label.relative]
+    return [_hash_or_reason(label.path)] if isinstance(label, Mask) else label
+
+
 def read_picture(path: Path, preprocess: Preprocess) -> NDArray[np.float32]:
-    """The picture at `path` as `prepare` gives it.
+    """The picture at `path` as `prepare` gives it; see `read_sized`."""
+    return read_sized(path, preprocess)[0]
+
+
+def read_sized(path: Path, preprocess: Preprocess) -> tuple[NDArray[np.float32], tuple[int, int]]:
+    """The picture at `path` as `prepare` gives it, and its own (height, width), upright.
 
     Raises UnreadableError naming the file if it cannot be decoded, DataError (without its name)
     if it is a picture that `preprocess` cannot take.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return prepare(image, preprocess)
+        with Image.open(path) as opened:
+            opened.load()
+            image = upright(opened)
+            return prepare(image, preprocess), (image.height, image.width)
     except _UNREADABLE as error:
         raise UnreadableError(
             f"{path} cannot be read as a picture: {error}; repair or remove it, "
@@ -182,94 +219,45 @@ def read_picture(path: Path, preprocess: Preprocess) -> NDArray[np.float32]:
         ) from error
 
 
-def list_pictures(folder: Path, labels: Path | str | None = AUTO) -> dict[str, int | None]:
-    """File, relative to `folder` with forward slashes, -> label, sorted by file.
+def list_pictures(folder: Path, labels: Path | str | None = AUTO) -> dict[str, PictureLabel]:
+    """File, relative to `folder` with forward slashes, -> label, sorted by file: `list_folder`."""
+    return dict(list_folder(folder, labels).files)
 
-    Raises DataError if the folder, the CSV or a listed file is missing, or the CSV is malformed.
+
+def placed(label: PictureLabel, size: tuple[int, int], preprocess: Preprocess) -> Any:
+    """What is known of a picture of `size` (height, width), in the pixels of the input.
+
+    An index stays one; boxes follow the picture, and those that a crop cuts to nothing go; a mask
+    is resized by the nearest pixel, and 255 where the frame is filled.
     """
-    if not folder.is_dir():
-        raise DataError(_no_folder(folder))
-    if labels is not None and labels != AUTO:
-        return _from_csv(folder, Path(labels))
-    files = sorted(_walk(folder))
-    if labels is None or not all("/" in file for file in files):
-        return dict.fromkeys(files)
-    classes = _classes(folder)
-    return {file: classes[file.partition("/")[0]] for file in files}
+    if isinstance(label, Boxes):
+        rows = label.rows.copy()
+        if label.relative:
+            rows[:, 1:5] *= [size[1], size[0], size[1], size[0]]
+        rows[:, 1:5] = geometry(size, preprocess).boxes(rows[:, 1:5])
+        return rows[(rows[:, 3] > rows[:, 1]) & (rows[:, 4] > rows[:, 2])]
+    if isinstance(label, Mask):
+        return _placed_mask(label, size, preprocess)
+    return label
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        # A link may lead back up: each real folder is walked once.
-        if (real := os.path.realpath(parent)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.casefold() in SUFFIXES:
-                yield (Path(parent) / name).relative_to(folder).as_posix()
-
-
-def _classes(folder: Path) -> Mapping[str, int]:
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if all(name.isascii() and name.isdigit() for name in names):
-        return {name: int(name) for name in names}
-    return {name: index for index, name in enumerate(names)}
-
-
-def _from_csv(folder: Path, path: Path) -> dict[str, int | None]:
-    if not path.is_file():
-        raise DataError(f"no such file: {path}; `labels` must be a CSV with columns file,label")
-    labels: dict[str, int | None] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle)
-            _check_columns(path, reader.fieldnames or ())
-            for row in reader:
-                file, label = _csv_row(path, reader.line_num, row)
-                if file in labels:
-                    raise DataError(f"{path}, line {reader.line_num}: {file!r} is listed twice")
-                labels[file] = label
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a CSV in UTF-8: {error}") from error
-    missing = [file for file in labels if not (folder / file).is_file()]
-    if missing:
-        near = did_you_mean(missing[0], sorted(_walk(folder)))
-        raise DataError(
-            f"{path} lists {missing[0]!r}, which is not in {folder}{near} "
-            f"({len(missing)} of {len(labels)} listed files are missing)"
-        )
-    return {file: labels[file] for file in sorted(labels)}
-
-
-def _check_columns(path: Path, columns: Sequence[str]) -> None:
-    for column in ("file", "label"):
-        if column not in columns:
+def _placed_mask(mask: Mask, size: tuple[int, int], preprocess: Preprocess) -> NDArray[np.uint8]:
+    with Image.open(mask.path) as image:
+        if image.mode not in ("L", "P", "1"):
             raise DataError(
-                f"{path} has no column {column!r}{did_you_mean(column, columns)}; "
-                f"its first line is {','.join(columns)!r}, and must name file and label"
+                f"{mask.path} has colours; a mask is grey or a palette, a class a pixel"
             )
-
-
-def _csv_row(path: Path, line: int, row: Mapping[str, str | None]) -> tuple[str, int]:
-    file, label = (row["file"] or "").strip(), (row["label"] or "").strip()
-    if not file:
-        raise DataError(f"{path}, line {line}: no file is named")
-    try:
-        return Path(file).as_posix(), int(label)
-    except ValueError:
-        raise DataError(
-            f"{path}, line {line}: label {label!r} of {file!r} is not a class index (0, 1, 2, ...)"
-        ) from None
-
-
-def _no_folder(folder: Path) -> str:
-    if folder.exists():
-        return f"{folder} is a file; `path` of `source: images` must be a folder"
-    siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    return f"no such folder: {folder}{did_you_mean(folder.name, siblings)}"
+        if (image.height, image.width) != size:
+            raise DataError(
+                f"{mask.path} is {image.width} x {image.height}, its picture {size[1]} x {size[0]}"
+            )
+        place = geometry(size, preprocess)
+        small = image.resize((place.resized[1], place.resized[0]), Image.Resampling.NEAREST)
+    array = np.asarray(small).astype(np.uint8)
+    if preprocess.letterbox is not None:
+        return framed(array[..., np.newaxis], place, (255,))[..., 0]
+    top, left = -place.top, -place.left
+    return array[top : top + place.size[0], left : left + place.size[1]]
 
 
 def _hash_or_reason(path: Path) -> str:

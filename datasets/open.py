@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtune.configs.errors import did_you_mean
+from trtune.configs.errors import DataError, did_you_mean
 from trtune.datasets.arrays import ArraySource, load_arrays
 from trtune.datasets.batches import BatchSource, InputSpec
+from trtune.datasets.detection import list_coco, list_yolo
 from trtune.datasets.feeds import AUTO
 from trtune.datasets.idx import read_idx
 from trtune.datasets.images import ImageSource
+from trtune.datasets.listing import Listing, list_folder, read_classes
 from trtune.datasets.prefetch import prefetched
 from trtune.datasets.preprocess import Preprocess
 from trtune.datasets.python import PythonSource
+from trtune.datasets.samples import NpyFolder
 from trtune.datasets.selection import Selection
 
 
@@ -32,6 +35,9 @@ class _Request:
     args: Mapping[str, Any]
     base_dir: Path
     axes: Mapping[str, int]
+    split: str | None
+    classes: Sequence[str]
+    images: str | None
 
     @property
     def place(self) -> Path:
@@ -59,13 +65,20 @@ def open_source(
     args: Mapping[str, Any] | None = None,
     base_dir: Path | None = None,
     axes: Mapping[str, int] | None = None,
+    split: str | None = None,
+    classes: Sequence[str] | str = (),
+    images: str | None = None,
 ) -> BatchSource:
     """Data for a model with these `inputs`, in batches of `batch` or of what the model fixes.
 
-    source: images (a folder), arrays (.npz, .npy), idx (idx, idx.gz) or python
-        (`module:function`); `path` and a label file are relative to `base_dir`.
-    labels: a CSV (images), the name of an array (arrays, python), a file (idx); "auto" finds
-        folder names, or an array labels, label or y; None leaves labels out.
+    source: images (a folder or a list file), yolo (data.yaml or a folder), coco (instances.json),
+        npy (a folder of samples), arrays (.npz, .npy), idx (idx, idx.gz) or python
+        (`module:function`), or auto, which looks; `path` and a label file are relative to
+        `base_dir`.
+    split: which part of a data.yaml. classes: their names, or a file with one a line. images: the
+        folder of a coco file's pictures.
+    labels: a CSV or a folder of masks (images), the name of an array (arrays, python), a file
+        (idx); "auto" finds folder names, or an array labels, label or y; None leaves them out.
     skip, take, sample, seed: see `Selection`. batch: samples; the last batch may be short.
     input_names: model input -> array. args: keyword arguments of the function.
     axes: model input -> the axis that samples lie along, where the shapes do not tell.
@@ -75,8 +88,12 @@ def open_source(
 
     Raises DataError for data that is missing or does not fit; ValueError for an unknown `source`.
     """
+    base = (base_dir or Path()).resolve()
+    if source == "auto":
+        source = source_on_disk(base / path) if ":" not in Path(path).name else "python"
     if source not in OPENERS:
         raise ValueError(f"unknown source {source!r}{did_you_mean(source, OPENERS)}")
+    names = read_classes(base / classes) if isinstance(classes, str) else tuple(classes)
     return OPENERS[source](
         _Request(
             path=str(path),
@@ -88,13 +105,54 @@ def open_source(
             on_error=on_error,
             input_names=input_names or {},
             args=args or {},
-            base_dir=(base_dir or Path()).resolve(),
+            base_dir=base,
             axes=axes or {},
+            split=split,
+            classes=names,
+            images=images,
         )
     )
 
 
+def source_on_disk(path: Path) -> str:
+    """Which source reads what lies at `path`, by suffix, or by what a folder holds.
+
+    Raises DataError if there is nothing, or nothing that says it.
+    """
+    suffixes = {".npz": "arrays", ".npy": "arrays", ".json": "coco", ".txt": "images",
+                ".yaml": "yolo", ".yml": "yolo"}  # fmt: skip
+    if path.is_file():
+        found = suffixes.get(path.suffix.casefold()) or ("idx" if "idx" in path.name else None)
+        if found is None:
+            raise DataError(f"{path}: the name does not say what it is; give `source`")
+        return found
+    if not path.is_dir():
+        raise DataError(f"no such file or folder: {path}")
+    if (path / "images").is_dir() and (path / "labels").is_dir():
+        masks = any((path / "labels").rglob("*.png"))
+        return "images" if masks else "yolo"
+    if any(path.glob("*.npy")) or any(path.glob("*/*.npy")):
+        return "npy"
+    return "images"
+
+
 def _open_images(request: _Request) -> BatchSource:
+    listing = list_folder(request.place, request.label_file, request.classes)
+    return _pictures(request, listing)
+
+
+def _open_yolo(request: _Request) -> BatchSource:
+    return _pictures(request, list_yolo(request.place, request.split))
+
+
+def _open_coco(request: _Request) -> BatchSource:
+    images = None if request.images is None else request.base_dir / request.images
+    return _pictures(request, list_coco(request.place, images))
+
+
+def _pictures(request: _Request, listing: Listing) -> BatchSource:
+    if request.labels is None:
+        listing = replace(listing, files=dict.fromkeys(listing.files), notes=(), named={})
     return ImageSource(
         request.place,
         request.inputs,
@@ -103,7 +161,21 @@ def _open_images(request: _Request) -> BatchSource:
         selection=request.selection,
         batch=request.batch,
         on_error=request.on_error,
+        listing=listing,
     )
+
+
+def _open_npy(request: _Request) -> BatchSource:
+    source = NpyFolder(
+        request.place,
+        request.inputs,
+        labels=request.labels,
+        names=request.input_names,
+        preprocess=request.preprocess,
+        selection=request.selection,
+        batch=request.batch,
+    )
+    return prefetched(source)
 
 
 def _open_arrays(request: _Request) -> BatchSource:
@@ -161,6 +233,9 @@ def _ahead_if_slow(source: ArraySource, preprocess: Preprocess | None) -> BatchS
 
 OPENERS: Mapping[str, Callable[[_Request], BatchSource]] = {
     "images": _open_images,
+    "yolo": _open_yolo,
+    "coco": _open_coco,
+    "npy": _open_npy,
     "arrays": _open_arrays,
     "idx": _open_idx,
     "python": _open_python,

@@ -18,8 +18,20 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from trtune.configs.errors import DataError
+from trtune.datasets.geometry import (
+    RESAMPLES,
+    Geometry,
+    Letterbox,
+    Resample,
+    Size,
+    crop_box,
+    framed,
+    height_width,
+    letterboxed,
+    resampled,
+    resized_size,
+)
 
-Size = int | tuple[int, int]
 Layout = Literal["NCHW", "NHWC"]
 Channels = Literal["RGB", "BGR", "GRAY"]
 
@@ -36,6 +48,9 @@ class Preprocess:
     scale, mean, std: value = (byte * scale - mean) / std. `mean` and `std` have one entry, or one
         for each channel in the order of `channels`.
     layout: where the channels stand; channels: their order, or grey (ITU-R 601 luma).
+    letterbox: the whole picture in a frame, instead of resize and crop.
+    resample: whose resizing, and which filter; Pillow's look at all pixels (antialias), OpenCV's
+        bilinear and bicubic at the nearest ones.
 
     Raises ValueError for a size below 1, a value that is not finite, a zero `std`, or a wrong
     number of entries.
@@ -48,11 +63,13 @@ class Preprocess:
     std: tuple[float, ...] | None = None
     layout: Layout = "NCHW"
     channels: Channels = "RGB"
+    letterbox: Letterbox | None = None
+    resample: Resample = "pillow-bilinear"
 
     def __post_init__(self) -> None:
         for name in ("resize", "crop"):
             size = getattr(self, name)
-            if size is not None and min(_height_width(size)) < 1:
+            if size is not None and min(height_width(size)) < 1:
                 raise ValueError(f"{name} must be at least 1 pixel, found {size}")
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -66,6 +83,10 @@ class Preprocess:
             raise ValueError("std must not be 0")
         if self.layout not in ("NCHW", "NHWC") or self.channels not in ("RGB", "BGR", "GRAY"):
             raise ValueError(f"unknown layout {self.layout!r} or channels {self.channels!r}")
+        if self.resample not in RESAMPLES:
+            raise ValueError(f"resample must be one of {', '.join(RESAMPLES)}")
+        if self.letterbox is not None and (self.resize is not None or self.crop is not None):
+            raise ValueError("letterbox takes the place of resize and crop: give one or the other")
 
     @property
     def channel_count(self) -> int:
@@ -96,29 +117,43 @@ def prepare_pictures(pictures: NDArray[np.uint8], preprocess: Preprocess) -> NDA
     """
     pictures = _with_channels(pictures)
     size = pictures.shape[1], pictures.shape[2]
-    same_size = preprocess.resize is None or _resized(size, preprocess.resize) == size
+    place = geometry(size, preprocess)
+    same_size = preprocess.letterbox is None and place.resized == size
     mixes_colours = preprocess.channels == "GRAY" and pictures.shape[3] > 1
     if same_size and not mixes_colours:
-        top, left, height, width = _crop_box(size, preprocess.crop)
+        top, left, height, width = crop_box(size, preprocess.crop)
         return arrange(pictures[:, top : top + height, left : left + width, :3], preprocess)
     images = (Image.fromarray(p[..., 0] if p.shape[2] == 1 else p) for p in pictures)
     return arrange(np.stack([pixels(image, preprocess) for image in images]), preprocess)
 
 
+def geometry(size: tuple[int, int], preprocess: Preprocess) -> Geometry:
+    """Where a picture of `size` (height, width) lands in the model's input."""
+    if preprocess.letterbox is not None:
+        return letterboxed(size, preprocess.letterbox)
+    resized = size if preprocess.resize is None else resized_size(size, preprocess.resize)
+    top, left, height, width = crop_box(resized, preprocess.crop)
+    return Geometry(size, resized, -top, -left, (height, width))
+
+
 def pixels(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:
     """The resized and cropped picture as bytes, H x W x C: RGB, or one channel if grey."""
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = upright(image)
     image = _to_mode(image, "L" if preprocess.channels == "GRAY" else "RGB")
-    if preprocess.resize is not None:
-        size = _resized((image.height, image.width), preprocess.resize)
-        if size != (image.height, image.width):
-            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    if preprocess.crop is not None:
-        top, left, height, width = _crop_box((image.height, image.width), preprocess.crop)
-        image = image.crop((left, top, left + width, top + height))
-    array = np.asarray(image)
-    return array[..., np.newaxis] if array.ndim == 2 else array
+    place = geometry((image.height, image.width), preprocess)
+    array = resampled(np.asarray(image), place.resized, preprocess.resample)
+    array = array[..., np.newaxis] if array.ndim == 2 else array
+    if preprocess.letterbox is not None:
+        return framed(array, place, preprocess.letterbox.color)
+    height, width = place.size
+    return array[-place.top : height - place.top, -place.left : width - place.left]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation means it."""
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        return ImageOps.exif_transpose(image)
+    return image
 
 
 def arrange(pictures: NDArray[np.uint8], preprocess: Preprocess) -> NDArray[np.float32]:
@@ -154,35 +189,6 @@ def value_table(preprocess: Preprocess) -> NDArray[np.float32]:
 
 def _column(values: Sequence[float]) -> NDArray[np.float32]:
     return np.array(values, np.float32)[:, np.newaxis]
-
-
-def _height_width(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
-
-
-def _resized(size: tuple[int, int], resize: Size) -> tuple[int, int]:
-    """(height, width) after `resize`; a short side of the right length is left alone."""
-    if not isinstance(resize, int):
-        return resize
-    height, width = size
-    if min(height, width) == resize:
-        return size
-    if width < height:
-        return int(resize * height / width), resize
-    return resize, int(resize * width / height)
-
-
-def _crop_box(size: tuple[int, int], crop: Size | None) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the centre crop; halves round to even, as torchvision's do."""
-    if crop is None:
-        return 0, 0, *size
-    height, width = _height_width(crop)
-    if height > size[0] or width > size[1]:
-        raise DataError(
-            f"{size[0]} x {size[1]} pixels are less than `crop` {height} x {width}; "
-            "set `preprocess.resize` to at least the crop"
-        )
-    return round((size[0] - height) / 2), round((size[1] - width) / 2), height, width
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -12,17 +12,34 @@ from trtune.configs.errors import ConfigError, did_you_mean
 from trtune.datasets.python import load_function
 from trtune.reports.measures.base import FunctionMean, OwnMeasure, metric_name
 from trtune.reports.measures.classification import TopK
+from trtune.reports.measures.detection import (
+    THRESHOLDS,
+    AveragePrecision,
+    DetectionAgreement,
+    Reading,
+)
 from trtune.reports.measures.fidelity import FIDELITY_METRICS
+from trtune.reports.measures.segmentation import MeanIoU, PixelAgreement
+from trtune.reports.measures.text import NextToken, Perplexity, TokenAgreement
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What the config says about the target's metric beside its name.
 
-    output: the output that is scored; None: the one that fits.
+    output: the output that is scored; None: the one that fits. decoder, score, iou: how detections
+    are read; None: by the outputs' shapes, and the measure's own thresholds.
     """
 
     output: str | None = None
+    decoder: str | None = None
+    score: float | None = None
+    iou: float | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """How detections are read."""
+        return Reading(self.decoder, self.score, self.iou, self.output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +60,22 @@ class About:
 TASK_MEASURES: Mapping[str, About] = {
     "top1": About(lambda asked: TopK(1, asked.output), "classification"),
     "top5": About(lambda asked: TopK(5, asked.output), "classification"),
+    "ap": About(lambda asked: AveragePrecision(THRESHOLDS, asked.reading, "ap"), "detection"),
+    "ap50": About(
+        lambda asked: AveragePrecision(THRESHOLDS[:1], asked.reading, "ap50"), "detection"
+    ),
+    "miou": About(lambda asked: MeanIoU(asked.output), "segmentation"),
+    "perplexity": About(
+        lambda asked: Perplexity(asked.output), "text", higher=False, labels=False, fraction=False
+    ),
+    "next_token": About(lambda asked: NextToken(asked.output), "text", labels=False),
+    "detection_agreement": About(
+        lambda asked: DetectionAgreement(asked.reading), "detection", labels=False
+    ),
+    "pixel_agreement": About(
+        lambda asked: PixelAgreement(asked.output), "segmentation", labels=False
+    ),
+    "token_agreement": About(lambda asked: TokenAgreement(asked.output), "text", labels=False),
 }
 METRICS = (*TASK_MEASURES, *FIDELITY_METRICS)
 
