@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from trtune.configs.errors import ConfigError, did_you_mean, nearest
 from trtune.configs.problems import explain, shown
 from trtune.configs.schema import Config, DataSet
+from trtune.configs.sources import source_by_name
 from trtune.configs.yamltree import (
     Key,
     Origin,
@@ -276,8 +277,16 @@ def _absolute_function(reference: str, origin: Origin) -> str:
 
 def _sources(data: dict[str, Any]) -> dict[str | int, Any]:
     sections = {name: section for name, section in data.items() if isinstance(section, dict)}
-    shared = sections.get("calibration", {}).get("source")
-    return {name: section.get("source", shared) for name, section in sections.items()}
+    shared = _source_of(sections.get("calibration", {}), None)
+    return {name: _source_of(section, shared) for name, section in sections.items()}
+
+
+def _source_of(section: dict[str, Any], default: Any) -> Any:
+    said, path = section.get("source", "auto"), section.get("path")
+    if said != "auto":
+        return said
+    told = source_by_name(path) if isinstance(path, str) else "auto"
+    return default if told == "auto" and default is not None else told
 
 
 def _is_function(key: Key, sources: dict[str | int, Any]) -> bool:
@@ -291,8 +300,8 @@ def _is_file(key: Key, value: str, sources: dict[str | int, Any]) -> bool:
         return True
     if len(key) == 3 and key[0] == "data":
         if key[2] == "labels":
-            return sources.get(key[1]) in ("images", "idx") and value != "auto"
-        return key[2] == "path"
+            return sources.get(key[1]) in ("images", "idx", "auto") and value != "auto"
+        return key[2] in ("path", "classes", "images")
     return len(key) == 3 and key[0] == "backends" and key[2] == "timing_cache"
 
 
@@ -317,14 +326,19 @@ def _file_problems(config: Config) -> Iterator[tuple[Key, str]]:
         yield from _must_be_file(("precision", "target", "metric"), file, "a Python file", (".py",))
 
 
+_NO_LISTS = (".jpg", ".jpeg", ".png", ".csv", ".npz", ".npy", ".onnx")
+
+
 def _data_problems(section: DataSet) -> Iterator[tuple[str, str]]:
     path = Path(section.path)
     found: Iterable[tuple[Key, str]] = ()
-    if section.source == "images":
+    if section.source in ("images", "npy", "auto", "yolo"):
         if not path.exists():
-            yield "path", f"no such folder: {path}{_near(path, ())}"
-        elif not path.is_dir():
-            yield "path", f"not a folder: {path}; source images reads the pictures in a folder"
+            what = "file" if path.suffix in (".yaml", ".yml", ".txt") else "folder"
+            yield "path", f"no such {what}: {path}{_near(path, ())}"
+        elif not path.is_dir() and (section.source == "npy" or path.suffix in _NO_LISTS):
+            what = "the pictures in a folder" if section.source == "images" else "a folder"
+            yield "path", f"not a folder: {path}; source {section.source} reads {what}"
     elif section.source != "python":
         found = _must_be_file(("path",), section.path, "a file", (path.suffix,))
     elif ".py:" in section.path:
@@ -333,6 +347,8 @@ def _data_problems(section: DataSet) -> Iterator[tuple[str, str]]:
     yield from (("path", text) for _, text in found)
     if section.source in ("images", "idx") and section.labels not in (None, "auto"):
         what = "a CSV with the columns file,label" if section.source == "images" else "an idx file"
+        if section.source == "images" and Path(section.labels or "").is_dir():
+            return  # masks
         for _, text in _must_be_file((), section.labels or "", what, ()):
             yield "labels", text
 

@@ -36,8 +36,11 @@ __all__ = [
     "TensorRTRTX",
 ]
 
-LABELLED_METRICS = ("top1", "top5")
-UNLABELLED_METRICS = ("sqnr_db", "cosine")
+LABELLED_METRICS = ("top1", "top5", "ap", "ap50", "miou")
+AGREEMENTS = ("agreement", "detection_agreement", "pixel_agreement", "token_agreement")
+UNLABELLED_METRICS = ("sqnr_db", "cosine", *AGREEMENTS)
+OWN_METRICS = ("next_token", "perplexity")
+KNOWN_METRICS = (*LABELLED_METRICS, *UNLABELLED_METRICS, *OWN_METRICS)
 
 Method = Literal["entropy", "entropy-s7310", "percentile", "mse", "max", "auto"]
 PrecisionName = Literal["int8", "fp16", "bf16", "fp32"]
@@ -118,14 +121,15 @@ class Calibration(Section):
 
 
 class Target(Section):
-    """What the quantized model must reach; exactly one of max_drop and min."""
+    """What the quantized model must reach; exactly one of max_drop, min and max."""
 
     metric: str = Field(
-        description="top1, top5 (fractions), sqnr_db, cosine (against FP32, no labels needed), or "
-        "a function of yours as module:function",
+        description="with labels: top1, top5, ap, ap50, miou (fractions), next_token, perplexity; "
+        "against FP32: sqnr_db, cosine, agreement (of classes), detection_agreement, "
+        "pixel_agreement, token_agreement; or a function or class of yours as module:name",
         json_schema_extra={
             "anyOf": [
-                {"enum": [*LABELLED_METRICS, *UNLABELLED_METRICS]},
+                {"enum": [*KNOWN_METRICS]},
                 {"pattern": FUNCTION},
             ]
         },
@@ -137,11 +141,27 @@ class Target(Section):
     min: Real | None = Field(
         default=None, description="the value itself: 0.84 of top1, 20 of sqnr_db"
     )
+    max: Real | None = Field(
+        default=None, description="the highest value, where less is better (perplexity)"
+    )
+    output: str | None = Field(
+        default=None, description="the output that is scored; null: the one that fits"
+    )
+    decoder: Literal["yolox", "yolov5", "yolov8", "ssd", "detr", "end2end"] | None = Field(
+        default=None, description="what a detector's outputs mean; null: by their shapes"
+    )
+    score: Annotated[Real, Field(ge=0, le=1)] | None = Field(
+        default=None,
+        description="detections above this count; null: 0.01 for ap and ap50, 0.3 for agreement",
+    )
+    iou: Annotated[Real, Field(gt=0, le=1)] | None = Field(
+        default=None, description="overlap that suppression allows; null: 0.65"
+    )
 
     @field_validator("metric")
     @classmethod
     def _known(cls, metric: str) -> str:
-        known = [*LABELLED_METRICS, *UNLABELLED_METRICS]
+        known = [*KNOWN_METRICS]
         if metric in known or re.fullmatch(FUNCTION, metric):
             return metric
         raise PydanticCustomError(
@@ -152,11 +172,17 @@ class Target(Section):
     def _one_bound(self) -> Target:
         if self.max_drop is not None and self.min is not None:
             raise key_error("", "give max_drop or min, not both")
+        if self.metric == "perplexity" and self.min is not None:
+            raise key_error("min", "less perplexity is better: give max, or max_drop (the rise)")
+        if self.max is not None and (self.metric in KNOWN_METRICS and self.metric != "perplexity"):
+            raise key_error("max", f"more {self.metric} is better: give min or max_drop")
+        if self.max is not None and (self.max_drop is not None or self.min is not None):
+            raise key_error("max", "give max, max_drop or min, one of them")
         if self.metric in UNLABELLED_METRICS and self.min is None:
             raise key_error("", f"{self.metric} compares with FP32 itself; give min, not max_drop")
-        if self.max_drop is None and self.min is None:
+        if self.max_drop is None and self.min is None and self.max is None:
             raise key_error("", f"{self.metric} needs max_drop or min")
-        if self.metric in LABELLED_METRICS:
+        if self.metric in (*LABELLED_METRICS, *AGREEMENTS, "next_token"):
             for key, bound in (("max_drop", self.max_drop), ("min", self.min)):
                 if bound is not None and not 0 <= bound <= 1:
                     raise key_error(
@@ -168,7 +194,7 @@ class Target(Section):
 
     @property
     def needs_labels(self) -> bool:
-        """Whether the metric is a count of right answers."""
+        """Whether the metric cannot be had without labels."""
         return self.metric in LABELLED_METRICS
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from trtune.configs.values import (
     FUNCTION,
@@ -19,18 +19,77 @@ from trtune.configs.values import (
     key_error,
 )
 
-Source = Literal["images", "arrays", "idx", "python"]
+Source = Literal["auto", "images", "arrays", "idx", "python", "yolo", "coco", "npy"]
+Resample = Literal[
+    "pillow-bilinear", "pillow-bicubic", "opencv-bilinear", "opencv-bicubic", "opencv-area"
+]
+_OF_PICTURES = ("images", "yolo", "coco")
+_SUFFIXES: Mapping[str, Source] = {
+    ".npz": "arrays",
+    ".npy": "arrays",
+    ".json": "coco",
+    ".yaml": "yolo",
+    ".yml": "yolo",
+    ".txt": "images",
+}
+
+
+def source_by_name(path: str) -> Source:
+    """The source that the name of a path tells, or auto: then what lies there is looked at.
+
+    >>> source_by_name("set/data.yaml"), source_by_name("loader:batches"), source_by_name("photos")
+    ('yolo', 'python', 'auto')
+    """
+    if re.fullmatch(FUNCTION, path) and not re.match(r"[A-Za-z]:[\\/]", path):
+        return "python"
+    if re.search(r"idx\d-ubyte|\.idx(\.gz)?$", path):
+        return "idx"
+    return next((s for suffix, s in _SUFFIXES.items() if path.casefold().endswith(suffix)), "auto")
+
+
+class Letterbox(Section):
+    """The whole picture in a frame, its ratio kept, the rest filled."""
+
+    size: Size = Field(description="a side in pixels, or [height, width]")
+    color: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=255)], ...],
+        BeforeValidator(lambda value: [value] if isinstance(value, int) else value),
+        Field(json_schema_extra={"minItems": 1, "maxItems": 3}),
+    ] = Field(default=(114,), description="of the frame, 0 to 255: one value, or three for RGB")
+    place: Literal["center", "top_left"] = Field(
+        default="center",
+        description="center: as Ultralytics' LetterBox, sides rounded; top_left: as YOLOX' "
+        "preproc, sides cut off",
+    )
+    stride: Count | None = Field(
+        default=None, description="fill up only to the next multiple of this; null: to size"
+    )
+    upscale: bool = Field(default=True, description="enlarge pictures smaller than size")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Letterbox:
+        if len(self.color) not in (1, 3):
+            raise key_error("color", f"needs one value or three, found {len(self.color)}")
+        return self
 
 
 class Preprocess(Section):
-    """From a decoded picture to a model input, in this order: resize, crop, scale, mean, std."""
+    """From a decoded picture to a model input: resize and crop, or letterbox; scale, mean, std."""
 
     resize: Size | None = Field(
         default=None,
-        description="short side in pixels, or [height, width]; Pillow's bilinear with antialias",
+        description="short side in pixels, or [height, width]; by the filter `resample`",
     )
     crop: Size | None = Field(
         default=None, description="centre crop: a side in pixels, or [height, width]"
+    )
+    letterbox: Letterbox | None = Field(
+        default=None, description="the whole picture in a frame, instead of resize and crop"
+    )
+    resample: Resample = Field(
+        default="pillow-bilinear",
+        description="whose resizing and which filter: Pillow's take all pixels in (antialias), "
+        "OpenCV's bilinear the nearest (needs opencv-python-headless)",
     )
     scale: Real = Field(
         default=1 / 255, description="pixels (0 to 255) are multiplied by this before mean and std"
@@ -68,6 +127,8 @@ class Preprocess(Section):
                 f"{max(self.mean, key=abs):g} belongs to pixels from 0 to 255, but the default "
                 "scale of 1/255 makes them 0 to 1; add `scale: 1`, or divide mean and std by 255",
             )
+        if self.letterbox is not None and (self.resize is not None or self.crop is not None):
+            raise key_error("letterbox", "takes the place of resize and crop; leave those out")
         self._check_crop()
         return self
 
@@ -93,8 +154,11 @@ class DataSet(Section):
     """Where pictures or arrays come from, which of them are used, and what is done to them."""
 
     source: Source = Field(
-        description="images: a folder; arrays: .npz or .npy; idx: idx or idx.gz; "
-        "python: a function of yours that yields dicts of arrays"
+        default="auto",
+        description="images: a folder, or a text file of FILE LABEL lines; yolo: data.yaml, or a "
+        "folder with images and labels; coco: instances.json; npy: a folder of .npy files, one a "
+        "sample; arrays: .npz or .npy; idx: idx or idx.gz; python: a function of yours that "
+        "yields dicts of arrays. auto: what the path or the folder says",
     )
     path: str = Field(
         description="folder or file, relative to the config file; for python `module:function`, "
@@ -103,8 +167,26 @@ class DataSet(Section):
     )
     labels: str | None = Field(
         default="auto",
-        description="images: a CSV with the columns file,label; arrays and python: the name of an "
-        "array; idx: a file. auto: folder names, or the array labels, label or y. null: no labels",
+        description="images: a CSV with the columns file,label, or a folder of PNG masks; arrays, "
+        "npy and python: the name of an array; idx: a file. auto: folder names, boxes, or the "
+        "array labels, label or y. null: no labels",
+    )
+    classes: str | tuple[str, ...] = Field(
+        default=(),
+        description="names of the classes in the model's order: a list, or a file with one a line "
+        "(a synset first, say); for folders and CSVs that have names",
+    )
+    split: str | None = Field(
+        default=None,
+        description="which part of a data.yaml (yolo): train for calibration and val for "
+        "evaluation, unless set",
+    )
+    images: str | None = Field(
+        default=None, description="folder of the pictures of a coco file, if not beside it"
+    )
+    axis: Mapping[str, Natural] = Field(
+        default={},
+        description="model input -> axis that counts samples, where the shapes do not tell",
     )
     label_offset: int = Field(
         default=0, description="added to every label: 1 for a model with a background class first"
@@ -138,8 +220,13 @@ class DataSet(Section):
     @model_validator(mode="before")
     @classmethod
     def _pictures_are_preprocessed(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("source") == "images":
-            return value if value.get("preprocess") is not None else {**value, "preprocess": {}}
+        if not isinstance(value, dict):
+            return value
+        path = value.get("path")
+        if value.get("source", "auto") == "auto" and isinstance(path, str):
+            value = {**value, "source": source_by_name(path)}
+        if value.get("source") in _OF_PICTURES and value.get("preprocess") is None:
+            value = {**value, "preprocess": {}}
         return value
 
     @model_validator(mode="after")
@@ -155,15 +242,24 @@ class DataSet(Section):
             raise key_error("path", f"source arrays reads .npz and .npy files, not {self.path!r}")
         if self.args and self.source != "python":
             raise key_error("args", f"only source python takes args, not source {self.source}")
-        if self.inputs and self.source in ("images", "idx"):
+        if self.inputs and self.source in (*_OF_PICTURES, "idx"):
             raise key_error(
                 "inputs", f"source {self.source} has no named arrays; it feeds the only input"
             )
         return self
 
 
-_ALWAYS_INHERITED = ("batch", "preprocess", "label_offset", "on_error")
-_INHERITED_WITH_SOURCE = ("path", "inputs")
+_ALWAYS_INHERITED = ("batch", "preprocess", "label_offset", "on_error", "axis", "classes")
+_INHERITED_WITH_SOURCE = ("path", "inputs", "images")
+
+
+def _source(section: Mapping[str, Any], default: Any = "auto") -> Any:
+    """The source of a section as written: said, or told by the path's name."""
+    said, path = section.get("source", "auto"), section.get("path")
+    if said != "auto":
+        return said
+    told = source_by_name(path) if isinstance(path, str) else "auto"
+    return default if told == "auto" and "source" not in section else told
 
 
 def inherit(evaluation: Mapping[str, Any], calibration: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,12 +267,12 @@ def inherit(evaluation: Mapping[str, Any], calibration: Mapping[str, Any]) -> di
 
     Never take, skip, sample and seed: they say which pictures. What belongs to one source or one
     path is not carried to another: labels of pictures and idx (a file) and args of a function
-    stay behind when `path` differs, all but batch, preprocess, label_offset and on_error when
-    `source` does.
+    stay behind when `path` differs, all but batch, preprocess, label_offset, on_error, axis and
+    classes when `source` does.
     """
     keys = list(_ALWAYS_INHERITED)
-    source = calibration.get("source")
-    if evaluation.get("source", source) == source:
+    source = _source(calibration)
+    if _source(evaluation, source) == source:
         keys += ["source", *_INHERITED_WITH_SOURCE]
         same_path = evaluation.get("path", calibration.get("path")) == calibration.get("path")
         if same_path or source in ("arrays", "python"):
@@ -188,6 +284,21 @@ def inherit(evaluation: Mapping[str, Any], calibration: Mapping[str, Any]) -> di
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         merged["preprocess"] = {**theirs, **ours}
     return merged
+
+
+def _split(value: dict[str, Any]) -> dict[str, Any]:
+    """Of a data.yaml, train for calibration and val for evaluation, where `split` is not said."""
+    calibration, evaluation = value["calibration"], value.get("evaluation")
+    if not isinstance(calibration, dict) or _source(calibration) != "yolo":
+        return value
+    if not str(calibration.get("path", "")).casefold().endswith((".yaml", ".yml")):
+        return value
+    if isinstance(evaluation, dict) and "path" not in evaluation:
+        evaluation = {"split": "val", **evaluation}
+    if evaluation is None and "split" not in calibration:
+        evaluation = {"split": "val"}
+    calibration = {"split": "train", **calibration}
+    return {**value, "calibration": calibration, "evaluation": evaluation}
 
 
 class Data(Section):
@@ -204,7 +315,9 @@ class Data(Section):
     def _inherit(cls, value: Any) -> Any:
         if not isinstance(value, dict) or "calibration" not in value:
             return value
-        calibration, evaluation = value["calibration"], value.get("evaluation")
+        value = _split(value)
+        calibration = value["calibration"]
+        evaluation = value.get("evaluation")
         if evaluation is None:
             return {**value, "evaluation": calibration}
         if isinstance(calibration, DataSet):

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from trtune.configs.errors import DataError, did_you_mean
+from trtune.configs.sources import DataSet
 from trtune.datasets.arrays import ArraySource, load_arrays
 from trtune.datasets.batches import BatchSource, InputSpec
 from trtune.datasets.detection import list_coco, list_yolo
 from trtune.datasets.feeds import AUTO
 from trtune.datasets.idx import read_idx
 from trtune.datasets.images import ImageSource
+from trtune.datasets.labels import Shifted
 from trtune.datasets.listing import Listing, list_folder, read_classes
 from trtune.datasets.prefetch import prefetched
-from trtune.datasets.preprocess import Preprocess
+from trtune.datasets.preprocess import Preprocess, preprocess_of
 from trtune.datasets.python import PythonSource
 from trtune.datasets.samples import NpyFolder
 from trtune.datasets.selection import Selection
@@ -112,6 +114,31 @@ def open_source(
             images=images,
         )
     )
+
+
+def open_section(data: DataSet, inputs: Sequence[InputSpec]) -> BatchSource:
+    """The batches that a `data` section of a config describes; see `open_source`."""
+    section = data.preprocess
+    source = open_source(
+        data.source,
+        data.path,
+        inputs=inputs,
+        preprocess=None if section is None else preprocess_of(section.model_dump()),
+        labels=data.labels,
+        take=data.take,
+        skip=data.skip,
+        sample=data.sample,
+        seed=data.seed,
+        batch=data.batch,
+        on_error=data.on_error,
+        input_names=data.inputs,
+        args=data.args,
+        axes=data.axis,
+        split=data.split,
+        classes=data.classes,
+        images=data.images,
+    )
+    return Shifted(source, data.label_offset) if data.label_offset else source
 
 
 def source_on_disk(path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,6 +92,15 @@ class Preprocess:
     def channel_count(self) -> int:
         """Channels of the result: 1 for grey, else 3."""
         return 1 if self.channels == "GRAY" else 3
+
+
+def preprocess_of(values: Mapping[str, Any]) -> Preprocess:
+    """A `Preprocess` of plain values, as a config's section dumps them."""
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    if isinstance(box := plain.get("letterbox"), Mapping):
+        inner: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in box.items()}
+        plain["letterbox"] = Letterbox(**inner)
+    return Preprocess(**plain)
 
 
 def prepare(image: Image.Image, preprocess: Preprocess) -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trtune.configs.errors import ConfigError, did_you_mean
+from trtune.configs.schema import Target
 from trtune.datasets.python import load_function
 from trtune.reports.measures.base import FunctionMean, OwnMeasure, metric_name
 from trtune.reports.measures.classification import TopK
@@ -35,6 +36,13 @@ class Asked:
     decoder: str | None = None
     score: float | None = None
     iou: float | None = None
+
+    @classmethod
+    def of(cls, target: Target | None) -> Asked:
+        """What a config's target says."""
+        if target is None:
+            return cls()
+        return cls(target.output, target.decoder, target.score, target.iou)
 
     @property
     def reading(self) -> Reading:

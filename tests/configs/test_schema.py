@@ -442,3 +442,34 @@ def test_evaluation_inherits_what_it_leaves_out(
         {"calibration": DataSet.model_validate(calibration), "evaluation": evaluation}
     )
     assert from_values == data
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"metric": "perplexity", "min": 3}, "less perplexity is better"),
+        ({"metric": "top1", "max": 0.3}, "more top1 is better"),
+        ({"metric": "perplexity", "max": 9, "max_drop": 1}, "one of them"),
+        ({"metric": "ap", "max_drop": 2}, "a fraction from 0 to 1"),
+        ({"metric": "detection_agreement", "max_drop": 0.1}, "give min, not max_drop"),
+    ],
+)
+def test_bounds_that_do_not_fit_their_measure(target: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Target.model_validate(target)
+
+
+def test_a_data_yaml_calibrates_with_train_and_measures_on_val() -> None:
+    data = Data.model_validate({"calibration": {"path": "/coco/data.yaml", "take": 8}})
+    assert (data.calibration.source, data.calibration.split) == ("yolo", "train")
+    assert (data.evaluation.source, data.evaluation.split, data.evaluation.take) == (
+        "yolo", "val", None,
+    )  # fmt: skip
+
+
+def test_letterbox_takes_the_place_of_resize() -> None:
+    with pytest.raises(ValidationError, match="takes the place of resize"):
+        Preprocess.model_validate({"resize": 8, "letterbox": {"size": 8}})
+    found = Preprocess.model_validate({"letterbox": {"size": [4, 8], "color": 0}}).letterbox
+    assert found is not None
+    assert (found.size, found.color) == ((4, 8), (0,))

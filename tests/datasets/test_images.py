@@ -116,8 +116,8 @@ def test_labels_from_a_csv(folder: Path) -> None:
         pytest.param("file,label\n,1\n", "line 2: no file is named", id="no file"),
         pytest.param("file,label\np1.png,1\np1.png,2\n", "'p1.png' is listed twice", id="twice"),
         pytest.param(
-            "file,label\np1.png,1\np9.jpg,1\n",
-            r"lists 'p9.jpg', which is not in .*did you mean 'p.\.png'\? \(1 of 2",
+            "file,label\np1.png,1\np9.png,1\n",
+            r"lists 'p9.png', which is not in .*did you mean 'p.\.png'\? \(1 of 2",
             id="file missing on disk",
         ),
     ],
