@@ -1,6 +1,6 @@
 """Where the pixels of a picture land in the model's input: resize, crop, letterbox, and boxes.
 
-Letterbox follows the arithmetic that detectors are published with. `center` is Ultralytics'
+Frame follows the arithmetic that detectors are published with. `center` is Ultralytics'
 `LetterBox`: sides are rounded, the margin is split and its halves rounded by -0.1 and +0.1.
 `top_left` is YOLOX's `preproc`: sides are cut off, the picture stands in the corner.
 """
@@ -20,7 +20,7 @@ from trtune.configs.errors import DataError
 
 Size = int | tuple[int, int]
 Place = Literal["center", "top_left"]
-Resample = Literal[
+Filter = Literal[
     "pillow-bilinear", "pillow-bicubic", "opencv-bilinear", "opencv-bicubic", "opencv-area"
 ]
 
@@ -37,7 +37,7 @@ RESAMPLES = (*_PILLOW, *_OPENCV)
 
 
 @dataclass(frozen=True, slots=True)
-class Letterbox:
+class Frame:
     """The whole picture in a frame, its ratio kept, the rest filled.
 
     size: a side in pixels, or (height, width). color: of the filling, 0 to 255, RGB or one value.
@@ -92,12 +92,12 @@ def height_width(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def letterboxed(source: tuple[int, int], box: Letterbox) -> Geometry:
+def letterboxed(source: tuple[int, int], box: Frame) -> Geometry:
     """Where a picture of `source` (height, width) lands in the letterbox.
 
-    >>> letterboxed((427, 640), Letterbox(416))
+    >>> letterboxed((427, 640), Frame(416))
     Geometry(source=(427, 640), resized=(278, 416), top=69, left=0, size=(416, 416))
-    >>> letterboxed((427, 640), Letterbox(416, place="top_left")).resized
+    >>> letterboxed((427, 640), Frame(416, place="top_left")).resized
     (277, 416)
     """
     height, width = height_width(box.size)

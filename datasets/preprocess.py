@@ -20,9 +20,9 @@ from PIL import Image, ImageOps
 from trtune.configs.errors import DataError
 from trtune.datasets.geometry import (
     RESAMPLES,
+    Filter,
+    Frame,
     Geometry,
-    Letterbox,
-    Resample,
     Size,
     crop_box,
     framed,
@@ -63,8 +63,8 @@ class Preprocess:
     std: tuple[float, ...] | None = None
     layout: Layout = "NCHW"
     channels: Channels = "RGB"
-    letterbox: Letterbox | None = None
-    resample: Resample = "pillow-bilinear"
+    letterbox: Frame | None = None
+    resample: Filter = "pillow-bilinear"
 
     def __post_init__(self) -> None:
         for name in ("resize", "crop"):
@@ -99,7 +99,7 @@ def preprocess_of(values: Mapping[str, Any]) -> Preprocess:
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     if isinstance(box := plain.get("letterbox"), Mapping):
         inner: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in box.items()}
-        plain["letterbox"] = Letterbox(**inner)
+        plain["letterbox"] = Frame(**inner)
     return Preprocess(**plain)
 
 

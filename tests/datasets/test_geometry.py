@@ -1,4 +1,4 @@
-"""Letterbox against the published arithmetic of Ultralytics and YOLOX, boxes, resampling."""
+"""Frame against the published arithmetic of Ultralytics and YOLOX, boxes, resampling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trtune.configs.errors import DataError
-from trtune.datasets.geometry import Letterbox, letterboxed, resampled
+from trtune.datasets.geometry import Frame, letterboxed, resampled
 from trtune.datasets.preprocess import Preprocess, geometry, pixels
 
 cv2 = pytest.importorskip("cv2", reason="opencv-python-headless (extra detection) is not there")
@@ -61,7 +61,7 @@ def test_centred_as_ultralytics(
     height: int, width: int, size: int, auto: bool, scaleup: bool
 ) -> None:
     picture = RNG.integers(0, 256, (height, width, 3), np.uint8)
-    box = Letterbox(size, stride=32 if auto else None, upscale=scaleup)
+    box = Frame(size, stride=32 if auto else None, upscale=scaleup)
     ours = pixels(Image.fromarray(picture), Preprocess(letterbox=box, resample="opencv-bilinear"))
     assert np.array_equal(ours, ultralytics(picture, size, auto=auto, scaleup=scaleup))
 
@@ -69,7 +69,7 @@ def test_centred_as_ultralytics(
 @given(sides, sides, st.sampled_from([(96, 96), (160, 224), (416, 416)]))
 def test_top_left_as_yolox(height: int, width: int, size: tuple[int, int]) -> None:
     picture = RNG.integers(0, 256, (height, width, 3), np.uint8)
-    box = Letterbox(size, place="top_left")
+    box = Frame(size, place="top_left")
     ours = pixels(Image.fromarray(picture), Preprocess(letterbox=box, resample="opencv-bilinear"))
     assert np.array_equal(ours, yolox(picture, size))
 
@@ -95,7 +95,7 @@ def test_opencv_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_colour_of_the_frame_is_in_the_order_of_the_pixels() -> None:
     picture = Image.new("RGB", (40, 20), (9, 9, 9))
-    found = pixels(picture, Preprocess(letterbox=Letterbox(40, color=(1, 2, 3))))
+    found = pixels(picture, Preprocess(letterbox=Frame(40, color=(1, 2, 3))))
     assert found[0, 0].tolist() == [1, 2, 3]
     assert found[20, 20].tolist() == [9, 9, 9]
 
@@ -106,7 +106,7 @@ def test_the_colour_of_the_frame_is_in_the_order_of_the_pixels() -> None:
         pytest.param(Preprocess(), [10, 20, 30, 40], id="as it is"),
         pytest.param(Preprocess(resize=(50, 50)), [5, 10, 15, 20], id="resize"),
         pytest.param(Preprocess(crop=(50, 60)), [0, 0, 10, 15], id="crop"),
-        pytest.param(Preprocess(letterbox=Letterbox((50, 70))), [15, 10, 25, 20], id="letterbox"),
+        pytest.param(Preprocess(letterbox=Frame((50, 70))), [15, 10, 25, 20], id="letterbox"),
     ],
 )
 def test_boxes_follow_the_picture(preprocess: Preprocess, boxes: list[float]) -> None:
@@ -119,13 +119,13 @@ def test_boxes_follow_the_picture(preprocess: Preprocess, boxes: list[float]) ->
 )
 def test_letterboxes_that_are_none(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="letterbox"):
-        Letterbox(**wrong)  # type: ignore[arg-type]
+        Frame(**wrong)  # type: ignore[arg-type]
 
 
 def test_letterbox_and_resize_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="takes the place of resize and crop"):
-        Preprocess(resize=8, letterbox=Letterbox(8))
+        Preprocess(resize=8, letterbox=Frame(8))
 
 
 def test_no_side_becomes_nothing() -> None:
-    assert letterboxed((1000, 1), Letterbox(64, place="top_left")).resized == (64, 1)
+    assert letterboxed((1000, 1), Frame(64, place="top_left")).resized == (64, 1)

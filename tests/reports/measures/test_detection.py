@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trtune.configs.errors import DataError, ModelError
 from trtune.datasets import open_source
 from trtune.datasets.batches import Batch
-from trtune.datasets.geometry import Letterbox
+from trtune.datasets.geometry import Frame
 from trtune.datasets.preprocess import Preprocess
 from trtune.precision.graph.file import load_model
 from trtune.precision.runtime.session import OrtEngine, make_session
@@ -246,7 +246,7 @@ def test_yolox_nano_on_128_pictures_of_coco(metric: str, value: float) -> None:
         "yolo",
         realdata.data_dir() / "images" / "coco_val2017_128",
         inputs=model.inputs,
-        preprocess=Preprocess(letterbox=Letterbox(416, place="top_left"), scale=1, channels="BGR"),
+        preprocess=Preprocess(letterbox=Frame(416, place="top_left"), scale=1, channels="BGR"),
     )
     with OrtEngine(lambda: make_session(model.proto)) as engine:
         found = evaluate(
