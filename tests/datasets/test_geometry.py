@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -56,6 +56,7 @@ def yolox(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
 sides = st.integers(17, 700)
 
 
+@settings(deadline=None, max_examples=40)
 @given(sides, sides, st.sampled_from([96, 160, 416]), st.booleans(), st.booleans())
 def test_centred_as_ultralytics(
     height: int, width: int, size: int, auto: bool, scaleup: bool
@@ -66,6 +67,7 @@ def test_centred_as_ultralytics(
     assert np.array_equal(ours, ultralytics(picture, size, auto=auto, scaleup=scaleup))
 
 
+@settings(deadline=None, max_examples=40)
 @given(sides, sides, st.sampled_from([(96, 96), (160, 224), (416, 416)]))
 def test_top_left_as_yolox(height: int, width: int, size: tuple[int, int]) -> None:
     picture = RNG.integers(0, 256, (height, width, 3), np.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -128,6 +128,7 @@ def test_a_function_of_the_wrong_shape_is_refused() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9))
+@settings(deadline=None)
 def test_a_fixed_batch_changes_nothing(fixed: int, batch: int) -> None:
     seen: set[int] = set()
 
