@@ -47,7 +47,7 @@ def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, An
     from trtune.precision.plan.rules import make_plan
     from trtune.precision.runtime.session import make_session
     from trtune.precision.tune.scales import calibrate_model
-    from trtune.run.inputs import open_data
+    from trtune.run.wiring import open_data
 
     path = HERE / "configs" / f"{name}.yaml"
     take = min(pictures, load_config(path).data.calibration.take or pictures)

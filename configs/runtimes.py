@@ -9,7 +9,17 @@ from pydantic import Field, model_validator
 from trtune.configs.values import Bytes, ComputeCapability, Count, Natural, Real, Section, key_error
 
 
-class OnnxRuntime(Section):
+class Runtime(Section):
+    """What every runtime has."""
+
+    required: bool = Field(
+        default=False,
+        description="stop before anything is computed if it is absent here (not installed, no "
+        "GPU); else the report says so, and the other backends go on",
+    )
+
+
+class OnnxRuntime(Runtime):
     """onnxruntime on the CPU."""
 
     name: Literal["onnxruntime"] = Field(description="which runtime")
@@ -25,7 +35,7 @@ class OnnxRuntime(Section):
         return f"{self.name}/{self.lowering}"
 
 
-class TensorRTRTX(Section):
+class TensorRTRTX(Runtime):
     """TensorRT-RTX; builds without a GPU."""
 
     name: Literal["tensorrt_rtx"] = Field(description="which runtime")
@@ -52,7 +62,7 @@ class TensorRTRTX(Section):
         return self.name
 
 
-class TensorRT(Section):
+class TensorRT(Runtime):
     """TensorRT 10.x or 11.x, whichever is installed; needs a GPU."""
 
     name: Literal["tensorrt"] = Field(description="which runtime")

@@ -22,12 +22,13 @@ from trtune.datasets.batches import (
     require_labels,
     take_rows,
 )
+from trtune.datasets.code import load_function
 from trtune.datasets.idx import dump_idx, load_idx, read_idx
 from trtune.datasets.images import ImageSource, list_pictures
 from trtune.datasets.open import open_source
 from trtune.datasets.prefetch import map_ahead, prefetched
 from trtune.datasets.preprocess import Preprocess, prepare, prepare_pictures
-from trtune.datasets.python import PythonSource, load_function
+from trtune.datasets.python import PythonSource
 from trtune.datasets.selection import Selection
 
 __all__ = [

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trtune.configs.errors import DataError, did_you_mean
+from trtune.configs.errors import DataError
 from trtune.configs.files import hash_json
 from trtune.datasets.axes import feed_axes, sample_count
 from trtune.datasets.batches import (
@@ -27,6 +23,7 @@ from trtune.datasets.batches import (
     rebatch,
     sample_shapes,
 )
+from trtune.datasets.code import importable, load_function
 from trtune.datasets.feeds import (
     AUTO,
     is_pictures,
@@ -40,54 +37,6 @@ from trtune.datasets.selection import Selection
 
 _EVERYTHING = Selection()
 _END = object()
-
-
-@contextmanager
-def importable(folder: Path | None) -> Iterator[None]:
-    """`folder` first on `sys.path` inside the block."""
-    if folder is None:
-        yield
-        return
-    entry = str(folder)
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        sys.path.remove(entry)
-
-
-def load_function(reference: str, base_dir: Path | None = None) -> Callable[..., Any]:
-    """The function that `module:function` or `file.py:function` names, seen from `base_dir`.
-
-    A module beside the config wins over one of that name that was imported from elsewhere.
-
-    Raises DataError if the reference, the module or the function is wrong, with the user's own
-    exception as its cause if importing raised one.
-    """
-    place, _, name = reference.rpartition(":")
-    if not place or not name:
-        raise DataError(f"{reference!r} must be 'module:function' or 'file.py:function'")
-    folder, module_name = base_dir, place
-    if place.endswith(".py"):
-        file = (base_dir or Path()) / place
-        if not file.is_file():
-            raise DataError(f"no such file: {file} (from {reference!r})")
-        folder, module_name = file.resolve().parent, file.stem
-    with importable(folder):
-        _forget_namesake(module_name, folder)
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # a user's module may raise anything
-            raise DataError(
-                f"cannot import {module_name!r} (from {reference!r}, looked in "
-                f"{folder or 'sys.path'} first): {type(error).__name__}: {error}"
-            ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise DataError(f"{module_name!r} has no function {name!r}{did_you_mean(name, names)}")
-    checked: Callable[..., Any] = function
-    return checked
 
 
 class PythonSource:
@@ -278,17 +227,3 @@ def _as_array(value: Any, name: str, where: str) -> NDArray[Any]:
     if array.dtype.kind not in "fiub":
         raise DataError(f"{where}: {name!r} is {array.dtype}, not an array of numbers")
     return array
-
-
-def _forget_namesake(module: str, folder: Path | None) -> None:
-    """Drop an imported module of this name if `folder` has another: two configs, two folders."""
-    if folder is None:
-        return
-    top = module.partition(".")[0]
-    loaded, spec = sys.modules.get(top), PathFinder.find_spec(top, [str(folder)])
-    if loaded is None or spec is None or spec.origin is None:
-        return
-    if getattr(loaded, "__file__", None) != spec.origin:
-        importlib.invalidate_caches()
-        for name in [n for n in sys.modules if n == top or n.startswith(top + ".")]:
-            del sys.modules[name]

@@ -50,7 +50,9 @@ class Variant(_Value):
 
     `value` is that of the target's metric and `drop` what it lost against FP32; `top1` is measured
     beside it where there are labels. `nodes` counts what is planned, `account` what the runtime
-    itself says (with "unknown" where it does not). `reason` says why it could not run here,
+    itself says (with "unknown" where it does not). `status` is absent for a backend that this
+    machine has not, failed for one that could not build or run: it then has this one variant.
+    `reason` says why it could not run here,
     `command` builds the same engine with NVIDIA's tool, `notes` is what the backend has to say.
     """
 
@@ -69,6 +71,7 @@ class Variant(_Value):
     pinned: list[str] = Field(default_factory=list)
     not_honoured: list[str] = Field(default_factory=list)
     path: str | None = None
+    status: Literal["done", "absent", "failed"] = "done"
     reason: str | None = None
     command: str | None = None
     notes: list[str] = Field(default_factory=list)

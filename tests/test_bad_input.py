@@ -14,7 +14,7 @@ import onnx
 import pytest
 import tinymodels
 from numpy.typing import NDArray
-from tinyproject import config_of, log_of, write_project
+from tinyproject import config_of, write_project
 
 from trtune.configs.errors import (
     ConfigError,
@@ -267,8 +267,7 @@ class TestOverflow:
             "model itself overflows there, so no scale can be right: check the preprocessing of "
             "that picture"
         )
-        assert not (run_folder(config, folder / "runs") / "calibration.cache").exists()
-        assert log_of(config, folder).rstrip().endswith(f"stopped by ModelError: {failure.value}")
+        assert list((folder / "runs").iterdir()) == []  # nothing is left that looks like a run
 
     def test_one_of_the_first_pictures_is_found_by_the_gate(self, tmp_path: Path) -> None:
         folder = write_project(tmp_path, exploding(squashed=False), labels=False)

@@ -28,9 +28,9 @@ def listed_packages() -> set[str]:
 
 def test_listed_packages_are_the_folders_on_disk() -> None:
     found = {"trtune"}
-    for init in (ROOT / "trtune").glob("*/__init__.py"):
-        if not init.parent.is_symlink():
-            found.add(f"trtune.{init.parent.name}")
+    own = [path for path in (ROOT / "trtune").iterdir() if path.is_dir() and not path.is_symlink()]
+    for init in (init for path in own for init in path.rglob("__init__.py")):
+        found.add(".".join(("trtune", *init.parent.relative_to(ROOT / "trtune").parts)))
     for folder in FOLDERS:
         for init in (ROOT / folder).rglob("__init__.py"):
             found.add(".".join(("trtune", *init.parent.relative_to(ROOT).parts)))

@@ -16,8 +16,11 @@ import tinymodels
 from numpy.typing import NDArray
 
 from trtune.configs.load import load_config
+from trtune.configs.progress import silent
 from trtune.configs.schema import Config
-from trtune.run.job import Job, run_folder
+from trtune.run.naming import run_folder
+from trtune.run.work import RunWork, Setup
+from trtune.run.workspace import Workspace
 
 TEXT = """
 version: 1
@@ -84,13 +87,11 @@ def config_of(folder: Path, *overrides: str, check: bool = True) -> Config:
     return load_config(folder / "tiny.yaml", overrides=overrides, check=check)
 
 
-def job_of(folder: Path, *overrides: str) -> Job:
-    """A job for that config, whose runs go to `folder/runs`."""
-
-    def silent(what: str, done: int, total: int | None) -> None:
-        """Show nothing."""
-
-    return Job(config_of(folder, *overrides), folder / "runs", silent)
+def work_of(folder: Path, *overrides: str) -> RunWork:
+    """The work on that config, whose runs go to `folder/runs`."""
+    config = config_of(folder, *overrides)
+    place = run_folder(config, folder / "runs")
+    return RunWork(Setup.of(config, silent), Workspace(place))
 
 
 def log_of(config: Config, folder: Path) -> str:

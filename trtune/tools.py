@@ -41,7 +41,7 @@ from trtune.precision.quantized.migrate import Migrated, migrate_files, to_cache
 from trtune.precision.quantized.strip import Stripped
 from trtune.precision.runtime.api import MODEL_FILE, BuildInfo
 from trtune.precision.runtime.engine_json import ENGINE_JSON, read_engine_json
-from trtune.run.calibrating import CACHE_FILE
+from trtune.run.stages.calibration import CACHE_FILE
 
 if TYPE_CHECKING:
     from trtune.calibrate.outliers import DominantPicture

@@ -10,7 +10,7 @@ from typing import Any
 
 from trtune.configs.errors import ConfigError, did_you_mean
 from trtune.configs.schema import Target
-from trtune.datasets.python import load_function
+from trtune.datasets.code import load_function
 from trtune.reports.measures.base import FunctionMean, OwnMeasure, metric_name
 from trtune.reports.measures.classification import TopK
 from trtune.reports.measures.detection import (

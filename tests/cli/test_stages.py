@@ -25,7 +25,7 @@ from trtune.calibrate.cache import load_table
 from trtune.cli.commands import app
 from trtune.configs.load import load_config
 from trtune.reports.record import RunRecord
-from trtune.run.job import run_folder
+from trtune.run.naming import run_folder
 
 CONFIG = """
 version: 1

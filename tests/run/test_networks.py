@@ -12,8 +12,7 @@ import tinymodels
 import tinyproject
 from onnx import TensorProto, helper
 
-from trtune.run.job import run_folder
-from trtune.run.pipeline import run
+from trtune.run.pipeline import run, run_folder
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 RTX = 'backends=[{name: onnxruntime}, {name: tensorrt_rtx, compute_capabilities: ["8.9"]}]'

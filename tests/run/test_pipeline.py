@@ -298,7 +298,7 @@ class TestTargets:
 
 
 def zero_rows(folder: Path) -> None:
-    """Data in which the second input is always zero."""
+    """RunData in which the second input is always zero."""
     for name in ("calibration", "evaluation"):
         rows = dict(np.load(folder / f"{name}.npz"))
         rows["meta"] = np.zeros_like(rows["meta"])
@@ -630,6 +630,24 @@ class TestReport:
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"no such file; give a run's folder or its run\.json"):
             report([tmp_path])
+
+    def test_what_is_no_run_is_left_out_with_a_note(
+        self,
+        done: tuple[Config, Path, RunRecord],
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        (tmp_path / "calibrated-only").mkdir()
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "run.json").write_text("{")
+        found = report(
+            [tmp_path / "calibrated-only", done[1], tmp_path / "broken"], formats=("md",)
+        )
+        assert found == [done[2]]
+        assert [m.split(": ")[:2] for m in caplog.messages if "left out" in m] == [
+            ["left out", f"{tmp_path}/calibrated-only/run.json"],
+            ["left out", f"{tmp_path}/broken/run.json"],
+        ]
 
 
 def test_the_package_offers_the_same(tmp_path: Path) -> None:

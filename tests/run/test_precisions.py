@@ -10,13 +10,13 @@ import onnx
 import pytest
 import tinymodels
 import tinyqat
-from tinyproject import BOTH, config_of, job_of, write_project
+from tinyproject import BOTH, config_of, work_of, write_project
 
 from trtune.calibrate.cache import load_table
 from trtune.configs.errors import ModelError
 from trtune.precision.plan.imported import ImportedPlan
 from trtune.reports.record import RunRecord, Variant
-from trtune.run.job import run_folder
+from trtune.run.naming import run_folder
 from trtune.run.pipeline import run
 
 
@@ -62,11 +62,11 @@ class TestHalf:
         x = net.op("Mul", x, net.const("large", [60000.0]), out="scaled")
         x = net.op("Mul", x, net.const("small", [1 / 60000.0]), out="back")
         folder = write_project(tmp_path, net.head(x, 8))
-        job = job_of(folder, *self.FP16)
-        stays = [name for name, a in job.untuned.nodes.items() if a.precision == "fp32"]
+        work = work_of(folder, *self.FP16)
+        stays = [name for name, a in work.untuned.nodes.items() if a.precision == "fp32"]
         assert "n_scaled" in stays
         assert "n_back" in stays
-        assert "65504" in job.untuned.nodes["n_scaled"].reason
+        assert "65504" in work.untuned.nodes["n_scaled"].reason
         record = ran(folder, *self.FP16)
         assert record.status == "met"
 
@@ -132,7 +132,7 @@ class TestQuantizedAlready:
         ran(folder, self.QAT)
         place = run_folder(config_of(folder, self.QAT), folder / "runs")
         plan = ImportedPlan.from_json((place / "plan.json").read_text())
-        assert plan == job_of(folder, self.QAT).untuned
+        assert plan == work_of(folder, self.QAT).untuned
         assert json.loads((place / "calibration.cache.json").read_text())["reads"]
 
     def test_tuning_takes_pairs_out(self, tmp_path: Path) -> None:
@@ -153,12 +153,14 @@ class TestQuantizedAlready:
         ]
         assert record.calibration is not None
         assert record.calibration.pictures == 24
-        job = job_of(folder, self.QAT, BOTH)
-        kept = load_table(run_folder(job.config, folder / "runs") / "calibration.cache")
-        assert kept == job.table  # the scales that the engines have, the file's own among them
-        assert job.imported is not None
-        assert job.imported.table.scales.items() <= kept.scales.items()
-        assert job.reused_calibration
+        work = work_of(folder, self.QAT, BOTH)
+        kept = load_table(run_folder(work.setup.config, folder / "runs") / "calibration.cache")
+        assert (
+            kept == work.calibrated.table
+        )  # the scales that the engines have, the file's own among them
+        assert work.setup.subject.imported is not None
+        assert work.setup.subject.imported.table.scales.items() <= kept.scales.items()
+        assert work.reused_calibration
 
     def test_what_tensorrt_lacks_needs_leave_to_be_changed(self, tmp_path: Path) -> None:
         folder = write_project(tmp_path, tinyqat.tensorflow_block())

@@ -12,12 +12,12 @@ from typing import Any
 
 import onnx
 import pytest
-from tinyproject import BOTH, config_of, job_of, write_project
+from tinyproject import BOTH, config_of, work_of, write_project
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import TrtuneError
 from trtune.precision.backends.gpu.timing import GpuTiming, Spread
-from trtune.precision.graph.view import save_model
+from trtune.precision.graph.file import load_model, save_model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.runtime.api import BuildInfo, Candidate, Usable
 from trtune.precision.runtime.engine_json import write_engine_json
@@ -26,7 +26,10 @@ from trtune.reports.accuracy import Evaluation
 from trtune.reports.record import Latency
 from trtune.reports.tables import read_layers
 from trtune.run.pipeline import run
-from trtune.run.variants import fp32_bytes, latencies_of, on_gpu, top1_of
+from trtune.run.stages.engines import cpu_model
+from trtune.run.stages.latency import Speed, on_gpu
+from trtune.run.variants import finished, fp32_bytes, top1_of
+from trtune.run.wiring import Backends
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
@@ -42,32 +45,47 @@ class TestLatency:
         caplog.set_level(logging.INFO)
         found = []
         for latency in ("{warmup: 0, runs: 3}", "{warmup: 0, runs: 3}", "{warmup: 1, runs: 3}"):
-            job = job_of(folder, BOTH, f"report.latency={latency}")
-            plans = {"int8": job.untuned}
-            for backend in job.backends:
-                infos = {"int8": job.build(backend, job.untuned, job.engine_folder(backend))}
-                found.append(latencies_of(job, backend, plans, infos))
-        emulate, deploy = found[::2], found[1::2]
-        assert emulate == [{}, {}, {}]
-        assert set(deploy[0]) == {"fp32", "int8"}
+            work = work_of(folder, BOTH, f"report.latency={latency}")
+            found.append([one.speed.models for one in finished(work, work.untuned)])
+        (emulate, deploy) = zip(*found, strict=True)
+        assert emulate == ({}, {}, {})
+        assert set(deploy[0]) == {"fp32", "untuned", "tuned"}
         assert deploy[0] == deploy[1]
-        assert "latency-onnxruntime-deploy: not reused, latency changed" in caplog.messages
+        assert "latency-onnxruntime-deploy again: report.latency changed" in caplog.messages
 
     def test_none_is_measured_if_the_config_says_so(self, tmp_path: Path) -> None:
-        job = job_of(write_project(tmp_path), BOTH, "report.latency=null")
-        assert latencies_of(job, job.backends[1], {}, {}) == {}
+        work = work_of(write_project(tmp_path), BOTH, "report.latency=null")
+        assert [one.speed for one in finished(work, work.untuned)] == [Speed(), Speed()]
 
 
 def test_the_size_of_fp32_counts_weights_in_files_of_their_own(tmp_path: Path) -> None:
     folder = write_project(tmp_path)
-    whole = fp32_bytes(job_of(folder))
-    assert whole == (folder / "net.onnx").stat().st_size
+    path = folder / "net.onnx"
+    whole = fp32_bytes(load_model(path), path)
+    assert whole == path.stat().st_size
     onnx.save(
-        onnx.load(folder / "net.onnx"), folder / "net.onnx",
+        onnx.load(path), path,
         save_as_external_data=True, location="net.data", size_threshold=0,
     )  # fmt: skip
-    outside = fp32_bytes(job_of(folder))
-    assert (folder / "net.onnx").stat().st_size < outside < whole
+    outside = fp32_bytes(load_model(path), path)
+    assert path.stat().st_size < outside < whole
+
+
+@pytest.mark.parametrize(
+    ("fields", "model"),
+    [
+        pytest.param("model name\t: A CPU\nflags\t: sse avx2 avx512_vnni\n", "A CPU, avx2, "
+                     "avx512_vnni", id="x86"),
+        pytest.param("CPU part\t: 0xd0c\nFeatures\t: fp asimddp i8mm\n", "0xd0c, asimddp, i8mm",
+                     id="ARM"),
+    ],
+)  # fmt: skip
+def test_a_processor_is_its_name_and_its_integer_instructions(
+    tmp_path: Path, fields: str, model: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(fields)
+    assert cpu_model(tmp_path / "cpuinfo") == model
+    assert cpu_model(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +221,8 @@ class TestRunsHere:
     @pytest.fixture
     def backend(self, monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
         found = Elsewhere()
-        monkeypatch.setattr("trtune.run.job.backends_of", lambda config, model, progress: [found])
+        backends = Backends((found,), (), ("emulate",))
+        monkeypatch.setattr("trtune.run.work.backends_of", lambda *given, **options: backends)
         return found
 
     def test_fp32_is_an_engine_too(self, tmp_path: Path, backend: Elsewhere) -> None:

@@ -9,13 +9,16 @@ rows = compare(config)
 from __future__ import annotations
 
 import datetime
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from trtune.calibrate.table import CalibrationTable
-from trtune.configs.errors import ConfigError, did_you_mean
+from trtune.configs.errors import ConfigError, DataError
 from trtune.configs.files import write_text
+from trtune.configs.load import dump_config
 from trtune.configs.progress import Progress, announce, enter, silent
 from trtune.configs.schema import Config
 from trtune.precision.runtime.api import BuildInfo
@@ -24,17 +27,26 @@ from trtune.reports.markdown import several_markdown
 from trtune.reports.record import LayerRow, RunRecord
 from trtune.reports.tables import read_layers, write_layers
 from trtune.reports.writer import read_record, write_report
-from trtune.run.assemble import layer_rows, run_record
-from trtune.run.inputs import require_usable
-from trtune.run.job import Job, run_folder
-from trtune.run.store import logged_to, read_stage, write_stage
+from trtune.run.folder import working_in
+from trtune.run.layer_table import compared, layer_rows
+from trtune.run.naming import run_folder
+from trtune.run.record import Started, run_record
+from trtune.run.stages.engines import engine_of
+from trtune.run.stages.layers import gated
+from trtune.run.stages.measuring import baseline
+from trtune.run.tuning import tuned, tuning
+from trtune.run.variants import finished, gate_engines, make_variants
+from trtune.run.work import RunWork, Setup
+from trtune.run.workspace import Workspace
+
+__all__ = ["build", "calibrate", "compare", "report", "run", "run_folder", "tune"]
+
+log = logging.getLogger(__name__)
 
 CHECK, BASELINE, CALIBRATE, COMPARE, TUNE, MEASURE, REPORT = STAGES = (
     *("check", "baseline", "calibrate", "compare", "tune", "measure", "report"),
 )
 """What a run tells its `Progress` that it goes through, in order."""
-
-__all__ = ["build", "calibrate", "compare", "report", "run", "run_folder", "tune"]
 
 
 def run(
@@ -47,106 +59,17 @@ def run(
     """All stages: gate, calibrate, build, compare, tune, measure, report.
 
     Writes `run_folder(config, out)`. `command` is what reproduces the run, for the report.
-    The record's `status` says whether the target is met; the best model is written either way.
+    The record's `status` says whether the target is met; the best model is written either way. A
+    backend that this machine has not, or that fails, is in the record with its reason.
 
-    Raises InputError for wrong input, TrtuneError for what else the user can act on.
+    Raises InputError for wrong input (nothing is left on the disk then, unless a run was there
+    before), TrtuneError for what else the user can act on.
 
     >>> record = run(load_config("examples/digits/digits.yaml"))    # doctest: +SKIP
     >>> record.status, record.variants[-1].pinned                   # doctest: +SKIP
     """
-    with logged_to(run_folder(config, out)):
-        began = time.perf_counter()
-        started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        job = _prepared(config, out, progress, builds=True)
-        record = run_record_of(job, command, started, began)
-        enter(progress, REPORT)
-        rows = layer_rows(job, job.tuned.plan)
-        formats = dict.fromkeys([*config.report.formats, "json"])
-        write_report(job.folder, record, rows, formats=tuple(formats))
-        return record
-
-
-def run_record_of(job: Job, command: str, started: str, began: float) -> RunRecord:
-    """Do the stages in the order that shows what is wrong soonest, and keep the plan."""
-    enter(job.progress, BASELINE)
-    _ = job.baseline  # labels that do not fit show here, before calibration
-    for backend in job.engines:
-        job.gate_engine(backend)
-    enter(job.progress, CALIBRATE)
-    _ = job.untuned  # which needs the ranges
-    enter(job.progress, COMPARE)
-    _ = job.layers
-    enter(job.progress, TUNE)
-    _ = job.tuned
-    write_text(job.folder / "plan.json", job.tuned.plan.to_json())
-    write_stage(job.folder, "tune", job.tuning_key, {"done": True})
-    enter(job.progress, MEASURE)
-    return run_record(job, command=command, started=started, began=began)
-
-
-def _prepared(config: Config, out: Path | str, progress: Progress, *, builds: bool = False) -> Job:
-    if builds:
-        announce(progress, STAGES)
-        enter(progress, CHECK)
-    job = Job(config, out, progress)
-    if builds:
-        require_usable(job.backends)
-    _ = job.sources  # model and data are looked at before anything takes time
-    job.gate()
-    return job
-
-
-def calibrate(
-    config: Config, *, out: Path | str = "runs", progress: Progress = silent
-) -> CalibrationTable:
-    """The calibration stage: `calibration.cache` and its key in the run's folder.
-
-    >>> calibrate(load_config("mobilenet.yaml")).scale("input")     # doctest: +SKIP
-    """
-    with logged_to(run_folder(config, out)):
-        return _prepared(config, out, progress).table
-
-
-def build(
-    config: Config,
-    *,
-    out: Path | str = "runs",
-    backend: str | None = None,
-    progress: Progress = silent,
-) -> list[BuildInfo]:
-    """Build the engine of every backend, or of those called `backend` (name or label).
-
-    The tuned plan if tuning was done for exactly this model, table and pins, else the untuned one.
-
-    >>> [info.path for info in build(load_config("mobilenet.yaml"))]     # doctest: +SKIP
-    """
-    with logged_to(run_folder(config, out)):
-        job = _prepared(config, out, progress)
-        chosen = [b for b in job.backends if backend in (None, b.name, b.name.split("/")[0])]
-        if not chosen:
-            labels = [b.name for b in job.backends]
-            raise ConfigError(
-                f"--backend {backend!r} is none of the config's backends "
-                f"({', '.join(labels)}){did_you_mean(str(backend), labels)}"
-            )
-        require_usable(chosen)
-        plan = job.tuned.plan if read_stage(job.folder, "tune", job.tuning_key) else job.untuned
-        write_text(job.folder / "plan.json", plan.to_json())
-        return [job.build(b, plan, job.engine_folder(b)) for b in chosen]
-
-
-def compare(
-    config: Config, *, out: Path | str = "runs", progress: Progress = silent
-) -> list[LayerRow]:
-    """Compare every layer of the untuned model with FP32; writes `layers.csv`.
-
-    >>> min(compare(config), key=lambda row: row.alone_sqnr_db or 99).node     # doctest: +SKIP
-    """
-    with logged_to(run_folder(config, out)):
-        job = _prepared(config, out, progress)
-        rows = layer_rows(job, job.untuned)
-        write_layers(job.folder / "layers.csv", rows)
-        return rows
+    formats = tuple(dict.fromkeys([*config.report.formats, "json"]))
+    return _whole(config, out, progress, command, formats)
 
 
 def tune(
@@ -165,14 +88,132 @@ def tune(
             "precision.target: nothing to tune for; say what must hold, such as "
             "{metric: sqnr_db, min: 20} or {metric: top1, max_drop: 0.005}"
         )
-    with logged_to(run_folder(config, out)):
-        began = time.perf_counter()
-        started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        job = _prepared(config, out, progress, builds=True)
-        record = run_record_of(job, command, started, began)
-        rows = layer_rows(job, job.tuned.plan)
-        write_report(job.folder, record, rows, formats=("json", "csv"))
+    return _whole(config, out, progress, command, ("json", "csv"))
+
+
+def _whole(
+    config: Config, out: Path | str, progress: Progress, command: str, formats: tuple[str, ...]
+) -> RunRecord:
+    """Every stage, in the order that shows what is wrong soonest."""
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    told = Started(command, started, time.perf_counter())
+    announce(progress, STAGES)
+    enter(progress, CHECK)
+    with _working(config, out, progress) as work:
+        enter(progress, BASELINE)
+        work.workspace.get(baseline(work.bench))  # labels that do not fit show before calibration
+        gate_engines(work)
+        enter(progress, CALIBRATE)
+        _ = work.untuned  # which needs the ranges
+        enter(progress, COMPARE)
+        compared(work)
+        enter(progress, TUNE)
+        best = tuned(work)
+        write_text(work.folder / "plan.json", best.plan.to_json())
+        enter(progress, MEASURE)
+        done = finished(work, best.plan)
+        times = {node: ms for one in done for node, ms in one.speed.nodes.items()}
+        rows = layer_rows(work, best.plan, times)
+        record = run_record(work, best, make_variants(work, done), told)
+        enter(progress, REPORT)
+        write_report(work.folder, record, rows, formats=formats)
         return record
+
+
+def calibrate(
+    config: Config, *, out: Path | str = "runs", progress: Progress = silent
+) -> CalibrationTable:
+    """The calibration stage: `calibration.cache` and its key in the run's folder.
+
+    >>> calibrate(load_config("mobilenet.yaml")).scale("input")     # doctest: +SKIP
+    """
+    with _working(config, out, progress, probe=False, must_build=False) as work:
+        return work.calibrated.table
+
+
+def build(
+    config: Config,
+    *,
+    out: Path | str = "runs",
+    backend: str | None = None,
+    progress: Progress = silent,
+) -> list[BuildInfo]:
+    """Build the engine of every backend, or of those called `backend` (name or label).
+
+    The tuned plan if tuning was done for exactly this model, table and pins, else the untuned one.
+    Those that this machine has not are left out, which the log says.
+
+    >>> [info.path for info in build(load_config("mobilenet.yaml"))]     # doctest: +SKIP
+    """
+    with _working(config, out, progress, only=backend) as work:
+        stage = tuning(work)
+        held = work.setup.config.precision.target is not None and work.workspace.holds(stage)
+        plan = work.workspace.get(stage).plan if held else work.untuned
+        write_text(work.folder / "plan.json", plan.to_json())
+        candidate = work.candidate(plan)
+        return [work.workspace.get(engine_of(candidate, b, "", progress)) for b in work.alive]
+
+
+def compare(
+    config: Config, *, out: Path | str = "runs", progress: Progress = silent
+) -> list[LayerRow]:
+    """Compare every layer of the untuned model with FP32; writes `layers.csv`.
+
+    >>> min(compare(config), key=lambda row: row.alone_sqnr_db or 99).node     # doctest: +SKIP
+    """
+    with _working(config, out, progress, must_build=False) as work:
+        rows = layer_rows(work, work.untuned)
+        write_layers(work.folder / "layers.csv", rows)
+        return rows
+
+
+@contextmanager
+def _working(
+    config: Config,
+    out: Path | str,
+    progress: Progress,
+    *,
+    probe: bool = True,
+    must_build: bool = True,
+    only: str | None = None,
+) -> Iterator[RunWork]:
+    """The work on a config in its folder, which is made once the input is known to be right."""
+    with working_in(run_folder(config, out)) as place:
+        setup = Setup.of(config, progress, probe=probe, must_build=must_build, only=only)
+        folder = place.open()
+        write_text(folder / "config.yaml", dump_config(config))
+        work = RunWork(setup, Workspace(folder, _others(folder, config.name)))
+        work.workspace.get(gated(setup.subject.file, setup.calibration))
+        yield work
+
+
+def _others(folder: Path, name: str) -> list[Path]:
+    """The folders of other runs of this name, the newest first."""
+    beside = [
+        path
+        for path in folder.parent.glob(f"{name}-*")
+        if path != folder and path.name[len(name) + 1 :].isalnum() and path.is_dir()
+    ]
+    return sorted(beside, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def _runs_among(places: Sequence[Path | str]) -> list[tuple[Path, RunRecord]]:
+    """The run folders among `places` (or their run.json), each with its record.
+
+    What is no run is left out, and the log says so. Raises DataError if nothing else is there.
+    """
+    found: list[tuple[Path, RunRecord]] = []
+    wrong: list[DataError] = []
+    for place in map(Path, places):
+        try:
+            found.append((place if place.is_dir() else place.parent, read_record(place)))
+        except DataError as error:
+            wrong.append(error)
+    if wrong and not found:
+        raise wrong[0]
+    for refused in wrong:
+        log.warning("left out: %s", refused)
+    return found
 
 
 def report(
@@ -183,19 +224,18 @@ def report(
 ) -> list[RunRecord]:
     """Render the reports of finished runs again, from `run.json` and `layers.csv` alone.
 
-    `runs` are run folders or their run.json. `together` is a file for all of them side by side,
-    Markdown if it ends in .md, else HTML. Raises DataError for a run that is none.
+    `runs` are run folders or their run.json; what is none is left out, with a
+    note in the log; DataError if none is one. `together` is a file for all of them side by side,
+    Markdown if it ends in .md, else HTML.
 
     >>> report(["runs/mobilenet-0123456789"])[0].status     # doctest: +SKIP
     """
-    records = []
-    for place in map(Path, runs):
-        record = read_record(place)
-        folder = place if place.is_dir() else place.parent
+    found = _runs_among(runs)
+    for folder, record in found:
         layers = folder / "layers.csv"
         rows = read_layers(layers) if layers.is_file() else []
         write_report(folder, record, rows, formats=tuple(formats))
-        records.append(record)
+    records = [record for _, record in found]
     if together is not None:
         draw = several_markdown if Path(together).suffix == ".md" else several_html
         write_text(Path(together), draw(records))

@@ -22,7 +22,7 @@ from trtune.precision.compare.gate import engine_gate, fp32_gate, gate_limits
 from trtune.precision.graph.view import load_model
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.api import Candidate
-from trtune.run.layers import gate_errors
+from trtune.run.stages.layers import gate_errors
 
 
 def gate(reference: onnx.ModelProto, engine: Any, source: Any, **options: Any) -> Any:

@@ -45,7 +45,7 @@ from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.lower.half_on_cpu import in_float32
 from trtune.precision.runtime.api import BuildInfo
 from trtune.precision.runtime.engine_json import read_engine_json, reusable
-from trtune.run.layers import compared_tensors
+from trtune.run.stages.layers import compared_tensors
 
 ADA = DeviceProperties(0, "NVIDIA L4", "8.9", "580.95.05", "13.0", "13.0", 24 << 30, 20 << 30)
 

@@ -23,7 +23,7 @@ from trtune.precision.compare.layers import compare_layers
 from trtune.precision.compare.runtime_errors import RuntimeErrors, runtime_errors
 from trtune.precision.runtime.api import Engine
 from trtune.precision.runtime.session import OrtEngine
-from trtune.run.layers import compared_tensors, engine_errors
+from trtune.run.stages.layers import compared_tensors, engine_errors
 
 
 def errors_between(

@@ -1,4 +1,4 @@
-"""The run record's parts, each from a job that measured them."""
+"""The run record's parts, each from a work that measured them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,28 @@ import pytest
 import tinymodels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinyproject import job_of, write_project
+from tinyproject import work_of, write_project
 
 from trtune.calibrate.histogram import Counter, Histogram
-from trtune.run.assemble import (
+from trtune.precision.tune.scales import carried_tensors
+from trtune.reports.record import HistogramPlot
+from trtune.run.layer_table import (
     PLOTTED,
+    compared,
     histogram_plot,
     histogram_plots,
     layer_rows,
 )
+from trtune.run.work import RunWork
+
+
+def plots_of(work: RunWork) -> list[HistogramPlot]:
+    """The plots of a project's untuned plan."""
+    found = work.calibrated
+    alone = compared(work).alone
+    view = work.setup.subject.view
+    carried = carried_tensors(view, work.untuned, ("emulate",))
+    return histogram_plots(view, found.table, found.histograms, alone, carried)
 
 
 def histogram_of(values: list[float]) -> Histogram:
@@ -50,11 +63,13 @@ class TestHistogramPlot:
 
 class TestHistogramPlots:
     def test_the_inputs_of_what_hurts_most_come_first(self, tmp_path: Path) -> None:
-        job = job_of(write_project(tmp_path))
-        plots = histogram_plots(job)
-        worst = min(job.alone, key=lambda node: job.alone[node].sqnr_db)
-        assert plots[0].tensor == job.view.by_name[worst].input[0]
-        assert [plot.amax for plot in plots] == [job.table.amax(plot.tensor) for plot in plots]
+        work = work_of(write_project(tmp_path))
+        plots = plots_of(work)
+        worst = min(compared(work).alone, key=lambda node: compared(work).alone[node].sqnr_db)
+        assert plots[0].tensor == work.setup.subject.view.by_name[worst].input[0]
+        assert [plot.amax for plot in plots] == [
+            work.calibrated.table.amax(plot.tensor) for plot in plots
+        ]
         assert {plot.tensor for plot in plots} == {"input", "relu1", "flat"}
 
     def test_no_more_than_the_report_shows(self, tmp_path: Path) -> None:
@@ -62,26 +77,26 @@ class TestHistogramPlots:
         x = net.input("input")
         for i in range(PLOTTED + 2):
             x = net.op("Relu", net.conv(x, f"conv{i}", 3, 3), out=f"relu{i}")
-        job = job_of(write_project(tmp_path, net.head(x, 3)))
-        assert len(histogram_plots(job)) == PLOTTED
+        work = work_of(write_project(tmp_path, net.head(x, 3)))
+        assert len(plots_of(work)) == PLOTTED
 
 
 class TestLayerRows:
     def test_a_row_a_node_in_graph_order(self, tmp_path: Path) -> None:
-        job = job_of(write_project(tmp_path, tinymodels.dynamic_reshape(), labels=False))
-        rows = layer_rows(job, job.untuned)
-        assert [row.node for row in rows] == [node.name for node in job.view.nodes]
+        work = work_of(write_project(tmp_path, tinymodels.dynamic_reshape(), labels=False))
+        rows = layer_rows(work, work.untuned)
+        assert [row.node for row in rows] == [node.name for node in work.setup.subject.view.nodes]
         by_name = {row.node: row for row in rows}
         conv = by_name["n_conv"]
         assert (conv.op, conv.shape, conv.tensor) == ("Conv", "Nx4x4x4", "input")
-        assert conv.amax == job.table.amax("input")
+        assert conv.amax == work.calibrated.table.amax("input")
         shape = by_name["n_shape"]
         assert shape.reason == "shape computation"
         assert (shape.tensor, shape.amax, shape.accumulated_sqnr_db) == ("", None, None)
 
     def test_errors_accumulate(self, tmp_path: Path) -> None:
-        job = job_of(write_project(tmp_path))
-        rows = {row.node: row for row in layer_rows(job, job.untuned)}
+        work = work_of(write_project(tmp_path))
+        rows = {row.node: row for row in layer_rows(work, work.untuned)}
         first, last = rows["n_conv1"], rows["n_logits"]
         assert first.accumulated_relative_l2 is not None
         assert last.accumulated_relative_l2 is not None
@@ -93,9 +108,9 @@ class TestLayerRows:
         assert last.alone_sqnr_db > last.accumulated_sqnr_db
 
     def test_the_precision_is_that_of_the_plan_given(self, tmp_path: Path) -> None:
-        job = job_of(write_project(tmp_path))
-        plan = job.untuned.pin(["n_conv2"], "fp32", "pinned by the tuner: it hurts")
-        rows = {row.node: row for row in layer_rows(job, plan)}
+        work = work_of(write_project(tmp_path))
+        plan = work.untuned.pin(["n_conv2"], "fp32", "pinned by the tuner: it hurts")
+        rows = {row.node: row for row in layer_rows(work, plan)}
         assert (rows["n_conv2"].precision, rows["n_conv2"].reason) == (
             "fp32",
             "pinned by the tuner: it hurts",

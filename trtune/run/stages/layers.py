@@ -1,20 +1,21 @@
-"""The errors of every layer: measured once for a plan and a table, and kept in the run's folder."""
+"""The errors of every layer, as stages: in the quantized network, alone, and of the runtime."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress
+from trtune.configs.schema import Compare
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch
-from trtune.datasets.holdout import join
+from trtune.datasets.holdout import hold_out, join
 from trtune.precision.compare.alone import alone_errors
 from trtune.precision.compare.alone_half import half_alone_errors, half_nodes
-from trtune.precision.compare.gate import engine_gate, gate_limits
+from trtune.precision.compare.gate import engine_gate, gate_limits, model_gate
 from trtune.precision.compare.inner import opens_inner
 from trtune.precision.compare.layers import compare_layers
 from trtune.precision.compare.runtime_errors import runtime_errors
@@ -27,32 +28,128 @@ from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.precision.tune.scales import PICTURES_AT_ONCE, alone_on
-from trtune.run.store import read_stage, write_stage
+from trtune.run.stage import Stage, as_json, versions
+from trtune.run.stages.engines import engine_needs, label
+from trtune.run.wiring import RunData
+
+Sums = dict[str, ErrorSums]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerErrors:
-    """Errors by node: of its output in the quantized network, and of quantizing it alone."""
-
-    accumulated: Mapping[str, ErrorSums]
-    alone: Mapping[str, ErrorSums]
+def _dump(found: Sums) -> dict[str, Any]:
+    names = [part.name for part in fields(ErrorSums)]
+    return {node: {n: getattr(sums, n) for n in names} for node, sums in found.items()}
 
 
-def kept_sums(
-    folder: Path, stage: str, key: Mapping[str, Any], measure: Callable[[], dict[str, ErrorSums]]
-) -> dict[str, ErrorSums]:
-    """What `stage` left in `folder` for exactly `key`, else what `measure` gives, kept."""
-    kept = read_stage(folder, stage, key)
-    if kept is not None:
-        return {name: ErrorSums(**sums) for name, sums in kept.items()}
-    found = measure()
-    write_stage(folder, stage, key, {name: sums_dict(s) for name, s in found.items()})
-    return found
+def _load(value: Any) -> Sums:
+    return {node: ErrorSums(**sums) for node, sums in value.items()}
 
 
-def sums_dict(sums: ErrorSums) -> dict[str, Any]:
-    """An `ErrorSums` as plain numbers; `ErrorSums(**...)` reads it back."""
-    return {name: getattr(sums, name) for name in sums.__slots__}
+ERROR_SUMS = as_json(_dump, _load)
+"""How error sums are kept."""
+
+
+def gated(file: Model, data: RunData) -> Stage[bool]:
+    """That the normalised model gives what the user's file gives; ModelError if not."""
+
+    def make(folder: Path) -> bool:
+        model_gate(file, data.source)
+        return True
+
+    needs = {"model": file, data.where: data.need, **versions("trtune", "onnx", "onnxruntime")}
+    return Stage("gate", needs, make)
+
+
+def accumulated(
+    candidate: Candidate, view: GraphView, data: RunData, section: Compare, progress: Progress
+) -> Stage[Sums]:
+    """Error of every node's first output in the emulated network."""
+
+    def make(folder: Path) -> Sums:
+        return accumulated_errors(
+            candidate,
+            view,
+            data.source,
+            pictures=section.pictures,
+            memory=section.memory,
+            progress=progress,
+        )
+
+    return Stage("compare", _measured(candidate, data, section.pictures), make, ERROR_SUMS)
+
+
+def alone(
+    candidate: Candidate,
+    view: GraphView,
+    data: RunData,
+    *,
+    holdout: int,
+    memory: int,
+    progress: Progress,
+) -> Stage[Sums]:
+    """What each int8 or half node alone does to the output, on `holdout` pictures of `data`."""
+
+    def make(folder: Path) -> Sums:
+        held_out = hold_out(data.source, holdout)
+        return errors_alone(candidate, view, held_out, memory=memory, progress=progress)
+
+    needs = {**_candidate(candidate), data.where: data.need, "calibration.holdout": holdout}
+    return Stage("alone", needs, make, ERROR_SUMS)
+
+
+def engine_gated(
+    candidate: Candidate, backend: Backend, folder: Path, data: RunData, section: Compare
+) -> Stage[Sums]:
+    """Errors of the FP32 engine in `folder` against onnxruntime, by output.
+
+    Making it raises TrtuneError if that is another network.
+    """
+
+    def make(_: Path) -> Sums:
+        return gate_errors(candidate.model, backend, folder, data.source, pictures=section.pictures)
+
+    needs = engine_needs(candidate, backend) | _measured(candidate, data, section.pictures)
+    return Stage(f"gate-{label(backend)}", needs, make, ERROR_SUMS)
+
+
+def of_runtime(
+    candidate: Candidate,
+    view: GraphView,
+    backend: Backend,
+    engine: Path,
+    data: RunData,
+    section: Compare,
+    progress: Progress,
+) -> Stage[Sums]:
+    """By node, the engine of `candidate` in `engine` against its Q/DQ model in onnxruntime."""
+
+    def make(folder: Path) -> Sums:
+        return engine_errors(
+            candidate,
+            view,
+            backend,
+            engine,
+            data.source,
+            scratch=folder / ".compare",
+            pictures=section.pictures,
+            memory=section.memory,
+            progress=progress,
+        )
+
+    needs = engine_needs(candidate, backend) | _measured(candidate, data, section.pictures)
+    return Stage(f"runtime-{label(backend)}", needs, make, ERROR_SUMS)
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "model": candidate.model,
+        "plan": candidate.plan,
+        "scales": candidate.table,
+        **versions("trtune", "onnx", "onnxruntime", "numpy"),
+    }
+
+
+def _measured(candidate: Candidate, data: RunData, pictures: int) -> dict[str, Any]:
+    return {**_candidate(candidate), data.where: data.need, "compare.pictures": pictures}
 
 
 def compared_tensors(view: GraphView) -> dict[str, str]:

@@ -5,29 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tinymodels
+from numpy.typing import NDArray
 from PIL import Image
-from tinyproject import BOTH, config_of, fixed, job_of, write_project
+from tinyproject import BOTH, config_of, fixed, work_of, write_project
 
 from trtune.configs.errors import ConfigError, DataError
 from trtune.configs.progress import silent
-from trtune.datasets.batches import Batch
+from trtune.datasets.batches import Batch, InputSpec
 from trtune.precision.backends.rtx.backend import RtxBackend
 from trtune.precision.graph.file import Model, load_model
-from trtune.run.inputs import (
+from trtune.run.pipeline import build, calibrate, compare, run, run_folder
+from trtune.run.wiring import (
+    RunData,
     backends_of,
     check_data,
     check_precisions,
+    check_shapes_of,
+    data_of,
     first_batch,
     open_data,
     repeat_to,
-    require_usable,
 )
-from trtune.run.pipeline import build, calibrate, compare, run
 
+needs_no_tensorrt = pytest.mark.skipif(
+    find_spec("tensorrt") is not None, reason="TensorRT is installed"
+)
 needs_rtx = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
 )
@@ -111,15 +118,17 @@ class TestChecks:
 
     def test_labels_are_asked_for_only_if_they_are_needed(self, tmp_path: Path) -> None:
         folder = write_project(tmp_path, labels=False)
-        check_data(config_of(folder), *job_of(folder).sources)
+        model = load_model(folder / "net.onnx")
+        sources = [d.source for d in data_of(config_of(folder), model)]
+        check_data(config_of(folder), *sources)
         config = config_of(folder, "precision.target={metric: top5, max_drop: 0}")
         with pytest.raises(DataError, match=r"^metric 'top5' needs labels, and the data has none"):
-            check_data(config, *job_of(folder).sources)
+            check_data(config, *sources)
 
     def test_too_few_for_one_batch_of_the_model(self, tmp_path: Path) -> None:
         folder = write_project(tmp_path, fixed(tinymodels.conv_relu(), 4), calibration=3)
         with pytest.raises(DataError) as failure:
-            _ = job_of(folder).sources
+            work_of(folder)
         assert str(failure.value) == (
             "data.calibration: the model takes 4 samples at a time, and there are only 3; "
             "give more, or export the model with a free batch dimension"
@@ -129,7 +138,7 @@ class TestChecks:
         folder = write_project(
             tmp_path, fixed(tinymodels.conv_relu(), 4), calibration=8, evaluation=3
         )
-        assert len(first_batch(job_of(folder).sources[1], "data.evaluation")) == 3
+        assert len(first_batch(work_of(folder).setup.evaluation.source, "data.evaluation")) == 3
 
 
 class TestBackends:
@@ -139,7 +148,7 @@ class TestBackends:
             "{name: onnxruntime}]",
         )  # fmt: skip
         backends = backends_of(config, nowhere, silent)
-        assert [(b.name, getattr(b, "threads", 0)) for b in backends] == [
+        assert [(b.name, getattr(b, "threads", 0)) for b in backends.present] == [
             ("onnxruntime/deploy", 2),
             ("onnxruntime/emulate", None),
         ]
@@ -152,7 +161,7 @@ class TestBackends:
             'backends=[{name: tensorrt_rtx, compute_capabilities: ["8.9"], workspace: 1GiB, '
             "optimization_level: 2, timeout: 60}]",
         )
-        (backend,) = backends_of(config, nowhere, silent)
+        (backend,) = backends_of(config, nowhere, silent).present
         assert isinstance(backend, RtxBackend)
         assert backend.settings["workspace"] == 1 << 30
         assert backend.settings["optimization_level"] == 2
@@ -164,20 +173,124 @@ class TestBackends:
         self, project: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("PATH", str(project))
-        with pytest.raises(ConfigError, match=r"no NVIDIA GPU was found here; name what to build"):
-            backends_of(config_of(project, "backends=[{name: tensorrt_rtx}]"), nowhere, silent)
+        config = config_of(project, "backends=[{name: onnxruntime}, {name: tensorrt_rtx}]")
+        found = backends_of(config, nowhere, silent)
+        assert [backend.name for backend in found.present] == ["onnxruntime/emulate"]
+        assert "no NVIDIA GPU was found here; name what to build" in found.absent[0].reason
 
-    @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
-    def test_one_that_is_not_installed_is_refused_with_the_command(self, project: Path) -> None:
+    @needs_no_tensorrt
+    def test_one_that_is_not_installed_is_absent_with_the_command(self, project: Path) -> None:
         config = config_of(project, "backends=[{name: onnxruntime}, {name: tensorrt}]")
         backends = backends_of(config, nowhere, silent)
-        with pytest.raises(ConfigError) as failure:
-            require_usable(backends)
-        text = str(failure.value)
-        assert text.startswith("backend 'tensorrt' does not work here: ")
-        assert "pip install 'trtune[trt10]'" in text
-        assert text.endswith("or take it out of the config")
-        assert "TensorRT" in backends[1].obstacle()
+        backends.require()
+        (absent,) = backends.absent
+        assert (absent.name, absent.required) == ("tensorrt", False)
+        assert "TensorRT" in absent.reason
+        assert "pip install 'trtune[trt10]'" in absent.remedy
+
+    @needs_no_tensorrt
+    @pytest.mark.parametrize(
+        ("override", "end"),
+        [
+            pytest.param(
+                "backends=[{name: onnxruntime}, {name: tensorrt, required: true}]",
+                "or take it out of the config, or set `required: false`",
+                id="it is required",
+            ),
+            pytest.param(
+                "backends=[{name: tensorrt}]",
+                "or take it out of the config, or add one that does, as {name: onnxruntime}",
+                id="none is left",
+            ),
+        ],
+    )
+    def test_without_what_must_be_there_nothing_is_computed(
+        self, project: Path, override: str, end: str
+    ) -> None:
+        config = config_of(project, override)
+        for stage in (run, build):
+            with pytest.raises(ConfigError) as failure:
+                stage(config, out=project / "runs")
+            text = str(failure.value)
+            assert text.startswith("backend 'tensorrt' does not work here: ")
+            assert "pip install 'trtune[trt10]'" in text
+            assert text.endswith(end)
+        assert not (project / "runs").exists()
+
+    def test_unprobed_all_count_as_present(self, project: Path) -> None:
+        config = config_of(project, "backends=[{name: tensorrt}]")
+        found = backends_of(config, nowhere, silent, probe=False)
+        assert ([b.name for b in found.present], found.absent) == (["tensorrt"], ())
+
+    def test_the_ones_of_a_name(self, project: Path) -> None:
+        found = backends_of(config_of(project, BOTH), nowhere, silent)
+        assert [b.name for b in found.chosen("onnxruntime/deploy").present] == [
+            "onnxruntime/deploy"
+        ]
+        assert len(found.chosen("onnxruntime").present) == len(found.chosen(None).present) == 2
+
+
+class TestShapes:
+    """RunData outside of `model.shapes` is found before anything is computed."""
+
+    SHAPES = "model.shapes={input: {min: [2, 3, 8, 8], opt: [4, 3, 8, 8], max: [8, 3, 8, 8]}}"
+
+    @pytest.mark.parametrize(
+        ("overrides", "part"),
+        [
+            pytest.param(
+                ["data.calibration.batch=16"],
+                "data.calibration: '0' gives input 'input' the shape [16, 3, 8, 8], outside of "
+                "model.shapes.input: min [2, 3, 8, 8], max [8, 3, 8, 8]; ",
+                id="a batch above max",
+            ),
+            pytest.param(
+                ["data.evaluation.take=9"],
+                "data.evaluation: what is left of 9 samples gives input 'input' the shape [1, 3",
+                id="a last batch below min",
+            ),
+        ],
+    )
+    def test_it_names_the_data_and_the_shape(
+        self, project: Path, overrides: list[str], part: str
+    ) -> None:
+        config = config_of(project, self.SHAPES, *overrides)
+        with pytest.raises(DataError) as failure:
+            run(config, out=project / "runs")
+        assert str(failure.value).startswith(part)
+        assert not (project / "runs").exists()
+
+    def test_pictures_of_any_size_are_all_looked_at(self, tmp_path: Path) -> None:
+        config = config_of(
+            write_project(tmp_path), self.SHAPES, "data.calibration.batch=1", check=False
+        )
+        section = config.data.calibration.model_copy(update={"source": "python"})
+        rows = [np.zeros((4, 3, 8, 8), np.float32), np.zeros((4, 3, 9, 8), np.float32)]
+        data = RunData("data.calibration", section, Rows(rows))
+        shapes = {name: shape.model_dump() for name, shape in config.model.shapes.items()}
+        inputs = [InputSpec("input", (None, 3, None, None), "float32")]
+        with pytest.raises(DataError, match=r"^data\.calibration: '4' gives .* \[4, 3, 9, 8\]"):
+            check_shapes_of(data, inputs, shapes)
+
+    def test_what_fits_goes_through(self, project: Path) -> None:
+        assert run(config_of(project, self.SHAPES), out=project / "runs").status == "met"
+
+
+class Rows:
+    """Batches of given arrays."""
+
+    identity = "rows"
+    count: int | None = None
+    skipped: tuple[str, ...] = ()
+
+    def __init__(self, rows: list[NDArray[Any]]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Batch]:
+        start = 0
+        for array in self._rows:
+            yield Batch({"input": array}, tuple(map(str, range(start, start + len(array)))))
+            start += len(array)
 
 
 class TestPrecisions:
@@ -233,13 +346,23 @@ def test_repeat_to(size: int, rows: list[int]) -> None:
     assert feeds["x"].flags.c_contiguous
 
 
-@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
-def test_what_is_not_installed_is_needed_only_to_build(project: Path) -> None:
-    config = config_of(project, "backends=[{name: onnxruntime}, {name: tensorrt}]")
+@needs_no_tensorrt
+def test_what_is_not_installed_is_in_the_report_and_the_others_go_on(project: Path) -> None:
+    config = config_of(
+        project, "backends=[{name: onnxruntime}, {name: tensorrt}]", "report.formats=[md, html]"
+    )
     assert calibrate(config, out=project / "runs").scales
     assert compare(config, out=project / "runs")
-    build(config, out=project / "runs", backend="onnxruntime")
-    with pytest.raises(ConfigError, match="'tensorrt' does not work here"):
-        build(config, out=project / "runs")
-    with pytest.raises(ConfigError, match="'tensorrt' does not work here"):
-        run(config, out=project / "runs")
+    (info,) = build(config, out=project / "runs")
+    assert info.backend == "onnxruntime/emulate"
+    record = run(config, out=project / "runs")
+    assert record.status == "met"
+    assert [(v.backend, v.status) for v in record.variants] == [
+        *[("onnxruntime/emulate", "done")] * 3,
+        ("tensorrt", "absent"),
+    ]
+    absent = record.variants[-1]
+    assert (absent.name, absent.value) == ("int8", None)
+    assert "pip install 'trtune[trt10]'" in str(absent.reason)
+    text = (run_folder(config, project / "runs") / "report.md").read_text()
+    assert "tensorrt" in text

@@ -1,100 +1,29 @@
-"""Stages keyed by what they were made from, and the folder's log."""
+"""A run's folder while it is worked in: its log, its lock, what killed runs left."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from trtune.configs.errors import DataError, TrtuneError
-from trtune.run.store import Evaluations, logged_to, read_stage, write_stage
+from trtune.run.folder import RunFolder, working_in
 
 log = logging.getLogger("trtune.tests")
 
-KEY = {"model": "abc", "data": "def", "method": None}
 
-
-class TestStages:
-    @pytest.mark.parametrize(
-        "value", [{"a": [1, 2.5, None]}, [], 0, True, {"sqnr_db": float("inf")}]
-    )
-    def test_a_value_is_given_back_for_its_key(self, tmp_path: Path, value: object) -> None:
-        write_stage(tmp_path, "gate", KEY, value)
-        assert read_stage(tmp_path, "gate", dict(reversed(KEY.items()))) == value
-        assert [p.name for p in (tmp_path / "stages").iterdir()] == ["gate.json"]
-
-    def test_there_is_none_yet(self, tmp_path: Path) -> None:
-        assert read_stage(tmp_path, "gate", KEY) is None
-
-    @pytest.mark.parametrize(
-        ("key", "changed"),
-        [
-            pytest.param({**KEY, "model": "xyz"}, "model", id="one part"),
-            pytest.param({**KEY, "model": "x", "data": "y"}, "model, data", id="two parts"),
-            pytest.param({**KEY, "onnx": "1.19"}, "onnx", id="a part that is new"),
-            pytest.param({"model": "abc", "method": None}, "data", id="a part that is gone"),
-        ],
-    )
-    def test_the_log_names_the_parts_that_changed(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: dict[str, str], changed: str
-    ) -> None:
-        write_stage(tmp_path, "gate", KEY, 1)
-        with caplog.at_level(logging.INFO):
-            assert read_stage(tmp_path, "gate", key) is None
-        assert caplog.messages == [f"gate: not reused, {changed} changed"]
-
-    def test_the_log_says_what_is_reused(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        write_stage(tmp_path, "gate", KEY, 1)
-        with caplog.at_level(logging.INFO):
-            read_stage(tmp_path, "gate", KEY)
-        assert caplog.messages == [f"gate: reused from {tmp_path}/stages/gate.json"]
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            pytest.param('{"key": {"mo', id="cut off"),
-            pytest.param('{"value": 1}', id="no key"),
-            pytest.param("[1]", id="a list"),
-            pytest.param("", id="empty"),
-            pytest.param('{"key": 3, "value": 1}', id="a key that is no mapping"),
-        ],
-    )
-    def test_a_broken_file_is_as_good_as_none(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
-    ) -> None:
-        (tmp_path / "stages").mkdir()
-        (tmp_path / "stages" / "gate.json").write_text(text)
-        assert read_stage(tmp_path, "gate", KEY) is None
-        assert "gate.json cannot be read (" in caplog.text
-        assert caplog.messages[0].endswith("): doing the stage again")
-
-
-class TestEvaluations:
-    def test_they_outlive_the_process(self, tmp_path: Path) -> None:
-        Evaluations(tmp_path).put({"candidate": "a"}, {"value": 0.5})
-        again = Evaluations(tmp_path)
-        again.put({"candidate": "b"}, {"value": float("-inf")})
-        last = Evaluations(tmp_path)
-        assert last.get({"candidate": "a"}) == {"value": 0.5}
-        assert last.get({"candidate": "b"}) == {"value": float("-inf")}
-        assert last.get({"candidate": "c"}) is None
-
-    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"'])
-    def test_a_broken_file_holds_none(self, tmp_path: Path, text: str) -> None:
-        (tmp_path / "stages").mkdir()
-        (tmp_path / "stages" / "evaluations.json").write_text(text)
-        known = Evaluations(tmp_path)
-        assert known.get(KEY) is None
-        known.put(KEY, 1)
-        assert list(
-            json.loads((tmp_path / "stages" / "evaluations.json").read_text()).values()
-        ) == [1]
+@contextmanager
+def logged_to(folder: Path) -> Iterator[RunFolder]:
+    """A run in `folder`, opened."""
+    with working_in(folder) as run:
+        run.open()
+        yield run
 
 
 @pytest.fixture
@@ -130,7 +59,7 @@ class TestLog:
     @pytest.mark.parametrize(
         ("error", "line"),
         [
-            pytest.param(DataError("x.npz is empty"), "DataError: x.npz is empty", id="an error"),
+            pytest.param(TrtuneError("no room"), "TrtuneError: no room", id="an error"),
             pytest.param(KeyboardInterrupt(), "KeyboardInterrupt", id="Ctrl-C"),
         ],
     )
@@ -170,10 +99,10 @@ class TestLog:
     def test_a_file_system_without_locks(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def no_locks(file: object, operation: int) -> None:
+        def no_locks(file: object) -> bool:
             raise OSError(37, "No locks available")
 
-        monkeypatch.setattr("fcntl.flock", no_locks)
+        monkeypatch.setattr("trtune.run.folder.try_lock", no_locks)
         with logged_to(tmp_path):
             log.info("all the same")
         assert "all the same" in (tmp_path / "log.txt").read_text()
@@ -196,3 +125,81 @@ class TestLog:
         with logged_to(tmp_path):
             log.info("there is no room for this")
         assert capsys.readouterr().err == ""
+
+
+class TestBeforeItIsOpened:
+    def test_what_was_logged_comes_first_and_nothing_is_on_the_disk(self, tmp_path: Path) -> None:
+        with working_in(tmp_path / "run") as run:
+            log.info("the model was read")
+            assert not (tmp_path / "run").exists()
+            run.open()
+            log.info("calibrated")
+        lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+        assert [line.split(" ", 3)[3] for line in lines] == ["the model was read", "calibrated"]
+
+    @pytest.mark.parametrize("opened", [False, True])
+    def test_wrong_input_leaves_no_folder_behind(self, tmp_path: Path, opened: bool) -> None:
+        def work() -> None:
+            with working_in(tmp_path / "run") as run:
+                if opened:
+                    run.open()
+                raise DataError("no labels")
+
+        with pytest.raises(DataError):
+            work()
+        assert not (tmp_path / "run").exists()
+
+    def test_but_an_earlier_run_stays(self, tmp_path: Path) -> None:
+        with logged_to(tmp_path / "run") as run:
+            (run.path / "run.json").write_text("{}")
+        with pytest.raises(DataError), logged_to(tmp_path / "run"):
+            raise DataError("no labels")
+        assert (tmp_path / "run" / "run.json").is_file()
+        assert "stopped by DataError: no labels" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_two_runs_in_two_threads_write_each_its_own_log(tmp_path: Path) -> None:
+    meeting = threading.Barrier(2, timeout=20)
+
+    def work(name: str) -> None:
+        with logged_to(tmp_path / name):
+            meeting.wait()
+            for number in range(20):
+                log.info("%s %d", name, number)
+            meeting.wait()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in ("a", "b"):
+        lines = (tmp_path / name / "log.txt").read_text().splitlines()
+        assert [line.split(" ", 3)[3] for line in lines] == [f"{name} {n}" for n in range(20)]
+    root = logging.getLogger("trtune")
+    assert not [handler for handler in root.handlers if "Journal" in type(handler).__name__]
+
+
+def test_a_helper_thread_of_the_only_run_is_heard(tmp_path: Path) -> None:
+    with logged_to(tmp_path):
+        thread = threading.Thread(target=lambda: log.info("from a worker"))
+        thread.start()
+        thread.join()
+    assert "from a worker" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_python_without_the_modules_of_posix_can_run(tmp_path: Path) -> None:
+    """Windows has neither fcntl nor resource: nothing of the package needs them at import."""
+    import subprocess
+
+    program = (
+        "import sys\n"
+        "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+        "import trtune.run.pipeline, trtune.tools, trtune.doctor, trtune.cli\n"
+        "from pathlib import Path\n"
+        "from trtune.run.folder import working_in\n"
+        "with working_in(Path('run')) as run:\n"
+        "    run.open()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+    assert (tmp_path / "run" / "log.txt").is_file()

@@ -1,0 +1,223 @@
+"""The run record, put together from what the stages of a run gave."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from trtune.calibrate.outliers import dominant, outliers
+from trtune.configs.files import hash_json
+from trtune.configs.schema import Config
+from trtune.configs.system.machine import peak_rss
+from trtune.precision.graph.macs import macs
+from trtune.precision.graph.view import GraphView
+from trtune.precision.plan.half_rules import flushed_weights
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.quantized.findings import summary
+from trtune.precision.tune.ladder import Step, Tuned
+from trtune.precision.tune.scales import Calibrated, carried_tensors
+from trtune.reports.accuracy import Evaluation
+from trtune.reports.record import (
+    Baseline,
+    CalibrationRecord,
+    DominantPicture,
+    Outlier,
+    RunRecord,
+    TuningStep,
+    Variant,
+)
+from trtune.reports.summary import metric_label, metric_text
+from trtune.run.layer_table import compared, histogram_plots
+from trtune.run.naming import run_key
+from trtune.run.stage import versions
+from trtune.run.stages.measuring import CLOSENESS, TargetMetric, baseline
+from trtune.run.work import RunWork
+
+SHOWN_OUTLIERS = 60
+PACKAGES = ("trtune", "onnx", "onnxruntime", "numpy", "numba", "pillow", "polygraphy")
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a run tells of itself: what reproduces it, when it began, and on which clock."""
+
+    command: str
+    started: str
+    began: float
+
+
+def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Started) -> RunRecord:
+    """The record of a run that ends here."""
+    setup, subject, ws = work.setup, work.setup.subject, work.workspace
+    target, metric, fp32 = setup.config.precision.target, work.bench.metric, ws.get(
+        baseline(work.bench)
+    )  # fmt: skip
+    left_out = [work.left_out(data) for data in (setup.calibration, setup.evaluation)]
+    return RunRecord(
+        schema=1,
+        name=setup.config.name,
+        key=run_key(setup.config),
+        status=_status(work, tuned),
+        model={
+            "path": Path(setup.config.model.path).name,
+            "opset": subject.model.opset,
+            "inputs": [[s.name, list(s.shape), s.dtype] for s in subject.model.inputs],
+            "nodes": len(subject.view.nodes),
+            "macs": sum(macs(subject.view, node.name) for node in subject.view.nodes),
+        },
+        target=None if target is None else target.model_dump(exclude_none=True),
+        baseline=Baseline(
+            metric=target.metric if target else CLOSENESS,
+            value=None if metric.is_fidelity else fp32.value,
+            samples=fp32.samples,
+        ),
+        variants=variants,
+        tuning=tuning_steps(tuned.steps) if target else [],
+        calibration=_calibration(work, left_out[0]) if work.is_lowered else None,
+        histograms=histogram_plots(
+            subject.view,
+            work.calibrated.table,
+            work.calibrated.histograms,
+            compared(work).alone,
+            carried_tensors(subject.view, work.untuned, setup.backends.lowerings),
+        )
+        if work.is_lowered
+        else [],
+        notes=[*_notes(work, left_out[1]), *target_notes(setup.config, work, tuned, metric, fp32)],
+        command=told.command,
+        started=told.started,
+        seconds=round(time.perf_counter() - told.began, 3),
+        versions={
+            **versions(*PACKAGES),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        hashes={
+            "model": subject.model.sha256,
+            "calibration_data": setup.calibration.source.identity,
+            "evaluation_data": setup.evaluation.source.identity,
+            "config": hash_json(setup.config.model_dump(mode="json")),
+        },
+    )
+
+
+def _status(work: RunWork, tuned: Tuned) -> Literal["met", "missed", "failed"]:
+    if work.failed:
+        return "failed"
+    return "met" if tuned.met else "missed"
+
+
+def _calibration(work: RunWork, left_out: list[str]) -> CalibrationRecord:
+    return calibration_record(
+        work.calibrated, _method(work), reused=work.reused_calibration, left_out=left_out
+    )
+
+
+def calibration_record(
+    found: Calibrated, method: str, *, reused: bool, left_out: Sequence[str]
+) -> CalibrationRecord:
+    """What calibration did, and which pictures set its ranges."""
+    ranked = outliers(found.histograms)
+    return CalibrationRecord(
+        method=method,
+        pictures=found.pictures,
+        seconds=found.seconds,
+        inference_seconds=found.inference_seconds,
+        peak_rss_bytes=peak_rss(),
+        tensors=len(found.table.scales),
+        passes=found.passes,
+        reused=reused,
+        search_seconds=found.search_seconds,
+        skipped=list(left_out),
+        dominant=[DominantPicture(**asdict(d)) for d in dominant(ranked)],
+        outliers=[Outlier(**asdict(o)) for o in ranked[:SHOWN_OUTLIERS]],
+        methods=dict(Counter(found.table.methods.values())),
+    )
+
+
+def _method(work: RunWork) -> str:
+    """Where the scales come from, in words."""
+    if work.setup.subject.imported is not None:
+        return "Q/DQ in the model"
+    section = work.setup.config.calibration
+    return section.method if section.cache is None else f"cache {Path(section.cache).name}"
+
+
+def tuning_steps(steps: Sequence[Step]) -> list[TuningStep]:
+    """Every evaluated set of pins, in order."""
+    return [
+        TuningStep(
+            step=number,
+            action=step.action,
+            pinned=list(step.pinned),
+            value=step.score.value,
+            builds=step.score.builds,
+            seconds=round(step.seconds, 3),
+            sqnr_db=step.score.sqnr_db,
+            met=step.score.met,
+            cached=step.score.cached,
+            reason="; ".join(filter(None, (step.reason, step.score.note))),
+        )
+        for number, step in enumerate(steps)
+    ]
+
+
+def _notes(work: RunWork, left_out: list[str]) -> list[str]:
+    setup, untuned = work.setup, work.untuned
+    data = setup.config.data
+    notes = list(setup.subject.model.notes)
+    if setup.subject.imported is not None:
+        notes += summary(setup.subject.imported.findings)
+    notes += flushed(setup.subject.view, untuned)
+    if data.evaluation == data.calibration:
+        notes.append("accuracy was measured on the calibration pictures: name data.evaluation")
+    for name in untuned.compute_nodes:
+        assignment = untuned.nodes[name]
+        unplanned = assignment.precision != "int8" and not assignment.is_pinned
+        if untuned.default == "int8" and unplanned:
+            notes.append(f"{name} stays {assignment.precision}: {assignment.reason}")
+    if left_out and data.evaluation != data.calibration:
+        shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        notes.append(f"left out of data.evaluation, unreadable: {len(left_out)} ({shown})")
+    return notes
+
+
+def flushed(view: GraphView, plan: PrecisionPlan) -> list[str]:
+    """What becomes of small weights in half precision, in words."""
+    found = flushed_weights(view, plan) if plan.halves else {}
+    zeroed = sum(flushed.zeroed for flushed in found.values())
+    total = sum(flushed.total for flushed in found.values())
+    if not zeroed:
+        return []
+    worst = max(found, key=lambda name: found[name].zeroed)
+    return [
+        f"{zeroed} of {total} weights are too small for half precision and become 0, most of them "
+        f"in {worst}"
+    ]
+
+
+def target_notes(
+    config: Config, work: RunWork, tuned: Tuned, metric: TargetMetric, fp32: Evaluation
+) -> list[str]:
+    """Why a missed target could not be met."""
+    target = config.precision.target
+    if target is None or tuned.met:
+        return []
+    notes = []
+    if not work.untuned.int8_nodes:
+        notes.append("the target cannot be met by tuning: no node is quantized")
+    value = fp32.value
+    if target.min is not None and not metric.is_fidelity and value is not None:
+        if value >= target.min:
+            return notes
+        label, least = metric_label(target.metric), metric_text(target.metric, target.min)
+        notes.append(
+            f"the FP32 model itself misses the target: its {label} is "
+            f"{metric_text(target.metric, value)}, and {least} is asked for"
+        )
+    return notes

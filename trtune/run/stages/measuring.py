@@ -1,0 +1,192 @@
+"""What a candidate is worth, as stages: FP32, the user's file as it stands, every plan tried."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from trtune.configs.errors import InputError
+from trtune.configs.progress import Progress
+from trtune.configs.schema import Target
+from trtune.datasets.code import code_hash
+from trtune.precision.graph.file import Model
+from trtune.precision.runtime.api import Backend, Candidate, Engine
+from trtune.precision.runtime.session import OrtEngine, make_session
+from trtune.reports.accuracy import Evaluation, OutputCloseness, evaluate
+from trtune.reports.measures.base import PythonMetric
+from trtune.reports.measures.fidelity import FIDELITY_METRICS
+from trtune.reports.measures.find import METRICS, find_metric
+from trtune.reports.outputs import Layout, StoredOutputs, collect_outputs
+from trtune.run.stage import Need, Stage, as_json, versions
+from trtune.run.stages.engines import build, measured_with
+from trtune.run.wiring import RunData, fixed_batch
+
+log = logging.getLogger(__name__)
+
+CLOSENESS = "sqnr_db"
+"""What is measured where there is no target."""
+TOP1 = "top1"
+
+
+def _load(value: dict[str, Any]) -> Evaluation:
+    outputs = {name: OutputCloseness(**found) for name, found in value["outputs"].items()}
+    return Evaluation(**{**value, "outputs": outputs})
+
+
+EVALUATION = as_json(asdict, _load)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetMetric:
+    """The target's metric: its name, what computes it, and the hash of a user's own code."""
+
+    name: str
+    function: str | PythonMetric
+    code: str | None = None
+
+    @property
+    def is_fidelity(self) -> bool:
+        """Whether it is closeness to FP32, which needs no labels."""
+        return self.name in FIDELITY_METRICS
+
+    @property
+    def need(self) -> Need:
+        """What decides a value of it, for keys."""
+        return Need([self.name, self.code], {"precision.target.metric": self.name})
+
+    def value_of(self, found: Evaluation) -> float | None:
+        """Its value in an evaluation."""
+        value: float | None = getattr(found, self.name) if self.is_fidelity else found.value
+        return value
+
+
+def metric_of(target: Target | None) -> TargetMetric:
+    """The metric that is to be reached, or closeness to FP32 where there is no target."""
+    if target is None:
+        return TargetMetric(CLOSENESS, CLOSENESS)
+    code = None if target.metric in METRICS else code_hash(target.metric)
+    return TargetMetric(target.metric, find_metric(target.metric), code)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What candidates are measured on: the metric, the data, and the FP32 model's outputs."""
+
+    model: Model
+    metric: TargetMetric
+    data: RunData
+    progress: Progress
+
+    @property
+    def layout(self) -> Layout:
+        """Where samples lie in the model's outputs."""
+        return Layout(tuple(self.model.inputs), tuple(self.model.outputs))
+
+    @cached_property
+    def reference(self) -> StoredOutputs:
+        """The FP32 model's outputs over the data; a pass, when they are first asked for."""
+        with OrtEngine(session_of(self.model)) as engine:
+            return collect_outputs(
+                engine.infer,
+                self.data.source,
+                fixed_batch=fixed_batch(self.model),
+                layout=self.layout,
+                progress=self.progress,
+                what="fp32",
+            )
+
+    def needs(self) -> dict[str, Any]:
+        """What decides every value that is measured here."""
+        return {
+            "model": self.model,
+            self.data.where: self.data.need,
+            "metric": self.metric.need,
+            **versions("trtune", "onnx", "onnxruntime", "numpy"),
+        }
+
+    def measure(self, engine: Engine, counted: str | PythonMetric | None, what: str) -> Evaluation:
+        """What an engine is worth: `counted` on the data, and its closeness to FP32."""
+        with engine as running:
+            return evaluate(
+                running.infer,
+                self.data.source,
+                metric=counted,
+                reference=self.reference,
+                fixed_batch=fixed_batch(self.model),
+                layout=self.layout,
+                progress=self.progress,
+                what=what,
+            )
+
+
+def session_of(model: Model, *, threads: int | None = None) -> Callable[[], Any]:
+    """Gives onnxruntime's session for a model."""
+    return partial(make_session, model.proto, threads=threads, external_dir=model.external_dir)
+
+
+def baseline(bench: Bench) -> Stage[Evaluation]:
+    """The FP32 model's own value; top-1 where the target is closeness and there are labels."""
+
+    def make(folder: Path) -> Evaluation:
+        if not bench.metric.is_fidelity:
+            return _replayed(bench, bench.metric.function)
+        try:
+            return _replayed(bench, TOP1)
+        except InputError as error:
+            log.info("top-1 is not measured beside the target: %s", error)
+            return _replayed(bench, None)
+
+    return Stage("baseline", bench.needs(), make, EVALUATION)
+
+
+def counted(bench: Bench, fp32: Evaluation) -> str | PythonMetric | None:
+    """What is counted of a candidate: the metric, or what FP32 has beside closeness."""
+    return fp32.metric if bench.metric.is_fidelity else bench.metric.function
+
+
+def as_it_stands(bench: Bench, file: Model, fp32: Evaluation) -> Stage[Evaluation]:
+    """The value of the user's quantized file in onnxruntime."""
+
+    def make(folder: Path) -> Evaluation:
+        engine = OrtEngine(session_of(file))
+        return bench.measure(engine, counted(bench, fp32), "the file as it stands")
+
+    return Stage("original", {**bench.needs(), "file": file}, make, EVALUATION)
+
+
+def evaluation(
+    bench: Bench,
+    candidate: Candidate,
+    backend: Backend,
+    fp32: Evaluation,
+    *,
+    built: Path | None = None,
+) -> Stage[Evaluation]:
+    """The value of `candidate` on `backend`, from the unmarked model.
+
+    `built` is the folder of its engine, if there is one already; else one is built for this.
+    """
+    what = f"evaluate {backend.name}"
+
+    def make(folder: Path) -> Evaluation:
+        if built is not None:
+            return bench.measure(backend.load(built), counted(bench, fp32), what)
+        scratch = folder / ".tuning"
+        try:
+            build(candidate, backend, scratch, bench.progress)
+            return bench.measure(backend.load(scratch), counted(bench, fp32), what)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    needs = {**measured_with(candidate, backend), **bench.needs(), "counted": fp32.metric}
+    return Stage("evaluation", needs, make, EVALUATION, many=True)
+
+
+def _replayed(bench: Bench, metric: str | PythonMetric | None) -> Evaluation:
+    stored = bench.reference
+    return evaluate(stored, bench.data.source, metric=metric, reference=stored)

@@ -1,0 +1,202 @@
+"""A run being worked on: what it is about, where its stages keep things, and who has failed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from trtune.configs.errors import TrtuneError
+from trtune.configs.progress import Progress
+from trtune.configs.schema import Config
+from trtune.precision.backends.ort.backend import OnnxruntimeBackend
+from trtune.precision.graph.file import Model
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.runtime.api import Backend, Candidate
+from trtune.precision.tune.scales import Calibrated
+from trtune.run.stages.calibration import calibration
+from trtune.run.stages.engines import candidate_of
+from trtune.run.stages.measuring import Bench, metric_of
+from trtune.run.subject import Subject, plan_by_ranges, plan_by_rules, subject_of
+from trtune.run.wiring import (
+    Backends,
+    RunData,
+    backends_of,
+    check_precisions,
+    data_of,
+    left_out,
+)
+from trtune.run.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+
+class BackendFailed(Exception):
+    """A backend that is there could not build or run; its own error is the cause."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__(backend)
+        self.backend = backend
+
+
+@contextmanager
+def watched(backend: Backend) -> Iterator[None]:
+    """Any error in the block as that of `backend`: the others go on."""
+    try:
+        yield
+    except BackendFailed:
+        raise
+    except Exception as error:
+        if not isinstance(error, TrtuneError):
+            log.exception("%s failed", backend.name)
+        raise BackendFailed(backend.name) from error
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a config names, looked at: model, plan by the rules, data, backends. Nothing is written.
+
+    Whatever is wrong with the input shows while this is made, as far as a look can tell.
+    """
+
+    config: Config
+    subject: Subject
+    planned: PrecisionPlan
+    calibration: RunData
+    evaluation: RunData
+    backends: Backends
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        progress: Progress,
+        *,
+        probe: bool = True,
+        must_build: bool = True,
+        only: str | None = None,
+    ) -> Setup:
+        """The setup of a config, with the backends called `only`, if that is given.
+
+        Without `probe` no backend is asked whether it works here; one that `must_build` has to.
+        Raises InputError for what is wrong in the config, the model or the data.
+        """
+        check_precisions(config)
+        subjects: list[Subject] = []
+
+        def subject() -> Subject:
+            if not subjects:
+                subjects.append(subject_of(config))
+            return subjects[0]
+
+        def model() -> Model:
+            return subject().model
+
+        backends = backends_of(config, model, progress, probe=probe).chosen(only)
+        if must_build:
+            backends.require()
+        calibration, evaluation = data_of(config, subject().model)
+        planned = plan_by_rules(subject(), config.precision)
+        return cls(config, subject(), planned, calibration, evaluation, backends, progress)
+
+
+@dataclass(frozen=True)
+class RunWork:
+    """A setup and the workspace of its stages; `failed` maps a backend to its error."""
+
+    setup: Setup
+    workspace: Workspace
+    failed: dict[str, BaseException] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.workspace.folder
+
+    @cached_property
+    def _calibration(self) -> tuple[Calibrated, bool]:
+        setup = self.setup
+        stage = calibration(
+            setup.subject,
+            setup.planned,
+            setup.calibration,
+            setup.config.calibration,
+            lowerings=setup.backends.lowerings,
+            progress=setup.progress,
+        )
+        held = self.workspace.holds(stage)
+        found = self.workspace.get(stage)
+        if found.pictures:
+            self.left_out(setup.calibration)
+        return found, held and found.pictures > 0
+
+    @property
+    def calibrated(self) -> Calibrated:
+        """The table, the histograms, and what they cost."""
+        return self._calibration[0]
+
+    @property
+    def reused_calibration(self) -> bool:
+        """Whether the pictures were seen by an earlier run."""
+        return self._calibration[1]
+
+    def left_out(self, data: RunData) -> list[str]:
+        """Samples of `data` that could not be read, also if an earlier run read them."""
+        return self.workspace.get(left_out(data))
+
+    @cached_property
+    def untuned(self) -> PrecisionPlan:
+        """The plan before tuning: by the rules, less what the measured ranges forbid."""
+        planned = self.setup.planned
+        if not planned.int8_nodes and not planned.halves:
+            return planned
+        return plan_by_ranges(self.setup.subject, planned, self.calibrated)
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether anything in the untuned plan is not FP32."""
+        return bool(self.untuned.int8_nodes or self.untuned.halves)
+
+    @cached_property
+    def bench(self) -> Bench:
+        """What candidates are measured on."""
+        setup = self.setup
+        metric = metric_of(setup.config.precision.target)
+        return Bench(setup.subject.model, metric, setup.evaluation, setup.progress)
+
+    @property
+    def alive(self) -> list[Backend]:
+        """The backends that are present and have not failed."""
+        return [b for b in self.setup.backends.present if b.name not in self.failed]
+
+    @property
+    def judges(self) -> list[Backend]:
+        """Those of them that plans are measured on: that run here.
+
+        If none does, onnxruntime's emulation of their arithmetic.
+        """
+        running = [backend for backend in self.alive if not backend.obstacle()]
+        return running or [OnnxruntimeBackend("emulate")]
+
+    @property
+    def engines(self) -> list[Backend]:
+        """The judges that are not onnxruntime."""
+        return [b for b in self.judges if not isinstance(b, OnnxruntimeBackend)]
+
+    def candidate(self, plan: PrecisionPlan) -> Candidate:
+        """`plan` with this run's model and table."""
+        table = self.calibrated.table if plan.int8_nodes else None
+        return candidate_of(self.setup.subject, plan, table)
+
+    def fail(self, failure: BackendFailed) -> None:
+        """Go on without a backend; raises its error if no other is left."""
+        error = failure.__cause__
+        assert error is not None
+        self.failed[failure.backend] = error
+        log.error("%s failed and is left out: %s", failure.backend, error)
+        if not self.alive:
+            raise error
