@@ -24,6 +24,7 @@ from trtune.configs.errors import CacheError, InputError, ModelError
 from trtune.configs.files import write_text
 from trtune.configs.load import json_schema
 from trtune.configs.template import SCHEMA_FILE, init_text
+from trtune.precision.backends.trt.layer_table import EngineTable, is_layer_info, read_table
 from trtune.precision.graph.file import save_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_emulate
@@ -41,6 +42,8 @@ from trtune.precision.quantized.migrate import Migrated, migrate_files, to_cache
 from trtune.precision.quantized.strip import Stripped
 from trtune.precision.runtime.api import MODEL_FILE, BuildInfo
 from trtune.precision.runtime.engine_json import ENGINE_JSON, read_engine_json
+from trtune.precision.traces.explain import LogAccount, explain_log
+from trtune.precision.traces.plan_file import is_plan
 from trtune.run.stages.calibration import CACHE_FILE
 
 if TYPE_CHECKING:
@@ -92,6 +95,52 @@ def inspect_engine(path: Path | str) -> BuildInfo:
     if info.path != path.parent / path.name:
         raise ModelError(f"{path.parent / ENGINE_JSON} is about {info.path}, not about {path}")
     return info
+
+
+def is_bare_plan(path: Path | str) -> bool:
+    """Whether `path` begins as a plan does and no engine.json beside it says how it was built."""
+    path = Path(path)
+    return is_plan(path) and not (path.parent / ENGINE_JSON).is_file()
+
+
+def inspect_layers(
+    model: Path | str, layers: Path | None = None, profile: Path | None = None
+) -> EngineTable:
+    """What an engine's exported `layers` say, of the nodes of `model` if that is an ONNX file.
+
+    `model` may be the export itself, or a plan that has its layers.json beside it. Raises
+    InputError for files that are none such.
+    """
+    model = Path(model)
+    if layers is None:
+        beside = model.parent / "layers.json"
+        layers = beside if is_engine(model) and beside.is_file() else model
+    if layers == model and not is_layer_info(model):
+        raise InputError(
+            f"{model} holds no layers of an engine; give them with --layers FILE, as "
+            "`trtexec --exportLayerInfo=FILE` writes them"
+        )
+    view, planned = None, None
+    if model.suffix.lower() == ".onnx":
+        view = GraphView.of(load_quantized(model)[0])
+    elif is_engine(model) and (model.parent / ENGINE_JSON).is_file():
+        info = read_engine_json(model.parent)
+        planned = {line.partition(":")[0]: "int8" for line in info.not_honoured}
+    return read_table(layers, profile, view=view, planned=planned)
+
+
+def explain_build(log_file: Path | str, model: Path | str | None = None) -> LogAccount:
+    """What a log of a build says; with `model` at which of its nodes.
+
+    Raises InputError for a file that cannot be read.
+    """
+    path = Path(log_file)
+    try:
+        text = path.read_text("utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"cannot read the log {path}: {error.strerror}") from error
+    view = None if model is None else GraphView.of(load_quantized(Path(model))[0])
+    return explain_log(text, view)
 
 
 def init_config(

@@ -35,7 +35,8 @@ def _parts(layer: str) -> Iterator[str]:
     for piece in split_outside(layer, JOINED):
         foreign = FOREIGN.fullmatch(piece)
         if foreign:
-            yield from foreign.groups()
+            for end in foreign.groups():
+                yield from _parts(end)
         elif piece.startswith("PWN(") and piece.endswith(")"):
             for inner in split_outside(piece[4:-1], (", ", *JOINED)):
                 yield from _parts(inner)

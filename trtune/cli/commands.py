@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from trtune import __version__
-from trtune.cli import files, quantized, stages
+from trtune.cli import files, quantized, stages, traces
 from trtune.cli.caches import cache_app
 from trtune.cli.command import SETTINGS, STATUSES
 
@@ -24,7 +24,7 @@ START, WORK, OTHERS, HERE = (
 ORDER = {
     START: (files.init, files.inspect),
     WORK: (stages.run, stages.calibrate, stages.build, stages.compare, stages.tune, stages.report),
-    OTHERS: (quantized.migrate,),
+    OTHERS: (quantized.migrate, traces.explain_file),
     HERE: (files.doctor, files.schema),
 }
 

@@ -34,12 +34,30 @@ def init(
 
 
 @command(epilog="Example: trtune inspect model.onnx -v")
-def inspect(terminal: Terminal, model: ModelFile) -> None:
+def inspect(
+    terminal: Terminal,
+    model: ModelFile,
+    layers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `trtexec --exportLayerInfo` wrote."),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What `trtexec --exportProfile` wrote.")
+    ] = None,
+) -> None:
     """Show what an ONNX model holds, which nodes can be quantized and why the others cannot; of an
-    engine plan, how it was built and what it runs in."""
+    engine plan, how it was built and what it runs in, or what the file itself says; of layers that
+    trtexec exported, what runs in which precision, for how long, and what is wrong with it."""
     from trtune import tools
-    from trtune.cli import show
+    from trtune.cli import show, traces
+    from trtune.precision.backends.trt.layer_table import is_layer_info
 
+    if layers is not None or profile is not None or is_layer_info(model):
+        traces.show_layers(terminal, model, layers, profile)
+        return
+    if tools.is_bare_plan(model):
+        traces.show_plan(terminal, model)
+        return
     if tools.is_engine(model):
         info = tools.inspect_engine(model)
         value = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}

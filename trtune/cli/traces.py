@@ -1,0 +1,106 @@
+"""What TensorRT left behind: plans, layers and times that trtexec exported, build logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trtune.cli.command import command
+from trtune.cli.console import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from trtune.precision.backends.trt.layer_table import EngineTable
+    from trtune.precision.traces.explain import LogAccount
+
+MOST = 40
+
+
+def show_layers(terminal: Terminal, model: Path, layers: Path | None, profile: Path | None) -> None:
+    """Show an engine's layers, of the ONNX nodes where `model` is an ONNX file or QDQ model."""
+    from trtune import tools
+
+    found = tools.inspect_layers(model, layers, profile)
+    terminal.result(found.to_dict(), *layer_table(found, every=terminal.verbose))
+
+
+def show_plan(terminal: Terminal, path: Path) -> None:
+    """Show what a plan says without TensorRT and without an engine.json beside it."""
+    from trtune.precision.traces.plan_file import read_plan
+
+    found = read_plan(path)
+    terminal.result(found.to_dict(), *found.lines())
+
+
+@command(name="explain", epilog="Example: trtune explain build.log --model model.onnx")
+def explain_file(
+    terminal: Terminal,
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="A log of trtexec or of a build.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="The ONNX file it was about, to name its nodes."),
+    ] = None,
+) -> None:
+    """Say what a build log of TensorRT means: what happened, at which node, and what to do."""
+    from trtune import tools
+
+    found = tools.explain_build(log, model)
+    value = {
+        "version": found.version,
+        "lines": found.lines,
+        "events": [event.to_dict() for event in found.events],
+        "notes": found.notes(),
+        "weighted_layers": found.precisions(),
+    }
+    terminal.result(value, *log_account(log, found, every=terminal.verbose))
+
+
+def layer_table(found: EngineTable, *, every: bool = False) -> Iterator[RenderableType]:
+    """Counts, the layers that take longest (or all), and the findings."""
+    from trtune.cli.show import table_of, titled
+    from trtune.reports.summary import DASH
+
+    yield from found.summary()
+    layers = list(found.layers)
+    if found.times and not every:
+        layers = sorted(layers, key=lambda layer: -found.times.get(layer.name, 0.0))
+    rows = [
+        (
+            layer.name,
+            layer.kind,
+            f"{layer.precision} > {layer.output}",
+            f"{found.times[layer.name]:.4g}" if layer.name in found.times else DASH,
+        )
+        for layer in (layers if every else layers[:MOST])
+    ]
+    yield table_of(("layer", "type", "precision", "ms"), rows, text_columns=3)
+    if found.lints:
+        shown = found.lints if every else found.lints[:MOST]
+        lints = [(lint.kind, ", ".join(lint.nodes[:3]) or lint.layer, lint.found, lint.remedy)
+                 for lint in shown]  # fmt: skip
+        table = table_of(("finding", "where", "found", "what to do"), lints, text_columns=4)
+        yield titled(f"{len(found.lints)} findings", table)
+
+
+def log_account(path: Path, found: LogAccount, *, every: bool = False) -> Iterator[RenderableType]:
+    """The problems in a log, and how many notes of each kind (or all of them)."""
+    from trtune.cli.show import near, table_of, titled
+
+    version = f"TensorRT {found.version}" if found.version else "a TensorRT that it does not name"
+    yield f"{near(path)}: {version}, {found.lines} lines, {len(found.problems)} problems"
+    shown = found.events if every else found.problems
+    if shown:
+        rows = [
+            (str(e.line), str(e.count), e.what, ", ".join(e.nodes[:3]), e.remedy) for e in shown
+        ]
+        columns = ("line", "times", "what", "nodes", "what to do")
+        yield titled("What happened", table_of(columns, rows, text_columns=5))
+    if found.notes():
+        yield "notes: " + ", ".join(f"{n} x {key}" for key, n in found.notes().items())
+    if found.precisions():
+        kinds = ", ".join(f"{kind} {n}" for kind, n in found.precisions().items())
+        yield f"layers with weights run in: {kinds}"
