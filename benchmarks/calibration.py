@@ -43,11 +43,11 @@ def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, An
     """Time one model in this process: medians of seconds, of turn-by-turn ratios, peak memory."""
     from trtune import load_config
     from trtune.datasets import Batch
+    from trtune.datasets.open import open_section
     from trtune.precision.graph.view import GraphView, load_model
     from trtune.precision.plan.rules import make_plan
     from trtune.precision.runtime.session import make_session
     from trtune.precision.tune.scales import calibrate_model
-    from trtune.run.wiring import open_data
 
     path = HERE / "configs" / f"{name}.yaml"
     take = min(pictures, load_config(path).data.calibration.take or pictures)
@@ -57,7 +57,7 @@ def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, An
     view = GraphView.of(model)
     batches = [
         Batch({n: a.copy() for n, a in b.feeds.items()}, b.items)
-        for b in open_data(config.data.calibration, model)
+        for b in open_section(config.data.calibration, model.inputs)
     ]
 
     class Held:

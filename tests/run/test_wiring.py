@@ -17,6 +17,7 @@ from tinyproject import BOTH, config_of, fixed, work_of, write_project
 from trtune.configs.errors import ConfigError, DataError
 from trtune.configs.progress import silent
 from trtune.datasets.batches import Batch, InputSpec
+from trtune.datasets.open import open_section
 from trtune.precision.backends.rtx.backend import RtxBackend
 from trtune.precision.graph.file import Model, load_model
 from trtune.run.pipeline import build, calibrate, compare, run, run_folder
@@ -28,7 +29,6 @@ from trtune.run.wiring import (
     check_shapes_of,
     data_of,
     first_batch,
-    open_data,
     repeat_to,
 )
 
@@ -61,7 +61,7 @@ class TestOpenData:
             project, "data.calibration.skip=2", "data.calibration.take=5",
             "data.calibration.batch=3",
         )  # fmt: skip
-        source = open_data(config.data.calibration, load_model(project / "net.onnx"))
+        source = open_section(config.data.calibration, load_model(project / "net.onnx").inputs)
         assert [batch.items for batch in source] == [("2", "3", "4"), ("5", "6")]
         wanted = np.load(project / "calibration.npz")
         first = next(iter(source))
@@ -78,7 +78,7 @@ class TestOpenData:
             "labels: null, preprocess: {crop: [8, 8], scale: 0.5, mean: [1, 2, 3], std: [4, 5, 6], "
             "channels: BGR}}", arrays(project),
         )  # fmt: skip
-        source = open_data(config.data.calibration, load_model(project / "net.onnx"))
+        source = open_section(config.data.calibration, load_model(project / "net.onnx").inputs)
         cut = values[1:9, 2:10, ::-1].astype(np.float32) * 0.5
         wanted = ((cut - [1, 2, 3]) / [4, 5, 6]).transpose(2, 0, 1)[None]
         np.testing.assert_allclose(next(iter(source)).feeds["input"], wanted, rtol=1e-5)
@@ -93,7 +93,7 @@ class TestOpenData:
             project, f"data.calibration={{source: python, path: '{project}/mine.py:rows', "
             "labels: null, args: {count: 3}}", arrays(project),
         )  # fmt: skip
-        source = open_data(config.data.calibration, load_model(project / "net.onnx"))
+        source = open_section(config.data.calibration, load_model(project / "net.onnx").inputs)
         assert first_batch(source, "data.calibration").feeds["input"].shape == (3, 3, 8, 8)
 
 
@@ -321,8 +321,8 @@ class TestPrecisions:
 def test_labels_are_counted_from_another_number(project: Path) -> None:
     section = config_of(project).data.evaluation
     model = load_model(project / "net.onnx")
-    plain = open_data(section, model)
-    shifted = open_data(section.model_copy(update={"label_offset": 1}), model)
+    plain = open_section(section, model.inputs)
+    shifted = open_section(section.model_copy(update={"label_offset": 1}), model.inputs)
     assert shifted.count == plain.count
     assert shifted.identity != plain.identity
     for before, after in zip(plain, shifted, strict=True):

@@ -16,8 +16,6 @@ from trtune.configs.progress import Progress
 from trtune.configs.runtimes import TensorRT, TensorRTRTX
 from trtune.configs.schema import Config
 from trtune.configs.sources import DataSet
-from trtune.configs.sources import Preprocess as PreprocessSection
-from trtune.datasets import open_source
 from trtune.datasets.batches import (
     Batch,
     BatchSource,
@@ -26,8 +24,7 @@ from trtune.datasets.batches import (
     require_labels,
     take_rows,
 )
-from trtune.datasets.labels import Shifted
-from trtune.datasets.preprocess import Preprocess
+from trtune.datasets.open import open_section
 from trtune.precision.backends.gpu.profiles import Profile, make_profiles
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.graph.file import Model
@@ -37,6 +34,9 @@ from trtune.precision.tune.scales import IMPLICIT
 from trtune.run.stage import Need, Stage, flat, versions
 
 log = logging.getLogger(__name__)
+
+PLAIN = ("arrays", "idx", "npy", "python")
+"""Sources that hold numbers, and no pictures to be decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class RunData:
     @property
     def need(self) -> Need:
         """What is in the batches, for keys: pictures depend on the Pillow that decoded them too."""
-        decoded = self.section.source == "images" or self.section.preprocess is not None
+        decoded = self.section.source not in PLAIN or self.section.preprocess is not None
         told = self.section.model_dump(mode="json", exclude={"batch", "on_error"})
         return Need([self.source, versions("pillow") if decoded else {}], flat(told, self.where))
 
@@ -105,39 +105,11 @@ class Backends:
             raise ConfigError(_refusal(self.absent, "add one that does, as {name: onnxruntime}"))
 
 
-def open_data(data: DataSet, model: Model) -> BatchSource:
-    """The batches that a `data` section describes, for the inputs of `model`."""
-    source = open_source(
-        data.source,
-        data.path,
-        inputs=model.inputs,
-        preprocess=_preprocess(data.preprocess),
-        labels=data.labels,
-        take=data.take,
-        skip=data.skip,
-        sample=data.sample,
-        seed=data.seed,
-        batch=data.batch,
-        on_error=data.on_error,
-        input_names=data.inputs,
-        args=data.args,
-    )
-    return Shifted(source, data.label_offset) if data.label_offset else source
-
-
-def _preprocess(section: PreprocessSection | None) -> Preprocess | None:
-    if section is None:
-        return None
-    dumped = section.model_dump()
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dumped.items()}
-    return Preprocess(**values)
-
-
 def data_of(config: Config, model: Model) -> tuple[RunData, RunData]:
     """Calibration and evaluation data, looked into: see `check_data`."""
     sections = config.data
     calibration, evaluation = (
-        RunData(f"data.{name}", section, open_data(section, model))
+        RunData(f"data.{name}", section, open_section(section, model.inputs))
         for name, section in (
             ("calibration", sections.calibration),
             ("evaluation", sections.evaluation),
@@ -309,7 +281,7 @@ def _refusal(absent: Iterable[Absent], otherwise: str) -> str:
 
 
 def _calibration_data(config: Config, model: Callable[[], Model]) -> BatchSource:
-    return open_data(config.data.calibration, model())
+    return open_section(config.data.calibration, model().inputs)
 
 
 def _rtx(section: TensorRTRTX, shapes: Mapping[str, Any], batch: int) -> Backend:

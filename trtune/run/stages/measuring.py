@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.reports.accuracy import Evaluation, OutputCloseness, evaluate
 from trtune.reports.measures.base import PythonMetric
 from trtune.reports.measures.fidelity import FIDELITY_METRICS
-from trtune.reports.measures.find import METRICS, find_metric
+from trtune.reports.measures.find import METRICS, Asked, find_metric
 from trtune.reports.outputs import Layout, StoredOutputs, collect_outputs
-from trtune.run.stage import Need, Stage, as_json, versions
+from trtune.run.stage import Need, Stage, as_json, flat, versions
 from trtune.run.stages.engines import build, measured_with
 from trtune.run.wiring import RunData, fixed_batch
 
@@ -48,6 +48,7 @@ class TargetMetric:
     name: str
     function: str | PythonMetric
     code: str | None = None
+    asked: Asked = field(default_factory=Asked)
 
     @property
     def is_fidelity(self) -> bool:
@@ -57,7 +58,9 @@ class TargetMetric:
     @property
     def need(self) -> Need:
         """What decides a value of it, for keys."""
-        return Need([self.name, self.code], {"precision.target.metric": self.name})
+        asked = asdict(self.asked)
+        told = {"metric": self.name, **asked}
+        return Need([self.name, self.code, asked], flat(told, "precision.target"))
 
     def value_of(self, found: Evaluation) -> float | None:
         """Its value in an evaluation."""
@@ -70,7 +73,7 @@ def metric_of(target: Target | None) -> TargetMetric:
     if target is None:
         return TargetMetric(CLOSENESS, CLOSENESS)
     code = None if target.metric in METRICS else code_hash(target.metric)
-    return TargetMetric(target.metric, find_metric(target.metric), code)
+    return TargetMetric(target.metric, find_metric(target.metric), code, Asked.of(target))
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Bench:
                 running.infer,
                 self.data.source,
                 metric=counted,
+                asked=self.metric.asked,
                 reference=self.reference,
                 fixed_batch=fixed_batch(self.model),
                 layout=self.layout,
@@ -189,4 +193,6 @@ def evaluation(
 
 def _replayed(bench: Bench, metric: str | PythonMetric | None) -> Evaluation:
     stored = bench.reference
-    return evaluate(stored, bench.data.source, metric=metric, reference=stored)
+    return evaluate(
+        stored, bench.data.source, metric=metric, asked=bench.metric.asked, reference=stored
+    )
