@@ -50,9 +50,8 @@ def load_function(reference: str, base_dir: Path | None = None) -> Callable[...,
     """
     folder, module_name, name = _place_of(reference, base_dir)
     with _importing, importable(folder):
-        for known in [module_name, *_seen]:  # its helpers may have namesakes too
-            _forget_namesake(known, folder)
-        _forget_edited()
+        _forget_namesake(module_name, folder)
+        _forget_others(folder)
         before = set(sys.modules)
         try:
             with _without_bytecode():
@@ -161,12 +160,8 @@ def _file_of(name: str, roots: list[Path]) -> Path | None:
         return file if file.is_file() and _is_own(file) else None
     if name in sys.modules or name.partition(".")[0] in sys.stdlib_module_names:
         return None
-    for root in roots:
-        place = root.joinpath(*name.split("."))
-        for file in (place / "__init__.py", place.with_name(place.name + ".py")):
-            if file.is_file():
-                return file
-    return None
+    found = (_file_in(root, name) for root in roots)
+    return next((place for place in found if place is not None), None)
 
 
 def _own_roots() -> list[Path]:
@@ -207,17 +202,27 @@ def _remember(names: set[str]) -> None:
             _seen[name] = (Path(file), hash_bytes(Path(file).read_bytes()))
 
 
-def _forget_edited() -> None:
-    """Drop every module of the user's once one was edited: they may have taken names from it."""
+def _forget_others(folder: Path | None) -> None:
+    """Drop every module of the user's once one was edited, or `folder` has another of its name:
+    the others may have taken names from it."""
     if all(
-        file.is_file() and hash_bytes(file.read_bytes()) == digest
-        for file, digest in _seen.values()
+        file.is_file()
+        and hash_bytes(file.read_bytes()) == digest
+        and (folder is None or (_file_in(folder, name) or file).samefile(file))
+        for name, (file, digest) in _seen.items()
     ):
         return
-    for name in _seen:
-        sys.modules.pop(name, None)
+    tops = {name.partition(".")[0] for name in _seen}
+    for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+        del sys.modules[name]
     _seen.clear()
     importlib.invalidate_caches()
+
+
+def _file_in(root: Path, name: str) -> Path | None:
+    place = root.joinpath(*name.split("."))
+    files = (place / "__init__.py", place.with_name(place.name + ".py"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _forget_namesake(module: str, folder: Path | None) -> None:
