@@ -50,7 +50,12 @@ from trtune.precision.backends.trt.build import (
 )
 from trtune.precision.backends.trt.command import strong_options, trtexec_command, weak_options
 from trtune.precision.backends.trt.engine_file import Cuda, check_plan, gpu_facts
-from trtune.precision.backends.trt.inspector import node_precisions, parse_layers
+from trtune.precision.backends.trt.inspector import (
+    node_precisions,
+    parse_bindings,
+    parse_layers,
+)
+from trtune.precision.backends.trt.lints import engine_lints
 from trtune.precision.backends.trt.timing_cache import save_timing_cache, use_timing_cache
 from trtune.precision.backends.trt.version import (
     carried_over,
@@ -76,6 +81,7 @@ from trtune.precision.runtime.api import (
 from trtune.precision.runtime.engine_json import ENGINE_JSON, write_engine_json
 from trtune.precision.runtime.not_honoured import not_honoured
 from trtune.precision.runtime.whole_file import write_whole
+from trtune.precision.traces.explain import explain_log
 
 log = logging.getLogger(__name__)
 
@@ -311,6 +317,12 @@ class TensorRTBackend:
         found = parse_layers(layers, frozenset(work.planned))
         precisions = node_precisions(found, tuple(work.planned))
         marked = {"marked": DEBUG_TENSORS} if work.debug else {}
+        lints = engine_lints(found, planned=work.planned, ends=parse_bindings(layers))
+        said = explain_log(work.messages.text(), GraphView.of(work.candidate.model))
+        if lints:
+            work.details["lints"] = [lint.to_dict() for lint in lints]
+        if said.problems:
+            work.details["explained"] = [str(event) for event in said.problems]
         shell = partial(
             trtexec_command,
             engine=Path(PLAN_FILE),

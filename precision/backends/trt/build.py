@@ -15,6 +15,7 @@ from typing import Any
 from trtune.configs.errors import ConfigError, ModelError, TrtuneError, did_you_mean
 from trtune.configs.values import format_bytes
 from trtune.precision.backends.gpu.profiles import Profile
+from trtune.precision.traces.explain import explain_log
 
 log = logging.getLogger(__name__)
 
@@ -241,5 +242,7 @@ def build_failure(trt: Any, messages: BuildLog, settings: Settings, *, pinned: b
     elif pinned and settings.constraints == "obey":
         advice = "A pin may be impossible: `constraints: prefer` lets pins yield"
     else:
-        advice = "build.log beside the engine holds all that it said"
+        problems = explain_log(told).problems
+        known = [str(event) for event in problems if event.key != "not explained"]
+        advice = known[0] if known else "build.log beside the engine holds all that it said"
     return TrtuneError(f"TensorRT {trt.__version__} could not build the engine: {said}. {advice}")
