@@ -29,7 +29,12 @@ from trtune.precision.graph.file import save_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.rules import make_plan
-from trtune.precision.quantized.describe import Inspection, inspect_model
+from trtune.precision.quantized.describe import (
+    Inspection,
+    inspect_model,
+    quantized_how,
+    refuse_quantized,
+)
 from trtune.precision.quantized.findings import summary
 from trtune.precision.quantized.importing import (
     import_quantized,
@@ -151,16 +156,19 @@ def init_config(
     The JSON Schema by which editors check and complete it is written beside it.
     `config` is by default the model's name with .yaml in the current folder. The model's path is
     written relative to it. Raises ModelError if the model cannot be read, InputError if the file
-    is there already, unless `overwrite`.
+    is there already, unless `overwrite`, or if the model is quantized with ranges found at run
+    time.
     """
     model = Path(model)
     target = Path(f"{model.stem}.yaml") if config is None else Path(config)
     _may_write(target, overwrite=overwrite)
     loaded, _ = load_quantized(model)
     inputs = [(spec.name, spec.shape, spec.dtype) for spec in loaded.inputs]
-    quantized = any(node.op_type == "QuantizeLinear" for node in loaded.proto.graph.node)
+    how = quantized_how(GraphView.of(loaded))
+    if how == "dynamic":
+        refuse_quantized(GraphView.of(loaded), "int8")
     seen = _seen_from(model, target.parent)
-    write_text(target, init_text(seen, inputs, default="qat" if quantized else "int8"))
+    write_text(target, init_text(seen, inputs, default="qat" if how else "int8"))
     schema = json.dumps(json_schema(), indent=2, ensure_ascii=False)
     write_text(target.parent / SCHEMA_FILE, schema + "\n")
     return target

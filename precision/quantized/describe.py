@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from trtune.configs.errors import ModelError
 from trtune.datasets.batches import InputSpec
 from trtune.precision.graph.macs import MACS, macs, parameter_tensors, parameters
 from trtune.precision.graph.proto import subgraphs
 from trtune.precision.graph.view import GraphView, Model, Shape, elements
+from trtune.precision.plan.plan import PrecisionPlan
 
 QUANTIZED_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+DYNAMIC_OPS = frozenset({"DynamicQuantizeLinear", "MatMulInteger", "DynamicQuantizeMatMul"})
 KNOWN_DOMAINS = frozenset({"", "com.microsoft"})
 LISTED = 3
 
@@ -163,13 +166,59 @@ def _nothing_to_quantize(graph: GraphView) -> str | None:
     return f"nothing to quantize: there is no {', '.join(MACS)} node"
 
 
+def refuse_quantized(view: GraphView, default: str) -> None:
+    """Raise ModelError, naming what to do, if a plan of `default` is not for a model such as this.
+
+    One that holds Q/DQ or integer operators is not calibrated, nor run in half precision: only its
+    own scales say what its integers mean. "fp32" takes every model as it is.
+    """
+    problem = _already_quantized(view)
+    if default == "fp32" or problem is None:
+        return
+    raise ModelError(f"precision.default: {default}: the model is {problem}")
+
+
+def nothing_in_int8(view: GraphView, plan: PrecisionPlan) -> str:
+    """Why a run whose default is int8 has not met its target: no node of `plan` is in INT8.
+
+    Empty if one is, or another default was asked for. Such a run gives back the model that went
+    in, and a target of accuracy says nothing.
+    """
+    if plan.default != "int8" or plan.int8_nodes:
+        return ""
+    reasons = Counter(plan.nodes[name].reason for name in plan.compute_nodes)
+    listed = "; ".join(f"{why} ({count} nodes)" for why, count in reasons.most_common(3))
+    return f"no node runs in INT8: {listed or _nothing_to_quantize(view) or 'nothing to quantize'}"
+
+
+def quantized_how(view: GraphView) -> str:
+    """ "static" for a model with Q/DQ or integer operators, "dynamic" if ranges are found at run
+    time, "" if it is not quantized."""
+    ops = {node.op_type for node in view.nodes}
+    if not ops.isdisjoint(DYNAMIC_OPS):
+        return "dynamic"
+    return "static" if ops.intersection(QUANTIZED_OPS) or any(map(_is_integer, ops)) else ""
+
+
+def _is_integer(op: str) -> bool:
+    return op.startswith("QLinear") or op in ("QGemm", "QAttention", "ConvInteger")
+
+
 def _already_quantized(graph: GraphView) -> str | None:
-    found = [node.name for node in graph.nodes if node.op_type in QUANTIZED_OPS]
-    if not found:
+    how = quantized_how(graph)
+    if how == "dynamic":
+        found = [node.name for node in graph.nodes if node.op_type in DYNAMIC_OPS]
+        return (
+            f"already quantized, with ranges found at run time: {_listed(found)}. TensorRT has no "
+            "such operators: give the FP32 model"
+        )
+    if not how:
         return None
+    ops = QUANTIZED_OPS.union(node.op_type for node in graph.nodes if _is_integer(node.op_type))
+    found = [node.name for node in graph.nodes if node.op_type in ops]
     return (
         f"already quantized: {_listed(found)} are Q/DQ nodes; calibrating would quantize twice. "
-        "Give the FP32 model, or import the model with its own scales"
+        "Give the FP32 model, or take the model's own scales with `precision.default: qat`"
     )
 
 

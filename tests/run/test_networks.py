@@ -12,7 +12,9 @@ import tinymodels
 import tinyproject
 from onnx import TensorProto, helper
 
+from trtune.configs.errors import ConfigError, ModelError
 from trtune.run.pipeline import run, run_folder
+from trtune.tools import init_config
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 RTX = 'backends=[{name: onnxruntime}, {name: tensorrt_rtx, compute_capabilities: ["8.9"]}]'
@@ -103,3 +105,43 @@ def test_an_old_opset_runs(opset: int, tmp_path: Path) -> None:
     proto.ir_version = 4
     record = run(tinyproject.config_of(project(tmp_path, proto)), out=tmp_path / "runs")
     assert record.status == "met"
+
+
+@pytest.mark.parametrize("default", ["int8", "fp16", "bf16"])
+def test_a_quantized_model_is_told_to_be_imported(default: str, tmp_path: Path) -> None:
+    folder = project(tmp_path, tinymodels.quantized())
+    config = tinyproject.config_of(folder, f"precision.default={default}")
+    with pytest.raises(ModelError, match=r"already quantized: .*`precision.default: qat`"):
+        run(config, out=tmp_path / "runs")
+
+
+def test_a_model_quantized_at_run_time_is_refused_by_init_and_run(tmp_path: Path) -> None:
+    net = tinymodels.Net()
+    x = net.input("x", ("N", 8))
+    net.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], ["q", "s", "z"], "dynamic"))
+    w = net.const("w", np.ones((8, 4)), np.int8)
+    sums = net.op("MatMulInteger", "q", w, "z", out="sums")
+    net.op("Mul", net.op("Cast", sums, out="f", to=TensorProto.FLOAT), "s", out="y")
+    folder = project(tmp_path, net.model({"y": ("N", 4)}))
+    with pytest.raises(ModelError, match="ranges found at run time"):
+        run(tinyproject.config_of(folder), out=tmp_path / "runs")
+    with pytest.raises(ModelError, match="ranges found at run time"):
+        init_config(folder / "net.onnx", folder / "new.yaml")
+
+
+def test_a_run_in_which_nothing_became_int8_is_not_met(tmp_path: Path) -> None:
+    folder = tinyproject.write_project(tmp_path, labels=False)
+    config = tinyproject.config_of(folder, "precision.pin={'re:.*': fp32}")
+    record = run(config, out=tmp_path / "runs")
+    assert record.status == "missed"
+    assert any(note.startswith("no node runs in INT8: pinned by the user") for note in record.notes)
+
+
+def test_a_cache_beside_a_qat_model_is_not_passed_over(tmp_path: Path) -> None:
+    folder = project(tmp_path, tinymodels.quantized())
+    (folder / "some.cache").write_text("TRT-101401-EntropyCalibration2\nx: 3c010a14\n")
+    config = tinyproject.config_of(
+        folder, "precision.default=qat", f"calibration.cache={folder}/some.cache"
+    )
+    with pytest.raises(ConfigError, match="this cache would not be read"):
+        run(config, out=tmp_path / "runs")

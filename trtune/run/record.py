@@ -18,6 +18,7 @@ from trtune.precision.graph.macs import macs
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_rules import flushed_weights
 from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.quantized.findings import summary
 from trtune.precision.tune.ladder import Step, Tuned
 from trtune.precision.tune.scales import Calibrated, carried_tensors
@@ -109,7 +110,8 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
 def _status(work: RunWork, tuned: Tuned) -> Literal["met", "missed", "failed"]:
     if work.failed:
         return "failed"
-    return "met" if tuned.met else "missed"
+    nothing = nothing_in_int8(work.subject.view, tuned.plan)
+    return "met" if tuned.met and not nothing else "missed"
 
 
 def _calibration(work: RunWork, left_out: list[str]) -> CalibrationRecord:
@@ -206,10 +208,11 @@ def target_notes(
 ) -> list[str]:
     """Why a missed target could not be met."""
     target = config.precision.target
+    nothing = nothing_in_int8(work.subject.view, tuned.plan)
+    notes = [nothing] if nothing else []
     if target is None or tuned.met:
-        return []
-    notes = []
-    if not work.untuned.int8_nodes:
+        return notes
+    if not nothing and not work.untuned.int8_nodes:
         notes.append("the target cannot be met by tuning: no node is quantized")
     value = fp32.value
     if target.min is not None and not metric.is_fidelity and value is not None:

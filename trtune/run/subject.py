@@ -14,6 +14,7 @@ from trtune.precision.plan.half_rules import keep_fp32, refuse_half_model
 from trtune.precision.plan.imported import QAT
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import make_plan
+from trtune.precision.quantized.describe import refuse_quantized
 from trtune.precision.quantized.importing import Imported, import_quantized
 from trtune.precision.tune.scales import Calibrated, without_zero_ranges
 
@@ -53,9 +54,13 @@ def subject_of(config: Config) -> Subject:
 
 
 def plan_by_rules(subject: Subject, section: PrecisionSection) -> PrecisionPlan:
-    """The plan by the rules and the user's pins. Raises ConfigError for a pin of nothing."""
+    """The plan by the rules and the user's pins.
+
+    Raises ConfigError for a pin of nothing, ModelError for a quantized model that is not imported.
+    """
     if subject.imported is not None:
         return subject.imported.plan
+    refuse_quantized(subject.view, section.default)
     plan = make_plan(
         subject.view, default=section.default, fallback=section.fallback, pins=section.pin
     )

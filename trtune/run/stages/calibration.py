@@ -11,7 +11,7 @@ from typing import Any
 from trtune.calibrate.cache import check_table, load_table, save_table
 from trtune.calibrate.histogram import load_histograms, save_histograms
 from trtune.calibrate.table import CalibrationTable
-from trtune.configs.errors import CacheError, ModelError
+from trtune.configs.errors import CacheError, ConfigError, ModelError
 from trtune.configs.files import hash_json
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Calibration as Section
@@ -75,6 +75,12 @@ def calibration(
     rules = planned.by_rules() if isinstance(planned, ImportedPlan) else planned
     own = None if imported is None else imported.table
     if own is not None and "deploy" not in lowerings and not rules.halves:
+        if section.cache is not None:
+            raise ConfigError(
+                "calibration.cache: with precision.default: qat all scales come from the Q/DQ in "
+                "the model, so this cache would not be read; take it out, or give the FP32 model "
+                "with precision.default: int8"
+            )
         found = replace(EMPTY, table=own)
         return Stage(
             "calibrate", {"model": subject.model, "scales": own}, lambda folder: found, CALIBRATED
