@@ -45,7 +45,16 @@ def load_config(
     Raises ConfigError with a line for everything that is wrong: file and line, key path, what was
     found, what is expected.
     """
-    tree = _read(Path(path), ())
+    try:
+        return _loaded(Path(path), overrides, check=check)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        name = str(error.filename or path)
+        shown_name = name if len(name) < 80 else f"{name[:77]}..."
+        raise ConfigError(f"{path}: {error.strerror or error}: {shown_name}") from error
+
+
+def _loaded(path: Path, overrides: Sequence[str], *, check: bool) -> Config:
+    tree = _read(path, ())
     for override in overrides:
         tree = _override(tree, override)
     raise_problems(_unset(tree))

@@ -55,6 +55,14 @@ def write_report(
     return written
 
 
+def _check_target(record: RunRecord) -> None:
+    """Raise ValueError for a target whose bounds are no numbers."""
+    for key in ("min", "max_drop"):
+        value = (record.target or {}).get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"target.{key} is {value!r}, not a number")
+
+
 def read_record(path: Path) -> RunRecord:
     """Read `run.json`, or the one in the folder `path`.
 
@@ -62,7 +70,9 @@ def read_record(path: Path) -> RunRecord:
     """
     file = Path(path) / "run.json" if Path(path).is_dir() else Path(path)
     try:
-        return RunRecord.from_json(file.read_text(encoding="utf-8"))
+        record = RunRecord.from_json(file.read_text(encoding="utf-8"))
+        _check_target(record)
+        return record
     except FileNotFoundError:
         raise DataError(f"{file}: no such file; give a run's folder or its run.json") from None
     except (OSError, ValueError) as error:

@@ -240,11 +240,19 @@ def _state_length(tensor: onnx.TensorProto) -> None:
         tensor.external_data.add(key="length", value=str(tensor_bytes(tensor)))
 
 
+def _place(tensor: onnx.TensorProto) -> external_data_helper.ExternalDataInfo:
+    """Where the values of `tensor` lie; ModelError if that is no place in a file."""
+    try:
+        return external_data_helper.ExternalDataInfo(tensor)
+    except ValueError as error:
+        raise ModelError(f"the place of its external weight {tensor.name!r}: {error}") from error
+
+
 def _hash_with_external(path: Path, external: list[onnx.TensorProto]) -> str:
     """SHA-256 of the file; with external data, of the hashes of all the files by name."""
     places = set()
     for tensor in external:
-        info = external_data_helper.ExternalDataInfo(tensor)
+        info = _place(tensor)
         place = info.location
         if Path(place).is_absolute() or ".." in Path(place).parts:
             raise ModelError(f"its weights are in {place!r}, outside the model's folder")

@@ -11,6 +11,7 @@ from collections import Counter
 
 import onnx
 import onnx.inliner
+from onnx import numpy_helper
 
 from trtune.configs.errors import ModelError
 from trtune.precision.graph.cut import set_plugins_aside
@@ -27,6 +28,7 @@ from trtune.precision.graph.opsets import (
 from trtune.precision.graph.proto import (
     DEFAULT_DOMAINS,
     all_nodes,
+    all_tensors,
     captured,
     copy_model,
     default_opset,
@@ -37,6 +39,8 @@ from trtune.precision.graph.proto import (
     tensor_bytes,
     without_weights,
 )
+
+TYPES = frozenset(onnx.TensorProto.DataType.values())
 
 
 def normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
@@ -51,6 +55,7 @@ def normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]
     Raises ModelError if the graph is invalid, or its opset cannot be handled.
     """
     model = copy_model(proto)
+    check_words(model.graph)
     shorten_domains(model)
     name_graphs(model.graph)
     set_plugins_aside(model)
@@ -68,6 +73,27 @@ def normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]
         infer_shapes(model),
     ]
     return model, tuple(note for note in notes if note)
+
+
+def check_words(graph: onnx.GraphProto) -> None:
+    """Raise ModelError for names that are no text, types that there are not, and small constants
+    whose values are not as many as their shape says: the checker passes over them."""
+    for node in all_nodes(graph.node):
+        words = (node.name, node.op_type, node.domain, *node.input, *node.output)
+        wrong = next((word for word in words if not isinstance(word, str)), None)
+        if wrong is not None:
+            raise ModelError(f"the model is not valid ONNX: a name is not UTF-8: {wrong!r}")
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        kind = info.type.tensor_type.elem_type
+        if kind not in TYPES or not isinstance(info.name, str):
+            raise ModelError(f"the model is not valid ONNX: {info.name!r} has the type {kind}")
+    for tensor in all_tensors(graph):
+        if tensor.data_type not in TYPES or not tensor.data_type:
+            raise ModelError(
+                f"the model is not valid ONNX: constant {tensor.name!r} has the type "
+                f"{tensor.data_type}"
+            )
+        _check_values(tensor)
 
 
 def shorten_domains(model: onnx.ModelProto) -> None:
@@ -128,6 +154,20 @@ def _check_length(tensor: onnx.TensorProto) -> None:
     needed = tensor_bytes(tensor)
     if tensor.HasField("raw_data") and len(tensor.raw_data) != needed:
         raise ValueError(f"tensor {tensor.name!r} has {len(tensor.raw_data)} bytes, not {needed}")
+
+
+def _check_values(tensor: onnx.TensorProto) -> None:
+    """Raise ModelError if the values of a small `tensor` are not as many as its shape says."""
+    if is_heavy(tensor):
+        return
+    try:
+        numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"the model is not valid ONNX: constant {tensor.name!r} of shape "
+            f"{list(tensor.dims)}: {reason[:200]}"
+        ) from error
 
 
 def _check_structure(light: onnx.ModelProto) -> None:
