@@ -110,7 +110,7 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
 def _status(work: RunWork, tuned: Tuned) -> Literal["met", "missed", "failed"]:
     if work.failed:
         return "failed"
-    nothing = nothing_in_int8(work.subject.view, tuned.plan)
+    nothing = nothing_in_int8(work.setup.subject.view, tuned.plan)
     return "met" if tuned.met and not nothing else "missed"
 
 
@@ -208,7 +208,7 @@ def target_notes(
 ) -> list[str]:
     """Why a missed target could not be met."""
     target = config.precision.target
-    nothing = nothing_in_int8(work.subject.view, tuned.plan)
+    nothing = nothing_in_int8(work.setup.subject.view, tuned.plan)
     notes = [nothing] if nothing else []
     if target is None or tuned.met:
         return notes
