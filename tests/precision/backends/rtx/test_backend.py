@@ -339,7 +339,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_building_without_the_library_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rtx, "installed_version", lambda: None)
+    monkeypatch.setattr(rtx, "rtx_version", lambda: None)
     words = r"needs tensorrt-rtx, not installed: pip install 'trtune\[rtx\]'"
     assert_refused(ADA, candidate_of(tinymodels.mlp()), tmp_path, TrtuneError, words)
 
@@ -382,7 +382,7 @@ def test_loading_says_why_it_cannot_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rtx, "installed_version", lambda: "1.7.1.116")
+    monkeypatch.setattr(rtx, "rtx_version", lambda: "1.7.1.116")
     monkeypatch.setattr(rtx, "why_not_loaded", lambda: "")
     monkeypatch.setattr(rtx, "find_gpu", lambda: None)
     found = ADA.doctor()
@@ -390,7 +390,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "builds here, but cannot run: no NVIDIA GPU" in found.reason
     monkeypatch.setattr(rtx, "find_gpu", lambda: L4)
     assert (ADA.doctor().usable, ADA.doctor().reason) == (True, "")
-    monkeypatch.setattr(rtx, "installed_version", lambda: None)
+    monkeypatch.setattr(rtx, "rtx_version", lambda: None)
     found = ADA.doctor()
     assert (found.usable, found.remedy) == (False, "pip install 'trtune[rtx]'")
 
@@ -400,7 +400,7 @@ def test_doctor_tells_a_library_that_does_not_load(
 ) -> None:
     (tmp_path / "tensorrt_rtx.py").write_text("raise ImportError('libnvinfer.so: not found')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(rtx, "installed_version", lambda: "1.7.1.116")
+    monkeypatch.setattr(rtx, "rtx_version", lambda: "1.7.1.116")
     found = ADA.doctor()
     assert not found.usable
     assert found.reason.endswith("cannot be loaded: ImportError: libnvinfer.so: not found")
@@ -412,7 +412,7 @@ def test_what_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -
         raise rtxsupport.PackageNotFoundError(name)
 
     monkeypatch.setattr(rtxsupport, "version", missing)
-    assert rtxsupport.installed_version() is None
+    assert rtxsupport.rtx_version() is None
     assert rtxsupport.cuda_version() is None
 
 

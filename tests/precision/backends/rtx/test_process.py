@@ -110,7 +110,7 @@ def test_a_build_gives_a_plan_a_log_and_an_answer(tmp_path: Path) -> None:
 @needs_rtx
 def test_a_request_is_done_in_this_process_too(tmp_path: Path) -> None:
     request = request_for(quantized(tinymodels.residual()), tmp_path)
-    answer = rtx_child.run(request)
+    answer = rtx_child.build_engine(request)
     assert (answer.stage, answer.problems) == ("done", ())
     assert (tmp_path / "engine.plan").read_bytes()
 
