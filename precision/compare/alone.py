@@ -78,12 +78,14 @@ def fake_quantize_weights(
 class Change:
     """What is quantized: `edges` read their tensor quantized, `weights` are replaced.
 
-    `scales` are those of weights that have others than max|w| / 127.
+    `scales` are those of weights that have others than max|w| / 127. `values` are constants that
+    stand at an input instead of the model's.
     """
 
     edges: tuple[Edge, ...]
     weights: tuple[tuple[Edge, str, int], ...] = ()
     scales: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    values: Mapping[Edge, Array] = field(default_factory=dict)
 
 
 class Alone:
@@ -127,6 +129,9 @@ class Alone:
             value = fake_quantize_weights(self._view.constant(weight), axis, given)
             weights[f"{weight}/changed"] = value
             copies[name].input[index] = f"{weight}/changed"
+        for number, ((name, index), value) in enumerate(change.values.items()):
+            weights[f"{name}/value{number}"] = value
+            copies[name].input[index] = f"{name}/value{number}"
         proto = self._submodel(list(copies.values()), weights)
         session = make_session(proto, threads=1, external_dir=self._model.external_dir)
         wanted = {entry.name for entry in session.get_inputs()}

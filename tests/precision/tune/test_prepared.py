@@ -1,0 +1,106 @@
+"""A model prepared as its calibration pictures show that it quantizes best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tinymodels
+from realdata import data_dir, needs_data
+from tinyquant import Rows, outputs, set_weight
+
+from trtune.precision.graph.file import load_model
+from trtune.precision.graph.view import GraphView, Model, model_from_proto
+from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.plan.placement import place
+from trtune.precision.plan.rules import make_plan
+from trtune.precision.runtime.errors import sqnr_db
+from trtune.precision.runtime.session import make_session
+from trtune.precision.tune.prepared import Ready, prepare_model
+from trtune.precision.tune.scales import calibrate_model
+
+
+def uneven(make: Any) -> onnx.ModelProto:
+    """Channels of very different size, as training makes them."""
+    model = make()
+    rng = np.random.default_rng(7)
+    for tensor in list(model.graph.initializer):
+        value = onnx.numpy_helper.to_array(tensor)
+        if value.ndim == 4:
+            spread = np.exp(rng.normal(0, 1.2, len(value))).astype(np.float32)
+            set_weight(model, tensor.name, value * spread[:, None, None, None])
+    return model
+
+
+def ready(model: Model, source: Any, **options: Any) -> Ready:
+    view = GraphView.of(model)
+    plan = make_plan(view)
+    base = calibrate_model(model, view, plan, source)
+    return prepare_model(model, view, plan, source, base, **options)
+
+
+def quantized_db(found: Ready, model: Model, feeds: dict[str, Any]) -> float:
+    """The first output of what `found` lowers to, against the model it was made from."""
+    proto = lower_emulate(found.model_for(found.plan), found.plan, found.calibrated.table)
+    exact, test = outputs(model.proto, feeds), outputs(proto, feeds)
+    name = model.outputs[0].name
+    return sqnr_db(exact[name], test[name])
+
+
+@pytest.mark.parametrize("make", [tinymodels.conv_relu, tinymodels.depthwise, tinymodels.silu_se])
+@pytest.mark.parametrize("moves", [None, ["scale", "shift"], ["round"], ["round", "bias"], []])
+def test_the_prepared_model_is_the_same_in_fp32(make: Any, moves: list[str] | None) -> None:
+    model = model_from_proto(uneven(make))
+    feeds = tinymodels.feeds(model.proto, batch=48, seed=3)
+    found = ready(model, Rows(feeds, range(48)), moves=moves, holdout=6)
+    exact, test = outputs(model.proto, feeds), outputs(found.prepared.model.proto, feeds)
+    for name, value in exact.items():
+        assert np.abs(test[name] - value).max() <= 1e-5 * np.abs(value).max()
+    assert set(found.plan.nodes) == {n.name for n in GraphView.of(found.prepared.model).nodes}
+    placed = place(GraphView.of(found.prepared.model), found.plan).activations
+    assert set(placed) <= set(found.calibrated.table.scales)
+    if moves is not None and "round" in moves:
+        assert found.prepared.codes
+    if moves == []:
+        assert found.prepared.model is model
+        assert not found.tried
+
+
+def test_what_does_not_help_is_not_kept() -> None:
+    model = model_from_proto(uneven(tinymodels.depthwise))
+    feeds = tinymodels.feeds(model.proto, batch=64, seed=3)
+    found = ready(model, Rows(feeds, range(64)), holdout=8)
+    none = found.tried["none"]
+    best = min(error for error, _, _ in found.tried.values())
+    kept = [name for name, (error, part, noise) in found.tried.items() if part > noise]
+    if found.prepared.codes or found.prepared.moved:
+        assert kept
+        assert found.prepared.gain_db > 0
+    else:
+        assert found.prepared.gain_db == 0
+    assert none[1:] == (0.0, 0.0)
+    assert best <= none[0]
+
+
+@needs_data
+@pytest.mark.slow
+def test_a_vision_transformer_gains_decibels() -> None:
+    data = data_dir()
+    model = load_model(data / "models" / "vit_cifar10.onnx")
+    mean, std = np.float32([0.4914, 0.4822, 0.4465]), np.float32([0.2470, 0.2435, 0.2616])
+
+    def pictures(name: str, count: int) -> Any:
+        raw = np.load(data / name)["images"][:count].astype(np.float32) / 255
+        return ((raw - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+
+    calibration = pictures("cifar10_calib512.npz", 128)
+    source = Rows({"input": calibration}, range(128))
+    found = ready(model, source, holdout=16)
+    feeds = {"input": pictures("cifar10_test2000.npz", 200)}
+    view = GraphView.of(model)
+    base = calibrate_model(model, view, make_plan(view), source)
+    plain = make_session(lower_emulate(model, make_plan(view), base.table)).run(None, feeds)[0]
+    before = sqnr_db(outputs(model.proto, feeds)["logits"], plain)
+    assert quantized_db(found, model, feeds) > before + 2
