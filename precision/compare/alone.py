@@ -85,7 +85,7 @@ class Change:
     edges: tuple[Edge, ...]
     weights: tuple[tuple[Edge, str, int], ...] = ()
     scales: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    values: Mapping[Edge, Array] = field(default_factory=dict)
+    values: Mapping[Edge, NDArray[Any]] = field(default_factory=dict)
 
 
 class Alone:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtune.calibrate.table import CalibrationTable
-from trtune.configs.machine import usable_cores
 from trtune.configs.progress import Progress, silent
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch, batch_size, rebatch
 from trtune.precision.compare.alone import in_parallel
 from trtune.precision.graph.view import GraphView, Model

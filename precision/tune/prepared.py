@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtune.calibrate.collect import DEFAULT_MEMORY
-from trtune.configs.machine import usable_cores
 from trtune.configs.progress import Progress, silent
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch
 from trtune.datasets.holdout import Without, hold_out, join
 from trtune.precision.graph.view import GraphView, Model
@@ -35,7 +35,7 @@ from trtune.precision.tune.preparing import (
     reaches,
 )
 from trtune.precision.tune.scales import (
-    AUTO,
+    AUTO_METHOD,
     Calibrated,
     calibrate_model,
     held_batches,
@@ -86,7 +86,7 @@ def prepare_model(
     *,
     moves: Sequence[str] | None = None,
     lowerings: Iterable[str] = ("emulate",),
-    method: str = AUTO,
+    method: str = AUTO_METHOD,
     percentile: float = 99.99,
     holdout: int = 24,
     memory: int = DEFAULT_MEMORY,
