@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from trtune.precision.graph.proto import attribute
 from trtune.precision.graph.view import GraphView
-from trtune.precision.plan.placement import is_move
-from trtune.precision.prepare.draft import Draft, Edge
+from trtune.precision.plan.placement import Edge, is_move
+from trtune.precision.prepare.draft import Draft
 from trtune.precision.prepare.fold import Scalar, absorbed
 
 Array = NDArray[Any]
@@ -45,7 +45,7 @@ class Affine:
     axis: int
 
 
-def channel_axis(view: GraphView, edges: tuple[Edge, ...]) -> int | None:
+def reader_axis(view: GraphView, edges: tuple[Edge, ...]) -> int | None:
     """The axis of the input channels that all readers agree on; None if there is none."""
     axes = set()
     for name, index in edges:

@@ -16,10 +16,10 @@ from trtune.precision.graph.proto import attribute
 
 Array = NDArray[Any]
 
-POSITIONS = 256
+SAMPLED = 256
 """Positions sampled of each picture."""
 
-LARGEST = 4608
+WIDEST = 4608
 """More columns than this a group are not rounded together: the matrix would take too much."""
 
 
@@ -48,11 +48,11 @@ def columns(
 ) -> NDArray[np.float32]:
     """Sampled inputs of the node's products, shape (groups, positions, columns).
 
-    At most `POSITIONS` positions a row of the batch, drawn by `rng`.
+    At most `SAMPLED` positions a row of the batch, drawn by `rng`.
     """
     if node.op_type != "Conv":
         rows = data.reshape(-1, data.shape[-1])
-        count = POSITIONS * max(len(data), 1)
+        count = SAMPLED * max(len(data), 1)
         if len(rows) > count:
             rows = rows[np.sort(rng.choice(len(rows), count, replace=False))]
         return np.ascontiguousarray(rows, np.float32)[None]
@@ -74,7 +74,7 @@ def _conv_columns(
     group = int(attribute(node, "group", 1))
     parts = []
     for picture in padded:
-        at = np.sort(rng.choice(total, min(POSITIONS, total), replace=False))
+        at = np.sort(rng.choice(total, min(SAMPLED, total), replace=False))
         places = np.unravel_index(at, sizes)
         windows = np.empty((len(at), data.shape[1], *kernel), np.float32)
         for offset in np.ndindex(*kernel):

@@ -20,9 +20,9 @@ from trtune.precision.graph.proto import (
     without_graph,
 )
 from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.plan.placement import Edge
 
 Array = NDArray[Any]
-Edge = tuple[str, int]
 
 
 class Draft:

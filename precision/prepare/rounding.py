@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 DAMPING = 0.01
 BLOCK = 128
-QMAX = 127
+LARGEST_CODE = 127
 
 
 def rounded_codes(
@@ -43,7 +43,7 @@ def rounded_codes(
 
 
 def _nearest(scaled: Array) -> NDArray[np.int8]:
-    return np.clip(np.rint(scaled), -QMAX, QMAX).astype(np.int8)
+    return np.clip(np.rint(scaled), -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
 
 
 def _factor(moments: NDArray[np.float64]) -> tuple[NDArray[np.float64] | None, NDArray[np.int64]]:
@@ -70,7 +70,7 @@ def _rounded(
     largest = np.argmax(np.abs(scaled), axis=1)
     whole = _nearest(scaled)[np.arange(len(scaled)), largest]
     kept = np.zeros(scaled.shape, bool)
-    kept[np.arange(len(scaled)), largest] = np.abs(whole) == QMAX
+    kept[np.arange(len(scaled)), largest] = np.abs(whole) == LARGEST_CODE
     values, kept = scaled[:, order].copy(), kept[:, order]
     target = _nearest(scaled)[:, order]
     codes = np.empty(values.shape, np.int8)
@@ -79,7 +79,7 @@ def _rounded(
         end = min(start + BLOCK, width)
         errors = np.empty((len(values), end - start))
         for column in range(start, end):
-            code = np.clip(np.rint(values[:, column]), -QMAX, QMAX)
+            code = np.clip(np.rint(values[:, column]), -LARGEST_CODE, LARGEST_CODE)
             code = np.where(kept[:, column], target[:, column], code)
             codes[:, column] = code
             error = (values[:, column] - code) / factor[column, column]

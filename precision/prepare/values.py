@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from trtune.precision.graph.view import Model
 
-SCALE, SHIFT, ROUND, BIAS = "scale", "shift", "round", "bias"
-MOVES = (SCALE, SHIFT, ROUND, BIAS)
+SCALE, SHIFT, ROUND_CODES, CORRECT = "scale", "shift", "round", "bias"
+ALL_MOVES = (SCALE, SHIFT, ROUND_CODES, CORRECT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Prepared:
         """Tensor or node -> the moves made on it; `readers` maps an initializer to its node."""
         found = {moved.tensor: list(moved.moves) for moved in self.moved}
         for name, codes in self.codes.items():
-            moves = [ROUND] if codes.bias is None else [ROUND, BIAS]
+            moves = [ROUND_CODES] if codes.bias is None else [ROUND_CODES, CORRECT]
             found.setdefault(readers.get(name, name), []).extend(moves)
         return found
 

@@ -22,9 +22,9 @@ from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import weight_axis
 from trtune.precision.prepare.affine import bias_edge
 from trtune.precision.prepare.codes import channel_steps
-from trtune.precision.prepare.columns import LARGEST, columns, grouped, moments, ungrouped
+from trtune.precision.prepare.columns import WIDEST, columns, grouped, moments, ungrouped
 from trtune.precision.prepare.rounding import rounded_codes
-from trtune.precision.prepare.values import BIAS, ROUND, Codes
+from trtune.precision.prepare.values import CORRECT, ROUND_CODES, Codes
 from trtune.precision.runtime.session import make_session
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def rounded_weights(
     table: CalibrationTable,
     source: Iterable[Batch],
     *,
-    kinds: Sequence[str] = (ROUND, BIAS),
+    kinds: Sequence[str] = (ROUND_CODES, CORRECT),
     memory: int,
     progress: Progress = silent,
 ) -> dict[str, Codes]:
@@ -107,7 +107,7 @@ def _columns_of(view: GraphView, name: str) -> int:
         return 0
     weights = grouped(node, view.constant(node.input[1]))
     width = 0 if weights is None else weights.shape[2]
-    return width if width <= LARGEST else 0
+    return width if width <= WIDEST else 0
 
 
 def _parts(view: GraphView, names: Sequence[str], memory: int) -> list[list[str]]:
@@ -167,9 +167,9 @@ def _codes(view: GraphView, name: str, seen: Seen, kinds: Sequence[str]) -> Code
     parts = grouped(node, weights)
     assert parts is not None
     steps = channel_steps(weights, weight_axis(node)).reshape(parts.shape[:2])
-    corrects = BIAS in kinds and bias_edge(view, node) is not None
+    corrects = CORRECT in kinds and bias_edge(view, node) is not None
     products = seen.centred if corrects else seen.products
-    if ROUND not in kinds:
+    if ROUND_CODES not in kinds:
         products = np.zeros_like(products)
     values = rounded_codes(parts, products, steps)
     found = np.ascontiguousarray(ungrouped(node, values, weights.shape), np.int8)

@@ -23,7 +23,15 @@ from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.prepare.codes import with_codes
-from trtune.precision.prepare.values import BIAS, ROUND, SCALE, SHIFT, Codes, Moved, Prepared
+from trtune.precision.prepare.values import (
+    CORRECT,
+    ROUND_CODES,
+    SCALE,
+    SHIFT,
+    Codes,
+    Moved,
+    Prepared,
+)
 from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.judge import Judge, gain, worst
 from trtune.precision.tune.moments import rounded_weights
@@ -44,7 +52,7 @@ from trtune.precision.tune.scales import (
 
 log = logging.getLogger(__name__)
 
-AUTO_MOVES = (SCALE, SHIFT, ROUND)
+AUTO_MOVES = (SCALE, SHIFT, ROUND_CODES)
 """What is tried by default. Bias correction adds nothing measurable once codes are rounded."""
 
 
@@ -118,7 +126,7 @@ def prepare_model(
             memory=memory, also=also, provenance=provenance, progress=progress,
         )  # fmt: skip
         variants += [moved] if moved is not None else []
-    if ROUND in kinds or BIAS in kinds:
+    if ROUND_CODES in kinds or CORRECT in kinds:
         variants += [_rounded(v, seen, kinds, memory, progress) for v in list(variants)]
     best, tried = _best(variants, judged_on, model, forced=moves is not None, progress=progress)
     error = tried["none"][0]
@@ -152,7 +160,7 @@ def _moved(
     axes = channel_tensors(view, placement)
     reach = reaches(model, axes, seen, progress=progress)
     pictures = held_batches(model, view, placement, tuple(chosen_on), memory=memory)
-    rounded = ROUND in kinds
+    rounded = ROUND_CODES in kinds
     moves = choose_moves(
         model, view, placement, start.calibrated.table, reach, axes, pictures, kinds,
         rounded=rounded, progress=progress,
@@ -180,7 +188,7 @@ def _rounded(
         variant.model, variant.plan, variant.calibrated.table, seen,
         kinds=kinds, memory=memory, progress=progress,
     )  # fmt: skip
-    done = "+".join(k for k in kinds if k in (ROUND, BIAS))
+    done = "+".join(k for k in kinds if k in (ROUND_CODES, CORRECT))
     name = done if variant.name == "none" else f"{variant.name}+{done}"
     return replace(variant, name=name, codes=codes)
 

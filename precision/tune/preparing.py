@@ -31,10 +31,10 @@ from trtune.precision.plan.rules import make_plan, weight_axis
 from trtune.precision.prepare.affine import (
     Affine,
     apply_affine,
-    channel_axis,
     input_channels,
     is_depthwise,
     may_shift,
+    reader_axis,
     rescaled,
     weights_by_channel,
 )
@@ -98,7 +98,7 @@ def reaches(
 
 def channel_tensors(view: GraphView, placement: Placement) -> dict[str, int]:
     """The quantized tensors whose channels can be rewritten, with their axis."""
-    axes = {t: channel_axis(view, edges) for t, edges in placement.activations.items()}
+    axes = {t: reader_axis(view, edges) for t, edges in placement.activations.items()}
     return {tensor: axis for tensor, axis in axes.items() if axis is not None}
 
 

@@ -16,10 +16,10 @@ from trtune.precision.plan.placement import place
 from trtune.precision.prepare.affine import (
     Affine,
     apply_affine,
-    channel_axis,
     input_channels,
     is_depthwise,
     may_shift,
+    reader_axis,
     rescaled,
     weights_by_channel,
 )
@@ -36,7 +36,7 @@ def affines(prepared: Case, *, shift: bool, seed: int = 0) -> list[Affine]:
     view, rng = prepared.view, np.random.default_rng(seed)
     found = []
     for tensor, edges in place(view, prepared.plan).activations.items():
-        axis = channel_axis(view, edges)
+        axis = reader_axis(view, edges)
         if axis is None:
             continue
         channels = input_channels(view, view.by_name[edges[0][0]])

@@ -17,7 +17,7 @@ from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.lower.rewrite import quantize_weights, weight_scales
 from trtune.precision.plan.rules import weight_axis
 from trtune.precision.prepare.codes import channel_steps, code_values, with_codes
-from trtune.precision.prepare.columns import POSITIONS, columns, grouped, moments, ungrouped
+from trtune.precision.prepare.columns import SAMPLED, columns, grouped, moments, ungrouped
 from trtune.precision.prepare.rounding import rounded_codes
 from trtune.precision.prepare.values import Codes
 
@@ -145,7 +145,7 @@ def test_columns_times_weights_are_the_outputs(name: str) -> None:
         if node.op_type == "Conv":
             exact = exact.reshape(*exact.shape[:2], -1).transpose(0, 2, 1)
         every = exact.reshape(-1, found.shape[1])
-        assert len(found) == min(len(every), POSITIONS * len(data))
+        assert len(found) == min(len(every), SAMPLED * len(data))
         np.testing.assert_allclose(np.sort(found, 0), np.sort(every, 0), rtol=1e-3, atol=1e-4)
         assert moments(sampled).shape == (len(parts), parts.shape[2], parts.shape[2])
         assert attribute(node, "group", 1) in (1, len(parts))
