@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from trtune.precision.graph.view import Model
 
-SCALE, SHIFT, ROUND_CODES, CORRECT = "scale", "shift", "round", "bias"
-ALL_MOVES = (SCALE, SHIFT, ROUND_CODES, CORRECT)
+SCALE_CHANNELS, SHIFT_ALL, ROUND_CODES, CORRECT = "scale", "shift", "round", "bias"
+ALL_MOVES = (SCALE_CHANNELS, SHIFT_ALL, ROUND_CODES, CORRECT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Moved:
     @property
     def moves(self) -> tuple[str, ...]:
         """scale, shift or both."""
-        scaled = (SCALE,) if self.scales != (1.0, 1.0) else ()
-        return (*scaled, *((SHIFT,) if self.shift else ()))
+        scaled = (SCALE_CHANNELS,) if self.scales != (1.0, 1.0) else ()
+        return (*scaled, *((SHIFT_ALL,) if self.shift else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def sentence(name: str, moved: Moved | None, *, rounded: bool) -> str:
     'conv_12: channels scaled 0.2 to 31, shifted by 3.1, codes rounded; +2.4 dB'
     """
     parts = []
-    if moved is not None and SCALE in moved.moves:
+    if moved is not None and SCALE_CHANNELS in moved.moves:
         parts.append(f"channels scaled {moved.scales[0]:.3g} to {moved.scales[1]:.3g}")
     if moved is not None and moved.shift:
         parts.append(f"shifted by {moved.shift:.3g}")

@@ -26,8 +26,8 @@ from trtune.precision.prepare.codes import with_codes
 from trtune.precision.prepare.values import (
     CORRECT,
     ROUND_CODES,
-    SCALE,
-    SHIFT,
+    SCALE_CHANNELS,
+    SHIFT_ALL,
     Codes,
     Moved,
     Prepared,
@@ -52,7 +52,7 @@ from trtune.precision.tune.scales import (
 
 log = logging.getLogger(__name__)
 
-AUTO_MOVES = (SCALE, SHIFT, ROUND_CODES)
+AUTO_MOVES = (SCALE_CHANNELS, SHIFT_ALL, ROUND_CODES)
 """What is tried by default. Bias correction adds nothing measurable once codes are rounded."""
 
 
@@ -119,7 +119,7 @@ def prepare_model(
     if not start.plan.int8_nodes or not kinds:
         return Ready(Prepared(model), plan, base, {})
     variants = [start]
-    if SCALE in kinds or SHIFT in kinds:
+    if SCALE_CHANNELS in kinds or SHIFT_ALL in kinds:
         moved = _moved(
             start, view, fitted, seen, chosen_on, kinds,
             lowerings=lowerings, method=method, percentile=percentile, holdout=holdout,
@@ -177,7 +177,7 @@ def _moved(
         provenance=provenance, progress=progress,
     )  # fmt: skip
     plan = without_zero_ranges(new, plan, calibrated.table)
-    name = "+".join(kind for kind in kinds if kind in (SCALE, SHIFT))
+    name = "+".join(kind for kind in kinds if kind in (SCALE_CHANNELS, SHIFT_ALL))
     return _Variant(name, rewritten, plan, calibrated, moved)
 
 

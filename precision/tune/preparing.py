@@ -41,7 +41,7 @@ from trtune.precision.prepare.affine import (
 from trtune.precision.prepare.draft import Draft
 from trtune.precision.prepare.scale import balanced_factors, depthwise_factors
 from trtune.precision.prepare.statistics import Reach, merged, reach_of
-from trtune.precision.prepare.values import SCALE, SHIFT, Moved
+from trtune.precision.prepare.values import SCALE_CHANNELS, SHIFT_ALL, Moved
 from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.judge import Judge, gain, worst
 from trtune.precision.tune.ranges import screening_batches
@@ -155,7 +155,7 @@ def candidates(
     if maxima.size != channels or not np.any(maxima > 0):
         return []
     factors = [np.ones(channels, np.float32)]
-    if SCALE in kinds:
+    if SCALE_CHANNELS in kinds:
         if all(is_depthwise(view, node) for node in nodes):
             factors.append(depthwise_factors(maxima))
         else:
@@ -165,7 +165,7 @@ def candidates(
             ]
             weights = np.max(parts, axis=0)
             factors += [balanced_factors(maxima, weights, power) for power in POWERS]
-    shifts = SHIFT in kinds and may_shift(view, edges)
+    shifts = SHIFT_ALL in kinds and may_shift(view, edges)
     moves = []
     for scale in factors:
         plain = Affine(tensor, edges, scale, 0.0, axis)
