@@ -12,7 +12,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 DIGITS := examples/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format wheel bench constraints clean
+.PHONY: help demo test test-fast lint format wheel bench conformance constraints clean
 
 help:
 	@echo 'make demo         quantize, tune and report the handwritten-digits example; report in runs/'
@@ -87,6 +87,10 @@ wheel:
 bench:
 	$(call install,dev)
 	$(BIN)/python benchmarks/calibration.py $(ARGS)
+
+conformance:
+	$(call install,dev)
+	$(BIN)/python -W ignore benchmarks/conformance.py $(ARGS)
 
 # One file for every Python and platform. RESOLUTION=lowest-direct writes the oldest versions that
 # pyproject.toml allows.
