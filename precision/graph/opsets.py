@@ -32,6 +32,14 @@ QDQ_OPSET = 13
 """The first opset whose QuantizeLinear has one scale a channel."""
 RESIZE_OPSET = 11
 """The first opset whose Resize says where it samples."""
+WIDENED = frozenset(
+    {
+        *("Constant", "ConstantOfShape", "Flatten", "Identity", "If", "Loop", "Pad", "Reshape"),
+        *("Scan", "Shape", "Size", "SplitToSequence", "Squeeze", "TopK", "Transpose", "Unsqueeze"),
+    }
+)
+"""Operators whose later versions only take more types; Mod of opset 28 shows that the same inputs
+and attributes can mean something else."""
 BROADCAST_OPSET = 7
 """The first opset whose operators broadcast as NumPy does."""
 BATCH_SCAN_OPSET = 8
@@ -78,7 +86,9 @@ def _same_operator(op: str, opset: int) -> bool:
         new, old = get_schema(op, opset), get_schema(op, KNOWN_OPSET)
     except SchemaError:
         return False
-    return new.since_version == old.since_version or _signature(new) == _signature(old)
+    if new.since_version == old.since_version:
+        return True
+    return op in WIDENED and _signature(new) == _signature(old)
 
 
 def _signature(schema: OpSchema) -> tuple[object, ...]:

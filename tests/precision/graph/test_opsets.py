@@ -37,6 +37,9 @@ def test_a_newer_opset_stays_where_an_operator_has_changed() -> None:
     assert lowered_opset([cast], 24) == 24, "it has got an attribute round_mode"
     assert lowered_opset([relu, swish], 24) == 24, "it came with opset 24"
     assert lowered_opset([relu], 17) == 17
+    mod = helper.make_node("Mod", ["x", "y"], ["z"])
+    if newest_opset() >= 28:
+        assert lowered_opset([mod], 28) == 28, "the same inputs, but floats take another sign"
 
 
 def test_a_type_that_came_later_keeps_the_opset() -> None:
