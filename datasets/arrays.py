@@ -89,6 +89,11 @@ class ArraySource:
             yield self._make(self._rows[start : start + self._batch])
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The rows that a pass reads."""
+        return tuple(map(str, self._rows))
+
+    @property
     def count(self) -> int:
         """Number of chosen rows."""
         return len(self._rows)

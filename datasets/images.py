@@ -126,6 +126,11 @@ class ImageSource:
         return tuple(sorted(self._skipped))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The files that a pass reads."""
+        return tuple(str(self._folder / file) for file in self._files)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the result should know of this data: pictures without labels, classes.
 

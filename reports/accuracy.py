@@ -30,6 +30,7 @@ from trtune.reports.measures.fidelity import (
     sqnr_db,
 )
 from trtune.reports.measures.find import METRICS, Asked, make_measure
+from trtune.reports.measures.recognise import task_of
 from trtune.reports.measures.uncertainty import paired_error, standard_error
 from trtune.reports.outputs import Answers, Layout, Run, StoredOutputs, answers
 
@@ -102,7 +103,7 @@ def evaluate(
     if isinstance(metric, str) and metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}")
     asked = asked or Asked(output=output)
-    pair = _Pair(metric, asked, has_reference=reference is not None)
+    pair = _Pair(_own_agreement(metric, layout), asked, has_reference=reference is not None)
     sums, samples = Fidelity(), 0
     for batch in source:
         found = _answers(run, batch, samples, fixed_batch, layout)
@@ -120,6 +121,12 @@ def evaluate(
     if not samples:
         raise DataError(f"{what}: the data is empty; there is nothing to evaluate")
     return _evaluation(metric, pair, sums, samples, compared=reference is not None)
+
+
+def _own_agreement(metric: Metric | None, layout: Layout | None) -> Metric | None:
+    """`agreement` as the measure of the model's task: detections, pixels or tokens."""
+    task = task_of(layout.inputs, layout.outputs) if layout and metric == "agreement" else None
+    return task.agreement if task is not None and task.kind != "classification" else metric
 
 
 class _Pair:
@@ -151,10 +158,9 @@ def _evaluation(
     metric: Metric | None, pair: _Pair, sums: Fidelity, samples: int, *, compared: bool
 ) -> Evaluation:
     measure = pair.measure
-    if isinstance(metric, str) and metric in FIDELITY_METRICS:
-        value: float | None = FIDELITY_METRICS[metric](sums)
-    else:
-        value = None if measure is None else measure.result()
+    value: float | None = None if measure is None else measure.result()
+    if isinstance(metric, str) and metric in FIDELITY_METRICS and measure is None:
+        value = FIDELITY_METRICS[metric](sums)
     if sums.not_finite:
         log.warning("%d elements of the outputs are NaN or Inf", sums.not_finite)
     for name, count in sums.left_out.items():
@@ -165,7 +171,7 @@ def _evaluation(
         value=value,
         samples=samples,
         sqnr_db=sqnr_db(sums) if compared and sums.outputs else None,
-        agreement=agreement(sums) if sums.compared else None,
+        agreement=value if metric == "agreement" else agreement(sums) if sums.compared else None,
         cosine=cosine(sums) if compared and sums.outputs else None,
         error=None if measure is None else standard_error(measure),
         difference_error=paired_error(pair.reference, measure) if both else None,

@@ -9,10 +9,21 @@ from trtune.reports.record import ORIGINAL, RunRecord, Variant
 DASH = "—"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
-FRACTIONS = ("top1", "top5", "agreement")
+FRACTIONS = (
+    *("top1", "top5", "ap", "ap50", "miou", "next_token"),
+    *("agreement", "detection_agreement", "pixel_agreement", "token_agreement"),
+)
+LESS_IS_BETTER = ("perplexity",)
 LABELS = {
     "top1": "top-1",
     "top5": "top-5",
+    "ap": "AP",
+    "ap50": "AP50",
+    "miou": "mIoU",
+    "next_token": "next token",
+    "detection_agreement": "agreement of detections",
+    "pixel_agreement": "agreement of pixels",
+    "token_agreement": "agreement of tokens",
     "agreement": "agreement",
     "sqnr_db": "SQNR",
     "cosine": "cosine",
@@ -164,10 +175,12 @@ def tail(name: str, *, length: int = 40) -> str:
 def target_value(record: RunRecord) -> float | None:
     """The value the metric must reach, or None without a target (or without a baseline)."""
     target = record.target or {}
-    if target.get("min") is not None:
-        return float(target["min"])
+    for bound in ("min", "max"):
+        if target.get(bound) is not None:
+            return float(target[bound])
     if target.get("max_drop") is not None and record.baseline.value is not None:
-        return record.baseline.value - float(target["max_drop"])
+        sign = -1 if record.baseline.metric in LESS_IS_BETTER else 1
+        return record.baseline.value - sign * float(target["max_drop"])
     return None
 
 
@@ -176,12 +189,14 @@ def target_text(record: RunRecord) -> str:
     metric, needed = record.baseline.metric, target_value(record)
     if needed is None:
         return ""
-    text = f"{metric_label(metric)} of at least {metric_text(metric, needed)}"
+    less = metric in LESS_IS_BETTER or (record.target or {}).get("max") is not None
+    bound = "most" if less else "least"
+    text = f"{metric_label(metric)} of at {bound} {metric_text(metric, needed)}"
     drop = (record.target or {}).get("max_drop")
     if drop is None:
         return text
     amount = f"{100 * float(drop):.4g} points" if metric in FRACTIONS else number(float(drop))
-    return f"{text} (no more than {amount} below FP32)"
+    return f"{text} (no more than {amount} {'above' if less else 'below'} FP32)"
 
 
 def is_emulated(variant: Variant) -> bool:

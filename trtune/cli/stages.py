@@ -16,16 +16,21 @@ from trtune.cli.console import Terminal
 if TYPE_CHECKING:
     from trtune.reports.record import RunRecord
 
+GoOn = Annotated[
+    bool, typer.Option("--force", help="Go on where FP32 is near chance or the data looks wrong.")
+]
 EXIT_STATUS = {"met": 0, "missed": 3, "failed": 1}
 
 
 @command(epilog=f"Example: trtune run model.yaml --set calibration.method=auto\n\n{STATUSES}")
-def run(terminal: Terminal, given: Given) -> None:
+def run(terminal: Terminal, given: Given, force: GoOn = False) -> None:
     """Do everything: calibrate, build, compare, tune and report; then show the result."""
     config = given.load()
     from trtune.run import pipeline
 
-    record = pipeline.run(config, out=given.out, progress=terminal.progress, command=given.words())
+    record = pipeline.run(
+        config, out=given.out, progress=terminal.progress, command=given.words(), force=force
+    )
     _finish(terminal, record, pipeline.run_folder(config, given.out))
 
 
@@ -87,12 +92,14 @@ def compare(terminal: Terminal, given: Given) -> None:
 
 
 @command(epilog=f"Example: trtune tune model.yaml --set precision.max_pins=8\n\n{STATUSES}")
-def tune(terminal: Terminal, given: Given) -> None:
+def tune(terminal: Terminal, given: Given, force: GoOn = False) -> None:
     """Pin the nodes that hurt most until the target is met; what is already there is reused."""
     config = given.load()
     from trtune.run import pipeline
 
-    record = pipeline.tune(config, out=given.out, progress=terminal.progress, command=given.words())
+    record = pipeline.tune(
+        config, out=given.out, progress=terminal.progress, command=given.words(), force=force
+    )
     _finish(terminal, record, pipeline.run_folder(config, given.out))
 
 

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from trtune.calibrate.table import CalibrationTable
@@ -22,8 +23,16 @@ from trtune.configs.load import dump_config
 from trtune.configs.progress import Progress, announce, enter, silent
 from trtune.configs.schema import Config
 from trtune.precision.runtime.api import BuildInfo
+from trtune.reports.accuracy import Evaluation
 from trtune.reports.html import several_html
 from trtune.reports.markdown import several_markdown
+from trtune.reports.measures.recognise import task_of
+from trtune.reports.measures.sense import (
+    near_chance,
+    odd_inputs,
+    same_pictures,
+    threshold_below_zero,
+)
 from trtune.reports.record import LayerRow, RunRecord
 from trtune.reports.tables import read_layers, write_layers
 from trtune.reports.writer import read_record, write_report
@@ -34,8 +43,9 @@ from trtune.run.record import Started, run_record
 from trtune.run.stages.engines import engine_of
 from trtune.run.stages.layers import gated
 from trtune.run.stages.measuring import baseline
-from trtune.run.tuning import tuned, tuning
+from trtune.run.tuning import threshold_of, tuned, tuning
 from trtune.run.variants import finished, gate_engines, make_variants
+from trtune.run.wiring import RunData
 from trtune.run.work import RunWork, Setup
 from trtune.run.workspace import Workspace
 
@@ -48,6 +58,9 @@ CHECK, BASELINE, CALIBRATE, COMPARE, TUNE, MEASURE, REPORT = STAGES = (
 )
 """What a run tells its `Progress` that it goes through, in order."""
 
+SENSED = 4
+"""Batches of calibration data whose values are looked at before anything takes long."""
+
 
 def run(
     config: Config,
@@ -55,10 +68,12 @@ def run(
     out: Path | str = "runs",
     progress: Progress = silent,
     command: str = "",
+    force: bool = False,
 ) -> RunRecord:
     """All stages: gate, calibrate, build, compare, tune, measure, report.
 
-    Writes `run_folder(config, out)`. `command` is what reproduces the run, for the report.
+    Writes `run_folder(config, out)`. `command` is what reproduces the run, for the report. `force`
+    goes on where the set-up makes no sense (FP32 near chance, say).
     The record's `status` says whether the target is met; the best model is written either way. A
     backend that this machine has not, or that fails, is in the record with its reason.
 
@@ -69,7 +84,7 @@ def run(
     >>> record.status, record.variants[-1].pinned                   # doctest: +SKIP
     """
     formats = tuple(dict.fromkeys([*config.report.formats, "json"]))
-    return _whole(config, out, progress, command, formats)
+    return _whole(config, out, progress, command, formats, force)
 
 
 def tune(
@@ -78,6 +93,7 @@ def tune(
     out: Path | str = "runs",
     progress: Progress = silent,
     command: str = "",
+    force: bool = False,
 ) -> RunRecord:
     """Everything up to the tuned engines, and the record; `report` renders it.
 
@@ -88,11 +104,48 @@ def tune(
             "precision.target: nothing to tune for; say what must hold, such as "
             "{metric: sqnr_db, min: 20} or {metric: top1, max_drop: 0.005}"
         )
-    return _whole(config, out, progress, command, ("json", "csv"))
+    return _whole(config, out, progress, command, ("json", "csv"), force)
+
+
+def check_sense(work: RunWork, fp32: Evaluation, *, force: bool = False) -> None:
+    """Look whether model, data, labels and target belong together, before anything takes long.
+
+    What is found is in the report. Raises DataError where it makes the run worth nothing, unless
+    `force`.
+    """
+    setup, model = work.setup, work.setup.subject.model
+    target = setup.config.precision.target
+    task = task_of(model.inputs, model.outputs)
+    classes = None if task is None else task.classes
+    metric = work.bench.metric
+    found = near_chance(fp32.metric, fp32.value, classes, fp32.samples) if target else []
+    if target is not None and not metric.is_fidelity:
+        threshold = threshold_of(target, fp32, higher=metric.higher)
+        found += threshold_below_zero(metric.name, threshold)
+    if setup.config.data.evaluation != setup.config.data.calibration:
+        found += same_pictures(_names(setup.calibration), _names(setup.evaluation))
+    found += odd_inputs(list(islice(setup.calibration.source, SENSED)))
+    work.findings[:] = found
+    for finding in found:
+        log.warning("%s", finding.text)
+    stops = [finding for finding in found if finding.stops]
+    if stops and not force:
+        raise DataError("; ".join(finding.text for finding in stops))
+
+
+def _names(data: RunData) -> list[str]:
+    """What `data` reads, by place and name, where its source can tell without reading."""
+    names = getattr(data.source, "names", ())
+    return [f"{data.section.path}\0{name}" for name in names]
 
 
 def _whole(
-    config: Config, out: Path | str, progress: Progress, command: str, formats: tuple[str, ...]
+    config: Config,
+    out: Path | str,
+    progress: Progress,
+    command: str,
+    formats: tuple[str, ...],
+    force: bool = False,
 ) -> RunRecord:
     """Every stage, in the order that shows what is wrong soonest."""
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -101,7 +154,8 @@ def _whole(
     enter(progress, CHECK)
     with _working(config, out, progress) as work:
         enter(progress, BASELINE)
-        work.workspace.get(baseline(work.bench))  # labels that do not fit show before calibration
+        fp32 = work.workspace.get(baseline(work.bench))  # what labels do not fit shows here
+        check_sense(work, fp32, force=force)
         gate_engines(work)
         enter(progress, CALIBRATE)
         _ = work.untuned  # which needs the ranges

@@ -78,7 +78,7 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
             samples=fp32.samples,
         ),
         variants=variants,
-        tuning=tuning_steps(tuned.steps) if target else [],
+        tuning=tuning_steps(tuned.steps, sign=1 if metric.higher else -1) if target else [],
         calibration=_calibration(work, left_out[0]) if work.is_lowered else None,
         histograms=histogram_plots(
             subject.view,
@@ -150,14 +150,14 @@ def _method(work: RunWork) -> str:
     return section.method if section.cache is None else f"cache {Path(section.cache).name}"
 
 
-def tuning_steps(steps: Sequence[Step]) -> list[TuningStep]:
-    """Every evaluated set of pins, in order."""
+def tuning_steps(steps: Sequence[Step], *, sign: int = 1) -> list[TuningStep]:
+    """Every evaluated set of pins, in order; `sign` -1 where less is better, as the search's."""
     return [
         TuningStep(
             step=number,
             action=step.action,
             pinned=list(step.pinned),
-            value=step.score.value,
+            value=sign * step.score.value,
             builds=step.score.builds,
             seconds=round(step.seconds, 3),
             sqnr_db=step.score.sqnr_db,
@@ -175,6 +175,9 @@ def _notes(work: RunWork, left_out: list[str]) -> list[str]:
     notes = list(setup.subject.model.notes)
     if setup.subject.imported is not None:
         notes += summary(setup.subject.imported.findings)
+    notes += [finding.text for finding in work.findings]
+    for section in (setup.calibration, setup.evaluation):
+        notes += [f"{section.where}: {note}" for note in getattr(section.source, "notes", ())]
     notes += flushed(setup.subject.view, untuned)
     if data.evaluation == data.calibration:
         notes.append("accuracy was measured on the calibration pictures: name data.evaluation")

@@ -59,25 +59,32 @@ class Scorer:
                 break
         assert first is not None
         value = self.bench.metric.value_of(first)
-        reached = float("-inf") if value is None else value
+        sign = 1 if self.bench.metric.higher else -1  # the search takes more for better
+        reached = float("-inf") if value is None else sign * value
         return Score(reached, met, first.sqnr_db, not builds, note, builds)
 
     def is_enough(self, value: float | None) -> bool:
         """Whether a value meets the target."""
         if value is None:
             return False
-        return self.threshold is None or value >= self.threshold - ROUNDING
+        if self.threshold is None:
+            return True
+        sign = 1 if self.bench.metric.higher else -1
+        return sign * (value - self.threshold) >= -ROUNDING
 
 
-def threshold_of(target: Target | None, fp32: Evaluation) -> float | None:
-    """The value that the target asks for, or None without a target."""
+def threshold_of(target: Target | None, fp32: Evaluation, *, higher: bool = True) -> float | None:
+    """The value that the target asks for, or None without a target.
+
+    Where less is better (not `higher`) it is the most that may be reached.
+    """
     if target is None:
         return None
-    if target.min is not None:
-        return float(target.min)
+    if target.min is not None or target.max is not None:
+        return float(target.min if target.min is not None else target.max or 0.0)
     if fp32.value is None or target.max_drop is None:
         raise TrtuneError("the FP32 model has no value of the target metric to measure against")
-    return fp32.value - float(target.max_drop)
+    return fp32.value - float(target.max_drop) * (1 if higher else -1)
 
 
 def ranked(errors: dict[str, ErrorSums]) -> list[tuple[str, str]]:
@@ -105,7 +112,7 @@ def tuning(work: RunWork) -> Stage[Tuned]:
 
     def make(folder: Path) -> Tuned:
         fp32 = work.workspace.get(baseline(work.bench))
-        threshold = threshold_of(section.target, fp32)
+        threshold = threshold_of(section.target, fp32, higher=work.bench.metric.higher)
         judge = Scorer(work.workspace, work.bench, judges, fp32, threshold, work.candidate)
         tunable = threshold is not None and work.is_lowered
         return tune(

@@ -207,7 +207,9 @@ def _worth(metric: TargetMetric, fp32: Evaluation, value: Evaluation | None) -> 
     lost = metric.is_fidelity or reached is None or fp32.value is None
     return {
         "value": reached,
-        "drop": None if lost else (fp32.value or 0.0) - (reached or 0.0),
+        "drop": None
+        if lost
+        else ((fp32.value or 0.0) - (reached or 0.0)) * (1 if metric.higher else -1),
         "top1": top1_of(value),
         "sqnr_db": value.sqnr_db,
         "agreement": value.agreement,

@@ -175,7 +175,9 @@ def check_shapes_of(
 def _one_shape(section: DataSet) -> bool:
     preprocess = section.preprocess
     sized = preprocess is not None and (
-        preprocess.crop is not None or isinstance(preprocess.resize, tuple)
+        preprocess.crop is not None
+        or isinstance(preprocess.resize, tuple)
+        or (preprocess.letterbox is not None and preprocess.letterbox.stride is None)
     )
     return section.source in ("arrays", "idx") or sized
 

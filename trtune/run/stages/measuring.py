@@ -20,7 +20,7 @@ from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.reports.accuracy import Evaluation, OutputCloseness, evaluate
 from trtune.reports.measures.base import PythonMetric
 from trtune.reports.measures.fidelity import FIDELITY_METRICS
-from trtune.reports.measures.find import METRICS, Asked, find_metric
+from trtune.reports.measures.find import METRICS, Asked, find_metric, higher_is_better
 from trtune.reports.outputs import Layout, StoredOutputs, collect_outputs
 from trtune.run.stage import Need, Stage, as_json, flat, versions
 from trtune.run.stages.engines import build, measured_with
@@ -49,6 +49,11 @@ class TargetMetric:
     function: str | PythonMetric
     code: str | None = None
     asked: Asked = field(default_factory=Asked)
+
+    @property
+    def higher(self) -> bool:
+        """Whether more of it is better."""
+        return higher_is_better(self.function)
 
     @property
     def is_fidelity(self) -> bool:
@@ -123,6 +128,7 @@ class Bench:
                 reference=self.reference,
                 fixed_batch=fixed_batch(self.model),
                 layout=self.layout,
+                asked=self.metric.asked,
                 progress=self.progress,
                 what=what,
             )

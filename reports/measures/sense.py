@@ -1,0 +1,163 @@
+"""Does the set-up make sense? Findings before anything takes long, from values alone.
+
+A wrong set-up computes as well as a right one, and then "target met" means nothing: FP32 near
+chance after the wrong preprocessing, the same pictures for calibration and evaluation, a black
+picture, labels of other classes. Each question is a plain function; nothing here reads files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtune.datasets.batches import Batch
+from trtune.reports.measures.find import TASK_MEASURES
+
+_NEAR_CHANCE = 3.0
+_LEAST_AP = 0.01
+_LARGEST_INPUT = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that does not make sense: a word for code, a sentence, and whether it stops."""
+
+    what: str
+    text: str
+    stops: bool = False
+
+
+def chance(metric: str, classes: int | None) -> float | None:
+    """The value of guessing, where there is one.
+
+    >>> chance("top1", 1000), chance("top5", 10), chance("ap", 80), chance("sqnr_db", None)
+    (0.001, 0.5, 0.01, None)
+    """
+    if metric in ("ap", "ap50"):
+        return _LEAST_AP
+    if metric in ("top1", "top5") and classes:
+        return min(1.0, (1 if metric == "top1" else 5) / classes)
+    if metric == "miou" and classes:
+        return 1 / (2 * classes)
+    return None
+
+
+def near_chance(
+    metric: str | None, value: float | None, classes: int | None, samples: int
+) -> list[Finding]:
+    """A finding that stops, if the FP32 model's value is hardly better than guessing.
+
+    Below chance and three of its standard errors, or not a number. With so few samples that even
+    a right model could be there, it does not stop.
+    """
+    if metric is None or value is None or metric not in TASK_MEASURES:
+        return []
+    guess = chance(metric, classes)
+    if math.isnan(value):
+        return [Finding("no_value", f"the FP32 model has no {metric}: nothing to count", True)]
+    if guess is None:
+        return []
+    spread = _NEAR_CHANCE * math.sqrt(guess * (1 - guess) / max(samples, 1))
+    if value > guess + (0 if metric in ("ap", "ap50") else spread):
+        return []
+    text = (
+        f"the FP32 model's {metric} is {100 * value:.2f} %, where guessing gives {100 * guess:.2g}"
+        f" % (on {samples} samples): the preprocessing or the labels do not belong to this model. "
+        "Look at preprocess (RGB or BGR, scale, mean, resize or letterbox), label_offset and "
+        "classes; `trtune init MODEL --data FOLDER` tries the usual ones. `--force` goes on"
+    )
+    return [Finding("near_chance", text, samples >= 20 or guess < 0.2)]
+
+
+def threshold_below_zero(metric: str, threshold: float | None) -> list[Finding]:
+    """A finding that stops, if the target asks for less than nothing."""
+    if threshold is None or threshold >= 0 or metric not in TASK_MEASURES:
+        return []
+    return [Finding(
+        "negative_threshold",
+        f"the target allows {metric} to fall to {threshold:.4g}, below 0: any model meets that; "
+        "the FP32 model's own value is less than max_drop", True,
+    )]  # fmt: skip
+
+
+def same_pictures(calibration: Sequence[str], evaluation: Sequence[str]) -> list[Finding]:
+    """A finding, if calibration and evaluation share items (their hashes, or their names)."""
+    shared = len(set(calibration) & set(evaluation))
+    if not shared:
+        return []
+    return [Finding(
+        "same_pictures",
+        f"{shared} of {len(set(evaluation))} evaluation samples calibrated too: what is measured "
+        "on them is on the bright side; give data.evaluation others (skip, or another path)",
+    )]  # fmt: skip
+
+
+def odd_inputs(batches: Sequence[Batch]) -> list[Finding]:
+    """Findings about what is fed: constant samples, and values far from what networks expect.
+
+    Networks are trained on inputs of about -10 to 10, on bytes, or on whole numbers (tokens); a
+    float input beyond 1000 in magnitude hints at a missing scale.
+    """
+    found: list[Finding] = []
+    flat: list[str] = []
+    count, largest = 0, 0.0
+    for batch in batches:
+        rows = [
+            np.moveaxis(array, axis, 0).reshape(len(batch), -1)
+            for name, array in batch.feeds.items()
+            if (axis := batch.axis(name)) is not None
+            and array.dtype.kind in "fiu" and array[:1].size > 16
+        ]  # fmt: skip
+        if not rows:
+            continue
+        even = np.all([row.max(axis=1) == row.min(axis=1) for row in rows], axis=0)
+        flat += [batch.items[place] for place in np.flatnonzero(even)]
+        count += len(batch)
+        floats = [np.abs(row).max() for row in rows if row.dtype.kind == "f"]
+        largest = max([largest, *map(float, floats)])
+    if flat:
+        whole = len(flat) == count
+        names = ", ".join(flat[:3]) + (", ..." if len(flat) > 3 else "")
+        text = f"{len(flat)} of {count} samples are constant ({names}), black pictures say"
+        found.append(Finding("constant_inputs", text, stops=whole))
+    if largest > _LARGEST_INPUT:
+        found.append(Finding(
+            "large_inputs",
+            f"inputs reach {largest:.4g} in magnitude; is preprocess.scale right?",
+        ))  # fmt: skip
+    return found
+
+
+def unlike_range(
+    feeds: Mapping[str, NDArray[Any]], expected: Mapping[str, tuple[float, float]]
+) -> list[Finding]:
+    """A finding for an input whose values lie far outside `expected` (low, high): by ten times."""
+    found = []
+    for name, (low, high) in expected.items():
+        if name not in feeds or not feeds[name].size:
+            continue
+        least, most = float(feeds[name].min()), float(feeds[name].max())
+        limit = 10 * max(abs(low), abs(high), 1e-12)
+        if max(abs(least), abs(most)) > limit:
+            found.append(Finding(
+                "unlike_range",
+                f"input {name!r} is fed {least:.4g} to {most:.4g}, and {low:.4g} to {high:.4g} is "
+                "what the model was made for",
+            ))  # fmt: skip
+    return found
+
+
+def unlike_classes(folders: int, classes: int | None) -> list[Finding]:
+    """A finding that stops, if there are more or fewer classes in the data than in the model."""
+    if not folders or not classes or folders == classes:
+        return []
+    return [Finding(
+        "unlike_classes",
+        f"the data has {folders} classes and the model {classes}: say which of the model's they "
+        "are with `classes` (a list, or a file with the model's classes, one a line)", True,
+    )]  # fmt: skip
