@@ -10,7 +10,7 @@ from trtune.reports.measures.decoders import recognise
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ModelTask:
     """classification, detection, segmentation or text; with its metric, and a detector's decoder.
 
     `classes` is the number of classes (or tokens) where the shapes tell; `output` the one scored.
@@ -24,7 +24,7 @@ class Task:
     output: str | None = None
 
 
-def task_of(inputs: Sequence[InputSpec], outputs: Sequence[InputSpec]) -> Task | None:
+def task_of(inputs: Sequence[InputSpec], outputs: Sequence[InputSpec]) -> ModelTask | None:
     """The task that the shapes tell, or None.
 
     A detector by `recognise`; scores N x C x H x W behind a picture segment it; N x C are classes;
@@ -37,7 +37,7 @@ def task_of(inputs: Sequence[InputSpec], outputs: Sequence[InputSpec]) -> Task |
         decoder = recognise(shapes, size)
         if decoder is not None:
             classes = _detected(decoder, shapes)
-            return Task("detection", "ap", "detection_agreement", decoder, classes)
+            return ModelTask("detection", "ap", "detection_agreement", decoder, classes)
     for spec in outputs:
         found = _by_output(spec, picture, inputs)
         if found is not None:
@@ -60,15 +60,19 @@ def _channels(shape: Sequence[int | str | None]) -> bool:
 
 def _by_output(
     spec: InputSpec, picture: InputSpec | None, inputs: Sequence[InputSpec]
-) -> Task | None:
+) -> ModelTask | None:
     inner = [dim for dim in spec.shape[1:] if dim != 1]
     if "float" in spec.dtype and len(inner) == 1 and not is_free(inner[0]) and picture is not None:
-        return Task("classification", "top1", "agreement", None, _int(inner[0]), spec.name)
+        return ModelTask("classification", "top1", "agreement", None, _int(inner[0]), spec.name)
     if picture is not None and len(spec.shape) == 4 and not is_free(spec.shape[1]):
-        return Task("segmentation", "miou", "pixel_agreement", None, _int(spec.shape[1]), spec.name)
+        return ModelTask(
+            "segmentation", "miou", "pixel_agreement", None, _int(spec.shape[1]), spec.name
+        )
     tokens = any("int" in s.dtype and len(s.shape) == 2 for s in inputs)
     if tokens and len(spec.shape) == 3 and "float" in spec.dtype and not is_free(spec.shape[2]):
-        return Task("text", "perplexity", "token_agreement", None, _int(spec.shape[2]), spec.name)
+        return ModelTask(
+            "text", "perplexity", "token_agreement", None, _int(spec.shape[2]), spec.name
+        )
     return None
 
 

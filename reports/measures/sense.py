@@ -24,7 +24,7 @@ _LARGEST_INPUT = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Oddity:
     """Something that does not make sense: a word for code, a sentence, and whether it stops."""
 
     what: str
@@ -49,7 +49,7 @@ def chance(metric: str, classes: int | None) -> float | None:
 
 def near_chance(
     metric: str | None, value: float | None, classes: int | None, samples: int
-) -> list[Finding]:
+) -> list[Oddity]:
     """A finding that stops, if the FP32 model's value is hardly better than guessing.
 
     Below chance and three of its standard errors, or not a number. With so few samples that even
@@ -59,7 +59,7 @@ def near_chance(
         return []
     guess = chance(metric, classes)
     if math.isnan(value):
-        return [Finding("no_value", f"the FP32 model has no {metric}: nothing to count", True)]
+        return [Oddity("no_value", f"the FP32 model has no {metric}: nothing to count", True)]
     if guess is None:
         return []
     spread = _NEAR_CHANCE * math.sqrt(guess * (1 - guess) / max(samples, 1))
@@ -71,39 +71,39 @@ def near_chance(
         "Look at preprocess (RGB or BGR, scale, mean, resize or letterbox), label_offset and "
         "classes; `trtune init MODEL --data FOLDER` tries the usual ones. `--force` goes on"
     )
-    return [Finding("near_chance", text, samples >= 20 or guess < 0.2)]
+    return [Oddity("near_chance", text, samples >= 20 or guess < 0.2)]
 
 
-def threshold_below_zero(metric: str, threshold: float | None) -> list[Finding]:
+def threshold_below_zero(metric: str, threshold: float | None) -> list[Oddity]:
     """A finding that stops, if the target asks for less than nothing."""
     if threshold is None or threshold >= 0 or metric not in TASK_MEASURES:
         return []
-    return [Finding(
+    return [Oddity(
         "negative_threshold",
         f"the target allows {metric} to fall to {threshold:.4g}, below 0: any model meets that; "
         "the FP32 model's own value is less than max_drop", True,
     )]  # fmt: skip
 
 
-def same_pictures(calibration: Sequence[str], evaluation: Sequence[str]) -> list[Finding]:
+def same_pictures(calibration: Sequence[str], evaluation: Sequence[str]) -> list[Oddity]:
     """A finding, if calibration and evaluation share items (their hashes, or their names)."""
     shared = len(set(calibration) & set(evaluation))
     if not shared:
         return []
-    return [Finding(
+    return [Oddity(
         "same_pictures",
         f"{shared} of {len(set(evaluation))} evaluation samples calibrated too: what is measured "
         "on them is on the bright side; give data.evaluation others (skip, or another path)",
     )]  # fmt: skip
 
 
-def odd_inputs(batches: Sequence[Batch]) -> list[Finding]:
+def odd_inputs(batches: Sequence[Batch]) -> list[Oddity]:
     """Findings about what is fed: constant samples, and values far from what networks expect.
 
     Networks are trained on inputs of about -10 to 10, on bytes, or on whole numbers (tokens); a
     float input beyond 1000 in magnitude hints at a missing scale.
     """
-    found: list[Finding] = []
+    found: list[Oddity] = []
     flat: list[str] = []
     count, largest = 0, 0.0
     for batch in batches:
@@ -124,9 +124,9 @@ def odd_inputs(batches: Sequence[Batch]) -> list[Finding]:
         whole = len(flat) == count
         names = ", ".join(flat[:3]) + (", ..." if len(flat) > 3 else "")
         text = f"{len(flat)} of {count} samples are constant ({names}), black pictures say"
-        found.append(Finding("constant_inputs", text, stops=whole))
+        found.append(Oddity("constant_inputs", text, stops=whole))
     if largest > _LARGEST_INPUT:
-        found.append(Finding(
+        found.append(Oddity(
             "large_inputs",
             f"inputs reach {largest:.4g} in magnitude; is preprocess.scale right?",
         ))  # fmt: skip
@@ -135,7 +135,7 @@ def odd_inputs(batches: Sequence[Batch]) -> list[Finding]:
 
 def unlike_range(
     feeds: Mapping[str, NDArray[Any]], expected: Mapping[str, tuple[float, float]]
-) -> list[Finding]:
+) -> list[Oddity]:
     """A finding for an input whose values lie far outside `expected` (low, high): by ten times."""
     found = []
     for name, (low, high) in expected.items():
@@ -144,7 +144,7 @@ def unlike_range(
         least, most = float(feeds[name].min()), float(feeds[name].max())
         limit = 10 * max(abs(low), abs(high), 1e-12)
         if max(abs(least), abs(most)) > limit:
-            found.append(Finding(
+            found.append(Oddity(
                 "unlike_range",
                 f"input {name!r} is fed {least:.4g} to {most:.4g}, and {low:.4g} to {high:.4g} is "
                 "what the model was made for",
@@ -152,11 +152,11 @@ def unlike_range(
     return found
 
 
-def unlike_classes(folders: int, classes: int | None) -> list[Finding]:
+def unlike_classes(folders: int, classes: int | None) -> list[Oddity]:
     """A finding that stops, if there are more or fewer classes in the data than in the model."""
     if not folders or not classes or folders == classes:
         return []
-    return [Finding(
+    return [Oddity(
         "unlike_classes",
         f"the data has {folders} classes and the model {classes}: say which of the model's they "
         "are with `classes` (a list, or a file with the model's classes, one a line)", True,

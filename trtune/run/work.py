@@ -17,7 +17,7 @@ from trtune.precision.graph.file import Model
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.tune.scales import Calibrated
-from trtune.reports.measures.sense import Finding
+from trtune.reports.measures.sense import Oddity
 from trtune.run.stages.calibration import calibration
 from trtune.run.stages.engines import candidate_of
 from trtune.run.stages.measuring import Bench, metric_of
@@ -112,7 +112,7 @@ class RunWork:
     setup: Setup
     workspace: Workspace
     failed: dict[str, BaseException] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Oddity] = field(default_factory=list)
     """What does not make sense in the set-up, for the report."""
 
     @property
@@ -168,7 +168,7 @@ class RunWork:
     def bench(self) -> Bench:
         """What candidates are measured on."""
         setup = self.setup
-        metric = metric_of(setup.config.precision.target)
+        metric = metric_of(setup.config.precision.target, setup.subject.model)
         return Bench(setup.subject.model, metric, setup.evaluation, setup.progress)
 
     @property

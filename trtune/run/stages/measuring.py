@@ -21,6 +21,7 @@ from trtune.reports.accuracy import Evaluation, OutputCloseness, evaluate
 from trtune.reports.measures.base import PythonMetric
 from trtune.reports.measures.fidelity import FIDELITY_METRICS
 from trtune.reports.measures.find import METRICS, Asked, find_metric, higher_is_better
+from trtune.reports.measures.recognise import task_of
 from trtune.reports.outputs import Layout, StoredOutputs, collect_outputs
 from trtune.run.stage import Need, Stage, as_json, flat, versions
 from trtune.run.stages.engines import build, measured_with
@@ -58,7 +59,7 @@ class TargetMetric:
     @property
     def is_fidelity(self) -> bool:
         """Whether it is closeness to FP32, which needs no labels."""
-        return self.name in FIDELITY_METRICS
+        return self.name in FIDELITY_METRICS and self.function == self.name
 
     @property
     def need(self) -> Need:
@@ -73,10 +74,16 @@ class TargetMetric:
         return value
 
 
-def metric_of(target: Target | None) -> TargetMetric:
-    """The metric that is to be reached, or closeness to FP32 where there is no target."""
+def metric_of(target: Target | None, model: Model) -> TargetMetric:
+    """The metric that is to be reached, or closeness to FP32 where there is no target.
+
+    `agreement` is that of the model's task: of classes, detections, pixels or tokens.
+    """
     if target is None:
         return TargetMetric(CLOSENESS, CLOSENESS)
+    task = task_of(model.inputs, model.outputs) if target.metric == "agreement" else None
+    if task is not None and task.kind != "classification":
+        return TargetMetric(target.metric, task.agreement, None, Asked.of(target))
     code = None if target.metric in METRICS else code_hash(target.metric)
     return TargetMetric(target.metric, find_metric(target.metric), code, Asked.of(target))
 
