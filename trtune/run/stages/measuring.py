@@ -135,7 +135,6 @@ class Bench:
                 reference=self.reference,
                 fixed_batch=fixed_batch(self.model),
                 layout=self.layout,
-                asked=self.metric.asked,
                 progress=self.progress,
                 what=what,
             )
