@@ -211,7 +211,9 @@ class Precision(Section):
         "points), made symmetric; that changes the numbers, and the report shows what it costs",
     )
     fallback: Literal["fp32", "fp16", "bf16"] = Field(
-        default="fp32", description="precision of the nodes that are not quantized"
+        default="fp32",
+        description="precision of the nodes that are not quantized; under default: qat fp32 leaves "
+        "them in the type that the file has them in",
     )
     pin: Mapping[str, PrecisionName] = Field(
         default={},

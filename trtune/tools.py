@@ -41,6 +41,7 @@ from trtune.precision.quantized.importing import (
     insert_file,
     lint_model,
     load_quantized,
+    require_scales,
     strip_file,
 )
 from trtune.precision.quantized.migrate import Migrated, migrate_files, to_cache
@@ -251,6 +252,7 @@ def cache_from_qdq(
     wanted, target = parse_version(version), Path(target)
     _may_write(target, overwrite=overwrite)
     found = import_quantized(Path(model), allow_requantize=requantize)
+    require_scales(found)
     cache, left = to_cache(GraphView.of(found.model), found.table, wanted)
     write_text(target, dump_cache(cache))
     sidecar_of(target).unlink(missing_ok=True)

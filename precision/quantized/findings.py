@@ -24,6 +24,11 @@ _SAYS = {
     "bad-scale": (ERROR, "refuses scales that are not above zero"),
     "subnormal-scale": (ERROR, "takes it, though a GPU may read such a scale as zero"),
     "scale-type": (ERROR, "gives the data the scale's type, and refuses the node behind"),
+    "fp8": (ERROR, "takes FP8 from compute capability 8.9 on, and computes in it"),
+    "mxfp8": (ERROR, "takes FP8 in blocks from compute capability 10.0 on"),
+    "int4": (ERROR, "takes INT4 weights in blocks: they are stored so, and computed in float"),
+    "fp4": (ERROR, "takes FP4 in blocks from compute capability 10.0 on"),
+    "foreign-quantizer": (ERROR, "cannot parse it"),
     "code-type": (ERROR, "refuses such codes"),
     "pair-disagrees": (ERROR, "takes it without a word"),
     "blocked-scale": (ERROR, "knows scales for blocks in INT4 and FP4 weights only"),
@@ -31,6 +36,7 @@ _SAYS = {
     "quantize-alone": (ERROR, "takes integer tensors, but no float model is left without them"),
     "dequantize-alone": (ERROR, "takes integer tensors, but no float model is left without them"),
     "half-model": (ERROR, "takes half scales around half data from opset 19 on"),
+    "half-rest": (INFO, "computes in that type what is not quantized"),
     "axis-before-opset-13": (ERROR, "takes it, while onnxruntime and the ONNX checker refuse it"),
     "integer-operator": (ERROR, "cannot parse integer operators"),
     "dynamic-quantization": (ERROR, "cannot parse it: scales are constant there"),
@@ -38,12 +44,15 @@ _SAYS = {
     "shared-dequantize": (INFO, "gives each reader what it needs"),
     "weights-alone": (WARNING, "computes in float: it only stores such weights in int8"),
     "activation-alone": (WARNING, "computes in float; the pair costs time and accuracy"),
+    "nothing-int8": (WARNING, "computes every product in float"),
     "residual": (WARNING, "adds in float, and moves four times the bytes"),
     "spare-pair": (WARNING, "runs it as nodes of their own: no int8 kernel is behind it"),
     "inside-float": (WARNING, "loses its fused softmax or normalisation kernel"),
     "constant-pair": (INFO, "takes int8 and refuses uint8"),
 }
 """What TensorRT does with each, as TensorRT-RTX 1.7 was seen to do where it could be tried."""
+BEYOND_INT8 = frozenset({"fp8", "mxfp8", "int4", "fp4"})
+"""Types that TensorRT knows and that are not taken over."""
 TENSORRT = MappingProxyType({kind: says for kind, (_, says) in _SAYS.items()})
 SEVERITY = MappingProxyType({kind: severity for kind, (severity, _) in _SAYS.items()})
 
@@ -81,6 +90,17 @@ def finding(node: str, kind: str, found: str, remedy: str, repair: str = NONE) -
     return Finding(node, kind, SEVERITY[kind], found, TENSORRT[kind], remedy, repair)
 
 
+def outcome(row: Finding) -> str:
+    """What became of a finding, in a word or two.
+
+    >>> outcome(finding("q", "half-rest", "", ""))
+    'Kept'
+    """
+    if row.repaired:
+        return "Repaired"
+    return "Kept" if row.severity == INFO and row.repair == NONE else "Not repaired"
+
+
 def summary(findings: Iterable[Finding]) -> list[str]:
     """One line for each kind, severity and outcome, errors first: how many nodes, and an example.
 
@@ -93,11 +113,11 @@ DequantizeLinear; biases stay float. Not repaired, exact: float']
         groups.setdefault((row.severity, row.kind, row.repaired, row.repair), []).append(row)
     rank = {ERROR: 0, WARNING: 1, INFO: 2}
     lines = []
-    for (severity, kind, repaired, repair), rows in sorted(
+    for (severity, kind, _, repair), rows in sorted(
         groups.items(), key=lambda item: (rank[item[0][0]], item[0][2], item[0][1], item[0][3])
     ):
         first, count = rows[0], len({row.node for row in rows})
-        done = "Repaired" if repaired else "Not repaired"
+        done = outcome(first)
         how = f", {repair}" if repair else ""
         lines.append(
             f"{severity}: {kind}, {count} node{'s' if count != 1 else ''} ({first.node}: "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,29 @@ from trtune.datasets.batches import Batch
 from trtune.precision.graph.opsets import QDQ_OPSET
 from trtune.precision.graph.proto import default_opset
 from trtune.precision.graph.view import GraphView, Model, load_model, model_from_proto, save_model
-from trtune.precision.plan.imported import ImportedPlan
+from trtune.precision.lower.half_on_cpu import in_float32
+from trtune.precision.plan.imported import ImportedPlan, why_nothing_in_int8
 from trtune.precision.plan.placement import Edge
 from trtune.precision.quantized.find import Found, find_quantization
-from trtune.precision.quantized.findings import EXACT, NONE, REQUANTIZE, Finding, finding, summary
+from trtune.precision.quantized.findings import (
+    BEYOND_INT8,
+    EXACT,
+    NONE,
+    REQUANTIZE,
+    Finding,
+    finding,
+    summary,
+)
+from trtune.precision.quantized.forms.float_types import HALF_TYPES, Floats, in_full_precision
+from trtune.precision.quantized.forms.foreign_ops import foreign_quantizers
+from trtune.precision.quantized.forms.integer_ops import write_as_pairs
+from trtune.precision.quantized.forms.old_axis import drop_axis, restore_axis
 from trtune.precision.quantized.insert import (
     insert_quantization,
     plan_from_table,
     with_reasons,
     without_spare_reads,
 )
-from trtune.precision.quantized.integer_ops import drop_axis, restore_axis, write_as_pairs
 from trtune.precision.quantized.lint import lint
 from trtune.precision.quantized.repair import Requantized, int8_range
 from trtune.precision.quantized.strip import (
@@ -68,6 +80,7 @@ class Imported:
     `original` is the model as it stands (normalised), `model` the FP32 one, `plan` and `table` its
     quantization, `findings` what the linter says, `changes` what was made symmetric, which costs
     accuracy (empty: `insert_quantization(model, table)` gives what `original` gives, bit for bit).
+    `floats` is what the file computes in where it does not in int8.
     """
 
     original: Model
@@ -76,6 +89,11 @@ class Imported:
     table: CalibrationTable
     findings: tuple[Finding, ...]
     changes: tuple[Requantized, ...] = ()
+    floats: Floats = field(default_factory=Floats)
+
+    def in_file(self) -> ImportedPlan:
+        """The plan that stands in the file, without pins."""
+        return _plan(GraphView.of(self.model), self.table, self.floats, "fp32", {})
 
 
 def load_quantized(path: Path) -> tuple[Model, tuple[Finding, ...]]:
@@ -131,7 +149,8 @@ def import_quantized(
     """Take the quantized ONNX model at `path` apart.
 
     Repairs that keep every value are made; those that do not (asymmetric ranges) only with
-    `allow_requantize`. `fallback` and `pins` are the plan's.
+    `allow_requantize`. `pins` are the plan's. `fallback` fp32 leaves what is not int8 in the type
+    that the file has it in; fp16 or bf16 puts it there.
 
     Raises ModelError, with all that was found, if something is left that TensorRT cannot take, and
     for a model without quantization.
@@ -151,7 +170,7 @@ def import_model(
     pins: Mapping[str, str] | None = None,
 ) -> Imported:
     """`import_quantized` of a model that is loaded already; `notes` are findings from before."""
-    model, found, findings = _examine(original)
+    model, floats, found, findings = _examine(original)
     findings = (*notes, *_repaired(findings, allow_requantize=allow_requantize))
     if not found.pairs and not findings:
         raise ModelError(
@@ -163,16 +182,29 @@ def import_model(
         raise ModelError(refusal(original.path, findings))
     stripped = strip_quantization(model, found)
     view, table = GraphView.of(stripped.model), stripped.table
-    plan = plan_from_table(view, table, fallback=fallback)
+    plan = _plan(view, table, floats, fallback, {})
     fewer, spare = without_spare_reads(view, table, plan)
     rows = (*findings, *_spare(view, spare, dropped=bool(stripped.changes)))
     table = fewer if stripped.changes else table
     kinds = ("weights-alone", "activation-alone", "unequal-scales")
     half = {row.node: row.found for row in rows if row.kind in kinds}
-    plan = with_reasons(plan_from_table(view, table, fallback=fallback, pins=pins), half)
+    plan = with_reasons(_plan(view, table, floats, fallback, pins or {}), half)
     for line in summary(rows):
         log.info("%s", line)
-    return Imported(original, stripped.model, plan, table, rows, stripped.changes)
+    return Imported(original, stripped.model, plan, table, rows, stripped.changes, floats)
+
+
+def _plan(
+    view: GraphView,
+    table: CalibrationTable,
+    floats: Floats,
+    fallback: str,
+    pins: Mapping[str, str],
+) -> ImportedPlan:
+    """The plan of `table`; with `fallback` fp32 every float node in the type that the file has."""
+    if fallback != "fp32" or not floats.half:
+        return plan_from_table(view, table, fallback=fallback, pins=pins)
+    return plan_from_table(view, table, fallback=floats.half, pins=pins, types=floats.nodes)
 
 
 def _spare(view: GraphView, edges: Iterable[Edge], *, dropped: bool) -> Iterator[Finding]:
@@ -216,17 +248,29 @@ def with_calibrated(imported: Imported, table: CalibrationTable) -> Imported:
 def lint_model(path: Path, *, allow_requantize: bool = False) -> tuple[Finding, ...]:
     """What the linter finds in the quantized model at `path`, repaired or not as it would be."""
     original, notes = load_quantized(path)
-    _, _, findings = _examine(original)
+    *_, findings = _examine(original)
     return (*notes, *_repaired(findings, allow_requantize=allow_requantize))
 
 
 def strip(path: Path, *, allow_requantize: bool = False) -> Stripped:
     """The FP32 model in the quantized one at `path`, and the table of its scales.
 
-    Raises ModelError as `import_quantized` does.
+    Raises ModelError as `import_quantized` and `require_scales` do.
     """
     found = import_quantized(path, allow_requantize=allow_requantize)
+    require_scales(found)
     return Stripped(found.model, found.table, found.changes)
+
+
+def require_scales(imported: Imported) -> None:
+    """Raise ModelError, with the reason, for a model whose cache would be empty."""
+    if not imported.table.scales:
+        why = why_nothing_in_int8(imported.plan)
+        raise ModelError(
+            f"{imported.original.path}: no data in it is quantized, so a cache of its scales would "
+            f"be empty{f' ({why})' if why else ''}; calibrate the float model instead "
+            "(`precision.default: int8`)"
+        )
 
 
 def strip_file(path: Path, model: Path, cache: Path, *, allow_requantize: bool = False) -> Stripped:
@@ -258,12 +302,14 @@ def insert_file(model: Path, cache: Path, target: Path) -> Model:
     return loaded
 
 
-def _examine(original: Model) -> tuple[Model, Found, tuple[Finding, ...]]:
-    proto, converted = write_as_pairs(original.proto)
+def _examine(original: Model) -> tuple[Model, Floats, Found, tuple[Finding, ...]]:
+    foreign = tuple(foreign_quantizers(original.proto))
+    wide, floats, halves = in_full_precision(original.proto)
+    proto, converted = write_as_pairs(wide)
     model = original if proto is original.proto else renormalised(original, proto)
     view = GraphView.of(model)
     found = find_quantization(view)
-    return model, found, (*converted, *lint(view, found))
+    return model, floats, found, (*foreign, *halves, *converted, *lint(view, found))
 
 
 def _repaired(findings: Iterable[Finding], *, allow_requantize: bool) -> tuple[Finding, ...]:
@@ -275,16 +321,31 @@ def refusal(path: Path, findings: Iterable[Finding]) -> str:
     """The text of the error for a model that cannot be imported."""
     blocking = [row for row in findings if row.blocks]
     lines = summary(blocking)
-    helps = all(row.repair == REQUANTIZE for row in blocking)
-    remedy = (
-        "All of it can be made symmetric int8, which changes the numbers: set "
-        "`precision.allow_requantize: true`, and the report shows what it costs"
-        if helps
-        else "What is not repaired has to be changed where the model was exported"
-    )
+    remedy = "\n".join(_advice(blocking))
     return "\n".join(
         [f"{path}: {len(blocking)} findings stand in the way of its quantization.", *lines, remedy]
     )
+
+
+def _advice(blocking: Iterable[Finding]) -> Iterator[str]:
+    """What would help, a line for each way that does."""
+    rows = list(blocking)
+    if all(row.repair == REQUANTIZE for row in rows):
+        yield (
+            "All of it can be made symmetric int8, which changes the numbers: set "
+            "`precision.allow_requantize: true` (or --allow-requantize), and the report shows what "
+            "it costs"
+        )
+        return
+    types = {row.kind for row in rows if row.kind in BEYOND_INT8}
+    if types:
+        yield (
+            f"{' and '.join(sorted(types)).upper()} is not imported: what is taken over is int8. "
+            "TensorRT builds the file as it stands; for INT8 give the float model that it was made "
+            "from with `precision.default: int8`"
+        )
+    if any(row.kind not in BEYOND_INT8 for row in rows if row.repair == NONE):
+        yield "What is not repaired has to be changed where the model was exported"
 
 
 def quantization_errors(
@@ -292,16 +353,26 @@ def quantization_errors(
 ) -> dict[str, ErrorSums]:
     """What the import changed: output -> errors of the imported model against the file as it is.
 
-    Both run in onnxruntime with the pairs computed as written. All zero where no change was made.
+    Both run in onnxruntime with the pairs computed as written, and with every half rounded as a
+    GPU does. All zero where no change was made.
     """
-    again = insert_quantization(imported.model, imported.table, plan)
-    before = make_session(imported.original.proto, external_dir=imported.original.external_dir)
-    after = make_session(again, external_dir=imported.model.external_dir)
-    names = [output.name for output in imported.original.outputs]
+    again = insert_quantization(imported.model, imported.table, plan or imported.in_file())
+    original = imported.original
+    before = make_session(_as_on_a_gpu(original.proto), external_dir=original.external_dir)
+    after = make_session(in_float32(again), external_dir=imported.model.external_dir)
+    names = [output.name for output in original.outputs]
+    kinds = {spec.name: spec.dtype for spec in original.inputs}
     sums = {name: ErrorSums() for name in names}
     for batch in batches:
         feeds: dict[str, Any] = dict(batch.feeds)
-        pairs = zip(names, before.run(names, feeds), after.run(names, feeds), strict=True)
+        given = {name: np.asarray(value).astype(kinds[name]) for name, value in feeds.items()}
+        pairs = zip(names, before.run(names, given), after.run(names, feeds), strict=True)
         for name, reference, test in pairs:
             sums[name] = sums[name].add(np.asarray(reference), np.asarray(test))
     return sums
+
+
+def _as_on_a_gpu(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """`proto` with its halves rounded in float32; itself if its inputs or outputs are halves."""
+    kinds = {i.type.tensor_type.elem_type for i in (*proto.graph.input, *proto.graph.output)}
+    return proto if kinds & set(HALF_TYPES) else in_float32(proto)

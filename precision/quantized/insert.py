@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import onnx
 
@@ -15,7 +16,14 @@ from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.imported import FLOAT_IN_FILE, IN_FILE, QAT, ImportedPlan, Read
 from trtune.precision.plan.pins import with_pins
 from trtune.precision.plan.placement import Edge, is_move, place
-from trtune.precision.plan.plan import COMPUTE, COMPUTE_OPS, FILE, Assignment, PrecisionPlan
+from trtune.precision.plan.plan import (
+    COMPUTE,
+    COMPUTE_OPS,
+    FILE,
+    SHAPE,
+    Assignment,
+    PrecisionPlan,
+)
 from trtune.precision.plan.rules import make_plan
 
 log = logging.getLogger(__name__)
@@ -27,8 +35,11 @@ def plan_from_table(
     *,
     fallback: str = "fp32",
     pins: Mapping[str, str] | None = None,
+    types: Mapping[str, str] = MappingProxyType({}),
 ) -> ImportedPlan:
     """The plan that a table of an imported model stands for, less the user's pins.
+
+    `types` maps nodes to the float type that the file has them in, where that is not `fallback`.
 
     int8 are the nodes whose weights have scales in the table and whose data are read quantized;
     every other node stays `fallback`, "float in the QAT model", whatever is pinned to int8. A pin
@@ -47,7 +58,7 @@ def plan_from_table(
             elif assigned.precision == "int8":
                 floats = assigned.around or fallback
                 assigned = Assignment(floats, FLOAT_IN_FILE, origin=FILE)
-        nodes[name] = assigned
+        nodes[name] = _as_in_file(base, name, assigned, types.get(name, ""))
     unscaled = {
         name: "the QAT model has no scales for it"
         for name, assigned in nodes.items()
@@ -63,6 +74,15 @@ def plan_from_table(
         axes=table.axes,
     )
     return with_pins(view, plan, pins or {})
+
+
+def _as_in_file(base: PrecisionPlan, name: str, assigned: Assignment, kind: str) -> Assignment:
+    """`assigned` with the float type that the file gives the node, where it may run in that."""
+    if kind in ("", base.fallback) or assigned.role == SHAPE or base.may(name, kind):
+        return assigned
+    if assigned.precision == "int8":
+        return replace(assigned, around=kind)
+    return replace(assigned, precision=kind, reason=f"{kind} in the QAT model", origin=FILE)
 
 
 def _carried(view: GraphView, quantized: set[Edge]) -> set[Edge]:

@@ -10,7 +10,7 @@ from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.plan import COMPUTE_OPS
 from trtune.precision.quantized.find import ACTIVATION, QUANTIZE, Found, carried_by, has_one_scale
 from trtune.precision.quantized.findings import EXACT, Finding, finding
-from trtune.precision.quantized.lint_pairs import PAIR_RULES, listed
+from trtune.precision.quantized.lint_pairs import INTEGER_TYPES, PAIR_RULES, listed
 
 
 def lint(view: GraphView, found: Found) -> tuple[Finding, ...]:
@@ -62,7 +62,7 @@ def _half_quantized(view: GraphView, found: Found) -> Iterator[Finding]:
                 "float weights with the values that they have; it stays float",
                 EXACT,
             )
-        elif weights and not data:
+        elif weights and not data and found.weights[(node.name, 1)].pair.dtype in INTEGER_TYPES:
             yield finding(
                 node.name,
                 "weights-alone",
@@ -70,7 +70,7 @@ def _half_quantized(view: GraphView, found: Found) -> Iterator[Finding]:
                 "float weights with the values that they have; it stays float",
                 EXACT,
             )
-        elif data and view.is_constant(node.input[1]):
+        elif data and not weights and view.is_constant(node.input[1]):
             yield finding(
                 node.name,
                 "activation-alone",
@@ -98,8 +98,27 @@ def _residual(view: GraphView, found: Found) -> Iterator[Finding]:
             )
 
 
+def _nothing(view: GraphView, found: Found) -> Iterator[Finding]:
+    """A model that carries pairs, none of which makes a product run in int8."""
+    if not found.pairs or found.int8:
+        return
+    products = [node for node in view.nodes if node.op_type in COMPUTE_OPS]
+    if not products:
+        return
+    weights = sum((node.name, 1) in found.weights for node in products)
+    data = len({pair.source for pair in found.of_role(ACTIVATION)})
+    yield finding(
+        products[0].name,
+        "nothing-int8",
+        f"none of {len(products)} products has int8 data and int8 weights: {weights} have "
+        f"quantized weights, and {data} tensors of data are quantized",
+        "export with pairs on the data as well, or give the float model with `default: int8`",
+    )
+
+
 GRAPH_RULES: tuple[Callable[[GraphView, Found], Iterable[Finding]], ...] = (
     _strays,
     _half_quantized,
     _residual,
+    _nothing,
 )

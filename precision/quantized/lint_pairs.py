@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -39,6 +40,10 @@ PARTS = frozenset(("Exp", "ReduceSum", "ReduceMean", "ReduceMax", "Sub", "Div", 
 """What softmax and normalisation are made of when they are written out."""
 SIGNS = frozenset(("Exp", "Pow", "Sqrt"))
 INTEGER_TYPES = ("int8", "uint8")
+KNOWN_CODES: Mapping[str, str] = MappingProxyType(
+    {"float8_e4m3fn": "fp8", "int4": "int4", "float4_e2m1fn": "fp4"}
+)
+"""Codes that TensorRT takes and that are not int8."""
 
 
 def _scale_known(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:
@@ -114,32 +119,29 @@ def _scale_shape(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]
 
 
 def _types(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:
-    data = view.dtypes.get(pair.source if pair.quantize else pair.result, "float32")
     held = pair.scale.dtype.name if pair.scale is not None else "float32"
-    if data in ("float16", "bfloat16"):
+    if held not in ("float32", "float16", "bfloat16"):
         yield finding(
-            pair.node,
-            "half-model",
-            f"its data are {data}: the model was converted to half precision already",
-            "export in float32; `precision.fallback: fp16` does the rest here",
-        )
-    elif held != "float32":
-        yield finding(
-            pair.node,
-            "scale-type",
-            f"data in {data}, scale in {held}",
-            "the scale in float32, which holds the same value",
-            EXACT if held in ("float16", "bfloat16") else REQUANTIZE,
+            pair.node, "scale-type", f"scale in {held}", "the scale in float32", REQUANTIZE
         )
     allowed = (*INTEGER_TYPES, *(("int32",) if found.roles[pair.name] != ACTIVATION else ()))
-    if pair.dtype not in allowed:
+    kind = KNOWN_CODES.get(pair.dtype, "")
+    if kind:
+        blocks = ", one scale a block" if pair.blocked else ""
+        yield finding(
+            pair.node,
+            "mxfp8" if kind == "fp8" and pair.blocked else kind,
+            f"codes of type {pair.dtype}{blocks}",
+            "give the float model, to be quantized to int8 here",
+        )
+    elif pair.dtype not in allowed:
         yield finding(
             pair.node,
             "code-type",
             f"codes of type {pair.dtype or 'unknown'}",
             "export with int8 codes",
         )
-    if pair.blocked:
+    if pair.blocked and not kind:
         yield finding(
             pair.node, "blocked-scale", "one scale a block", "export with one scale a channel"
         )

@@ -30,7 +30,7 @@ def ending(error: BaseException, *, verbose: bool = False, resumes: bool = False
     [
         pytest.param(TrtuneError("disk full"), 1, "error: disk full\n", id="a failure"),
         pytest.param(DataError("[a]: b"), 2, "error: [a]: b\n", id="wrong input, no markup"),
-        pytest.param(DataError("one\ntwo"), 2, "error: \n  one\n  two\n", id="two problems"),
+        pytest.param(DataError("one\ntwo"), 2, "error: one\n  two\n", id="two problems"),
         pytest.param(KeyboardInterrupt(), 130, "error: interrupted\n", id="Ctrl-C"),
         pytest.param(
             KeyError("a\nb"),

@@ -64,7 +64,7 @@ class Terminal:
         self.err.print(Text.assemble(("note: ", "yellow"), message), soft_wrap=True)
 
     def fail(self, message: str, status: int = 1) -> None:
-        """One clear message on stderr, each problem on a line of its own.
+        """One clear message on stderr, each further line of it below the first, indented.
 
         With `as_json` stdout holds `{"error": message, "exit_status": status}`, unless the result
         is there already.
@@ -72,7 +72,7 @@ class Terminal:
         self.progress.stop()
         lines = message.splitlines()
         text = Text.assemble(("error: ", "bold red"))
-        text.append(message if len(lines) < 2 else "\n  " + "\n  ".join(lines))
+        text.append("\n  ".join(lines) if lines else message)
         self.err.print(text, soft_wrap=True)
         annotate(self.err.file, "error", message)
         if self.as_json and not self._answered:

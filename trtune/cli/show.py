@@ -16,7 +16,7 @@ from trtune.calibrate.cache import Cache, CacheDifference
 from trtune.calibrate.table import CalibrationTable
 from trtune.datasets.batches import InputSpec
 from trtune.precision.quantized.describe import Inspection, NodeRow
-from trtune.precision.quantized.findings import Finding, summary
+from trtune.precision.quantized.findings import Finding, outcome, summary
 from trtune.precision.runtime.api import BuildInfo, Usable
 from trtune.reports.record import LayerRow
 from trtune.reports.summary import (
@@ -193,11 +193,17 @@ def findings(
     total = plural(len(found), "finding")
     yield f"{near(path)}: {total}, {repaired} repaired, {blocking} in the way"
     if every:
-        columns = ("node", "kind", "severity", "found", "TensorRT", "remedy")
-        rows = [(f.node, f.kind, f.severity, f.found, f.tensorrt, f.remedy) for f in found]
-        yield table_of(columns, rows, text_columns=6)
+        columns = ("node", "kind", "severity", "found", "TensorRT", "", "remedy")
+        rows = [
+            (f.node, f.kind, f.severity, f.found, f.tensorrt, _outcome(f), f.remedy) for f in found
+        ]
+        yield table_of(columns, rows, text_columns=7)
     else:
         yield from _bullets("Findings", summary(found))
+
+
+def _outcome(row: Finding) -> str:
+    return f"{outcome(row)}, {row.repair}" if row.repair else outcome(row)
 
 
 def backend_table(found: Mapping[str, Usable]) -> RenderableType:

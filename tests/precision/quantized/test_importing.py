@@ -307,13 +307,16 @@ def test_a_float_model_has_nothing_to_import() -> None:
         imported(tinymodels.conv_relu())
 
 
-def test_a_half_model_is_refused() -> None:
+def test_halves_around_a_pair_are_taken_with_their_rounding() -> None:
     net = tinyqat.QatNet(opset=19)
     x = net.op("Cast", net.input("input"), out="half", to=onnx.TensorProto.FLOAT16)
     net.pair(x, np.float16(0.05))
     x = net.op("Cast", "half_dq", out="full", to=onnx.TensorProto.FLOAT)
-    with pytest.raises(ModelError, match=r"half precision already.*export in float32"):
-        imported(net.head(net.conv(x, "conv", 3, 16), 16))
+    found = imported(net.head(net.conv(x, "conv", 3, 16), 16))
+    assert [r.kind for r in found.findings if "half" in r.kind] == ["half-rest"]
+    feeds = tinymodels.feeds(found.model.proto, batch=4)
+    sums = quantization_errors(found, [Batch(feeds, tuple("abcd"))])
+    assert [error.noise for error in sums.values()] == [0]
 
 
 def test_scales_computed_at_run_time_are_refused_by_name() -> None:

@@ -265,8 +265,7 @@ def test_a_half_scale_is_taken_as_the_same_float() -> None:
         if tensor.name == "read_scale":
             held = np.float16(0.03)
             tensor.CopyFrom(onnx.numpy_helper.from_array(held, "read_scale"))
-    view = GraphView.of(model_from_proto(model))
-    rows = [r for r in lint(view, find_quantization(view)) if r.kind == "scale-type"]
+    rows = [r for r in imported(model).findings if r.kind == "scale-type"]
     assert [(r.repair, r.found) for r in rows] == [("exact", "data in float32, scale in float16")]
     assert imported(model).table.scale("input") == float(np.float16(0.03))
 

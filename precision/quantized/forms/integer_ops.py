@@ -6,7 +6,6 @@ rounds. What takes its scales from the data at run time cannot be written so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -202,27 +201,3 @@ class _Operators:
             return None
         reader = self.view.by_name[readers[0][0]]
         return reader if reader.op_type == op else None
-
-
-def drop_axis(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Mapping[str, int]]:
-    """A copy of `proto` without the `axis` of Q/DQ, which older opsets do not know, and the axes by
-    the tensor that the node makes."""
-    model = onnx.ModelProto()
-    model.CopyFrom(proto)
-    axes: dict[str, int] = {}
-    for node in model.graph.node:
-        for entry in list(node.attribute):
-            if node.op_type in (QUANTIZE, DEQUANTIZE) and entry.name == "axis":
-                axes[node.output[0]] = int(entry.i)
-                node.attribute.remove(entry)
-    return model, axes
-
-
-def restore_axis(proto: onnx.ModelProto, axes: Mapping[str, int]) -> onnx.ModelProto:
-    """A copy of `proto` with the axes that `drop_axis` took away."""
-    model = onnx.ModelProto()
-    model.CopyFrom(proto)
-    for node in model.graph.node:
-        if node.output[0] in axes:
-            node.attribute.append(helper.make_attribute("axis", axes[node.output[0]]))
-    return model

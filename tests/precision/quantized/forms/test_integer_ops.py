@@ -18,8 +18,8 @@ from tinyquant import op_counts, outputs
 
 from trtune.configs.errors import ModelError
 from trtune.precision.graph.view import model_from_proto
+from trtune.precision.quantized.forms.integer_ops import write_as_pairs
 from trtune.precision.quantized.importing import import_quantized, insert_quantization
-from trtune.precision.quantized.integer_ops import write_as_pairs
 
 ORT = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 

@@ -1,0 +1,127 @@
+"""Networks quantized by public tools: what the linter finds, what is imported, what the compiler
+makes of it. Each row says what TensorRT-RTX was seen to do with the import."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from realdata import shared_case
+
+from trtune.configs.errors import ModelError
+from trtune.datasets.batches import Batch
+from trtune.precision.backends.rtx.backend import RtxBackend
+from trtune.precision.plan.imported import why_nothing_in_int8
+from trtune.precision.quantized.findings import counts
+from trtune.precision.quantized.importing import (
+    Imported,
+    import_quantized,
+    lint_model,
+    quantization_errors,
+    strip_file,
+)
+from trtune.precision.runtime.api import Candidate
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A file: kinds of findings, what it takes to import it, and the kernels of its products.
+
+    `refused` are kinds that must stand in the error's text. `least` is the SQNR in dB where the
+    numbers change (`requantize`).
+    """
+
+    findings: Mapping[str, int] = field(default_factory=dict)
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    fallback: str = "fp32"
+    refused: tuple[str, ...] = ()
+    requantize: bool = False
+    least: float = float("inf")
+
+
+FILES: dict[str, Row] = {
+    "fp16_rest": Row({"half-rest": 1}, {"int8": 3}, "fp16"),
+    "makers/mo_int8_max_fp16_cnn": Row(
+        {"activation-alone": 1, "half-rest": 1},
+        {"int8": 7, "fp16": 1},
+        "fp16",
+    ),
+    "makers/brev_pc_s8_cnn": Row({"residual": 2}, {"int8": 8}),
+    "makers/brev_pt_s8_tr": Row({}, {"int8": 8, "fp32": 2}),
+    "makers/eager_s8_cnn": Row({"scale-shape": 10, "weights-alone": 5}, {"int8": 3, "fp32": 5}),
+    "makers/nncf_performance_tr": Row({}, {"int8": 9, "fp32": 1}),
+    "makers/tao_sym_ts_cnn": Row({"weights-alone": 8, "nothing-int8": 1}, {"fp32": 8}),
+    "makers/mot_fp8_ts_cnn": Row({"fp8": 34}, refused=("fp8", "FP8 is not imported")),
+    "makers/mo_fp8_max_fp16_cnn": Row({"fp8": 4, "half-rest": 1}, refused=("FP8 is not imported",)),
+    "makers/mo_int4_rtn_dq_fp32_tr": Row(
+        {"int4": 7, "nothing-int8": 1}, refused=("INT4 is not imported",)
+    ),
+    "makers/cnn_fp32": Row({}, refused=("nothing to import", "default: int8")),
+}  # fmt: skip
+TAKEN = [name for name, row in FILES.items() if not row.refused]
+REFUSED = [name for name, row in FILES.items() if row.refused]
+
+
+def model_path(name: str) -> Path:
+    return shared_case(f"{name}.onnx")
+
+
+def taken(name: str) -> Imported:
+    return import_quantized(model_path(name), allow_requantize=FILES[name].requantize)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_findings(name: str) -> None:
+    assert counts(lint_model(model_path(name))) == FILES[name].findings
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_import_gives_what_the_file_gives(name: str) -> None:
+    found, row = taken(name), FILES[name]
+    assert found.plan.fallback == row.fallback
+    spec = found.original.inputs[0]
+    shape = [dim if isinstance(dim, int) else 4 for dim in spec.shape]
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    sums = quantization_errors(found, [Batch({spec.name: values}, tuple("abcd"))])
+    assert all(error.sqnr_db >= row.least for error in sums.values())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_true_reason(name: str) -> None:
+    with pytest.raises(ModelError) as error:
+        import_quantized(model_path(name), allow_requantize=True)
+    for words in FILES[name].refused:
+        assert words in str(error.value)
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_compiler_runs_it_as_planned(name: str, tmp_path: Path) -> None:
+    found = taken(name)
+    backend = RtxBackend(compute_capabilities=["8.9"])
+    info = backend.build(Candidate(found.model, found.plan, found.table), tmp_path)
+    made = Counter(info.precisions[node] for node in found.plan.compute_nodes)
+    assert made == FILES[name].kernels
+
+
+def test_a_file_with_nothing_in_int8_says_why_and_writes_no_cache(tmp_path: Path) -> None:
+    path = model_path("makers/tao_sym_ts_cnn")
+    why = why_nothing_in_int8(import_quantized(path).plan)
+    assert why == (
+        "nothing runs in INT8: float in the QAT model: its weights are quantized, its data are not "
+        "(8 nodes)"
+    )
+    model, cache = tmp_path / "m.onnx", tmp_path / "q.cache"
+    with pytest.raises(ModelError, match="would be empty"):
+        strip_file(path, model, cache)
+    assert not model.exists()
+    assert not cache.exists()
