@@ -21,6 +21,30 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+_PICTURE_SOURCES = ("images", "yolo", "coco")
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What `init` may know beside the inputs.
+
+    metric, agreement: the task's measure with and without labels; decoder: a detector's;
+    source: what the data is; split: it is a data.yaml with its own parts; labelled: it has labels;
+    take: how many samples calibrate, the others measure; preprocess: keys that were tried best,
+    `tried` the figures in words.
+    """
+
+    metric: str | None = None
+    agreement: str | None = None
+    decoder: str | None = None
+    source: str = "images"
+    split: bool = False
+    labelled: bool = False
+    take: int | None = None
+    preprocess: Mapping[str, object] | None = None
+    tried: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class _Picture:
     layout: str
@@ -36,6 +60,7 @@ def init_text(
     data_path: str = DATA_PATH,
     name: str | None = None,
     default: str = "int8",
+    hints: Hints | None = None,
 ) -> str:
     """A commented config for the model at `model_path`, as text.
 
@@ -43,8 +68,9 @@ def init_text(
     be saved. `inputs` are `(name, shape, numpy dtype name)`; a str or None in a shape is a free
     dimension. One float or uint8 input of 1 or 3 channels reads pictures, anything else arrays.
     `load_config` accepts the text once `data_path` is there. `default` is that of `precision`: qat
-    for a model that is quantized already.
+    for a model that is quantized already. `hints` are what else is known of model and data.
     """
+    hints = hints or Hints()
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(model_path).stem).strip("-._") or "model"
     picture = _as_picture(inputs)
     lines = [
@@ -61,19 +87,88 @@ def init_text(
         "",
         "data:",
         "  calibration:                     # what the scales come from: 100 to 500 samples",
-        *(_picture_lines(picture, data_path) if picture else _array_lines(inputs, data_path)),
-        "    # take: 256                    # the first N in sorted order; or sample: N, seed: 0",
+        *(
+            _picture_lines(data_path, hints)
+            if picture and hints.source in _PICTURE_SOURCES
+            else _array_lines(inputs, data_path)
+        ),
+        *_share_lines(hints, known=picture is not None),
         f"    batch: {_batch(inputs)}",
-        *(_preprocess_lines(picture, inputs[0][2]) if picture else ()),
-        "  # evaluation: {skip: 256}        # what accuracy is measured on; without it, the same",
+        *(_preprocessing(picture, inputs[0][2], hints) if picture else ()),
+        *_evaluation_lines(hints, known=picture is not None),
         *_SETTINGS,
     ]
-    return "\n".join(lines).replace(_DEFAULT, f"  default: {default:<24}", 1) + "\n"
+    text = "\n".join(lines).replace(_DEFAULT, f"  default: {default:<24}", 1) + "\n"
+    return text.replace(_TARGETS, "\n".join(_target_lines(hints)), 1)
+
+
+def _share_lines(hints: Hints, *, known: bool) -> list[str]:
+    comment = "# the first N in sorted order; or sample: N, seed: 0"
+    if hints.take is None and not known:
+        return [f"    # take: 256                    {comment}"]
+    taken = f"    take: {hints.take or 256}"
+    return [f"{taken:<35}{comment}"]
+
+
+def _evaluation_lines(hints: Hints, *, known: bool) -> list[str]:
+    comment = "# what accuracy is measured on: other samples than calibrate"
+    if hints.take is None and not known:
+        return [f"  # evaluation: {{skip: 256}}        {comment}"]
+    if hints.split:
+        return [f"  evaluation: {{split: val}}         {comment}"]
+    line = f"  evaluation: {{skip: {hints.take or 256}}}"
+    return [f"{line:<35}{comment}"]
+
+
+def _target_lines(hints: Hints) -> list[str]:
+    """The target: the task's own measure where the data has labels, else closeness."""
+    own = hints.metric or "top1"
+    drop = "0.2" if own == "perplexity" else "0.01" if hints.metric else "0.005"
+    measured = f"{{metric: {own}, max_drop: {drop}}}"
+    alike = f"{{metric: {hints.agreement}, min: 0.95}}" if hints.agreement else ""
+    if hints.labelled:
+        first, others = measured, ["{metric: sqnr_db, min: 20}", alike]
+    else:
+        first, others = "{metric: sqnr_db, min: 20}", [alike, measured]
+    note = "" if hints.labelled else "     # output against FP32; needs no labels"
+    return [f"  target: {first}{note}", *(f"  # target: {other}" for other in others if other)]
+
+
+def _preprocessing(picture: _Picture, dtype: str, hints: Hints) -> list[str]:
+    """`preprocess` as tried, as the kind of detector wants it, or as a classifier's guess."""
+    size = (picture.height, picture.width)
+    keys = hints.preprocess or _detector_keys(hints.decoder, size, picture)
+    if keys is None:
+        return _preprocess_lines(picture, dtype)
+    tried = [f"      # tried on FP32: {line}" for line in hints.tried]
+    guess = "" if hints.tried else "                    # a guess: check how the model was trained"
+    lines = [f"    preprocess:{guess}", *tried]
+    return [*lines, *(f"      {key}: {inline_yaml(value)}" for key, value in keys.items())]
+
+
+def _detector_keys(
+    decoder: str | None, size: tuple[int | None, int | None], picture: _Picture
+) -> dict[str, object] | None:
+    height, width = size
+    if decoder is None or height is None or width is None or picture.channels != 3:
+        return None
+    side: object = height if height == width else [height, width]
+    common: dict[str, object] = {"layout": picture.layout}
+    if decoder == "yolox":
+        box = {"size": side, "place": "top_left"}
+        return {"letterbox": box, "scale": 1, **common, "channels": "BGR"}
+    if decoder in ("ssd", "detr"):
+        keys: dict[str, object] = {"resize": [height, width], "scale": 1 / 255}
+        if decoder == "detr":
+            keys |= {"mean": list(_IMAGENET_MEAN), "std": list(_IMAGENET_STD)}
+        return {**keys, **common, "channels": "RGB"}
+    return {"letterbox": {"size": side}, "scale": 1 / 255, **common, "channels": "RGB"}
 
 
 _DEFAULT = "  default: int8                    "
 
 
+_TARGETS = "  # the target"
 _SETTINGS = (
     "",
     "calibration:",
@@ -84,8 +179,7 @@ _SETTINGS = (
     f"{_DEFAULT}# int8, fp16, bf16, fp32, qat (Q/DQ in the model)",
     "  fallback: fp32                   # what is not int8: fp32, fp16, bf16",
     '  # pin: {"conv_2": fp32, "op:Softmax": fp32, "re:.*/se/.*": fp16}',
-    "  target: {metric: sqnr_db, min: 20}     # output against FP32; needs no labels",
-    "  # target: {metric: top1, max_drop: 0.005}",
+    _TARGETS,
     "  max_pins: 16                     # most nodes that tuning may take out of int8",
     "",
     "backends:                          # each gives one engine",
@@ -158,10 +252,17 @@ def _batch(inputs: Sequence[ModelInput]) -> int:
     return fixed[0] if fixed else _BATCH[1]
 
 
-def _picture_lines(picture: _Picture, data_path: str) -> list[str]:
+def _picture_lines(data_path: str, hints: Hints) -> list[str]:
+    boxes = hints.decoder is not None
+    source = "yolo" if boxes and hints.source == "images" else hints.source
+    path = f"    path: {inline_yaml(data_path)}     "
+    if boxes:
+        where = "# data.yaml, or a folder with images and labels"
+        kinds = "# yolo, coco, images (no boxes), arrays, npy, python"
+        return [f"    source: {source:<23}{kinds}", path + where]
     return [
-        "    source: images                 # images, arrays (.npz/.npy), idx, python",
-        f"    path: {inline_yaml(data_path)}     # a folder of pictures",
+        f"    source: {source:<23}# images, yolo, coco, arrays (.npz/.npy), npy, idx, python",
+        path + "# a folder of pictures",
         "    # labels: labels.csv           # columns file,label; without it, the folders' names",
     ]
 

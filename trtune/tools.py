@@ -23,7 +23,8 @@ from trtune.calibrate.cache import (
 from trtune.configs.errors import CacheError, InputError, ModelError
 from trtune.configs.files import write_text
 from trtune.configs.load import json_schema
-from trtune.configs.template import SCHEMA_FILE, init_text
+from trtune.configs.progress import Progress, silent
+from trtune.configs.template import DATA_PATH, SCHEMA_FILE, init_text
 from trtune.precision.backends.trt.layer_table import EngineTable, is_layer_info, read_table
 from trtune.precision.graph.file import save_model
 from trtune.precision.graph.view import GraphView
@@ -51,6 +52,7 @@ from trtune.precision.runtime.engine_json import ENGINE_JSON, read_engine_json
 from trtune.precision.traces.explain import LogAccount, explain_log
 from trtune.precision.traces.plan_file import is_plan
 from trtune.run.stages.calibration import CACHE_FILE
+from trtune.trials import hints_for
 
 if TYPE_CHECKING:
     from trtune.calibrate.outliers import DominantPicture
@@ -150,15 +152,20 @@ def explain_build(log_file: Path | str, model: Path | str | None = None) -> LogA
 
 
 def init_config(
-    model: Path | str, config: Path | str | None = None, *, overwrite: bool = False
+    model: Path | str,
+    config: Path | str | None = None,
+    *,
+    data: Path | str | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
 ) -> Path:
     """Write a commented config for the ONNX file `model` and return where it is.
 
     The JSON Schema by which editors check and complete it is written beside it.
     `config` is by default the model's name with .yaml in the current folder. The model's path is
-    written relative to it. Raises ModelError if the model cannot be read, InputError if the file
-    is there already, unless `overwrite`, or if the model is quantized with ranges found at run
-    time.
+    written relative to it. With `data`, its kind, number and labels are filled in, and of the
+    usual preprocessings the one with which the FP32 model does best. Raises ModelError if the
+    model cannot be read, InputError if the file is there already, unless `overwrite`.
     """
     model = Path(model)
     target = Path(f"{model.stem}.yaml") if config is None else Path(config)
@@ -169,7 +176,11 @@ def init_config(
     if how == "dynamic":
         refuse_quantized(GraphView.of(loaded), "int8")
     seen = _seen_from(model, target.parent)
-    write_text(target, init_text(seen, inputs, default="qat" if how else "int8"))
+    hints = hints_for(loaded, None if data is None else Path(data), progress=progress)
+    default = "qat" if how else "int8"
+    place = DATA_PATH if data is None else str(_seen_from(Path(data), target.parent))
+    text = init_text(seen, inputs, data_path=place, default=default, hints=hints)
+    write_text(target, text)
     schema = json.dumps(json_schema(), indent=2, ensure_ascii=False)
     write_text(target.parent / SCHEMA_FILE, schema + "\n")
     return target

@@ -21,15 +21,26 @@ def init(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Default: MODEL's name with .yaml."),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Fill in this data, and of the usual preprocessings the best on FP32.",
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write a commented config for a model, with its inputs, shapes and dtypes filled in."""
     from trtune import tools
     from trtune.cli import show
 
-    written = tools.init_config(model, output, overwrite=force)
+    written = tools.init_config(
+        model, output, data=data, overwrite=force, progress=terminal.progress
+    )
     path = show.near(written)
-    advice = "fill in data.calibration.path, then: trtune run " + shlex.quote(path)
+    first = "fill in data.calibration.path, then: " if data is None else "next: "
+    advice = f"{first}trtune run {shlex.quote(path)}"
     terminal.result({"config": str(written)}, f"wrote {path}; {advice}")
 
 
