@@ -38,7 +38,7 @@ def cases(every: int) -> Iterator[tuple[str, onnx.ModelProto, Arrays]]:
             if number % every:
                 continue
             if case.model is not None:
-                proto, rows = case.model, [np.asarray(value) for value in case.data_sets[0][0]]
+                proto, rows = case.model, list(case.data_sets[0][0])
             else:
                 folder = Path(case.model_dir)
                 proto = onnx.load(folder / "model.onnx")
@@ -47,8 +47,12 @@ def cases(every: int) -> Iterator[tuple[str, onnx.ModelProto, Arrays]]:
                 rows = [numpy_helper.to_array(tensor) for tensor in tensors]
             stored = {tensor.name for tensor in proto.graph.initializer}
             names = [info.name for info in proto.graph.input if info.name not in stored]
-            if len(names) == len(rows) and all(row.dtype != object for row in rows):
+            if len(names) == len(rows) and all(map(_is_plain, rows)):
                 yield case.name, proto, dict(zip(names, rows, strict=True))
+
+
+def _is_plain(row: Any) -> bool:
+    return isinstance(row, (np.ndarray, np.generic)) and row.dtype != object
 
 
 def with_constants(proto: onnx.ModelProto, inputs: Arrays) -> tuple[onnx.ModelProto, Arrays]:
