@@ -62,7 +62,7 @@ class Company:
         self._view = GraphView.of(self._model)
         self._outputs = tuple(o.name for o in model.outputs)
         self._pictures = pictures
-        self._judge = Judge(references)
+        self._judge = Judge(references, [len(batch) for batch in pictures])
         self._names = {t: name for t, (name, _) in pairs.items()}
         self._quantizers = {t: node for t, (_, node) in pairs.items()}
         self.ranges = {

@@ -1,48 +1,62 @@
 """What the error of an output is worth: each by its own energy, the worst decides.
 
-In one output whose columns differ by orders of magnitude (boxes beside scores) the columns of one
-magnitude are judged apart from the others.
+Channels of one output that differ by orders of magnitude (boxes beside scores) are judged apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trtune.precision.compare.alone import Alone
+from trtune.precision.runtime.output_groups import output_groups
+
 Array = NDArray[Any]
-
-APART = 100.0
-"""Columns whose mean energies differ by this factor, with none between them, are judged apart."""
-
-COLUMNS = 4096
-"""No more columns than this can be groups; a longer last axis is a space, not a list of columns."""
-
-TIES = 1e-12
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Columns of the last axis of an output that are judged together; all of it if None."""
-
-    output: int
-    columns: tuple[int, ...] | None
-    energy: float
 
 
 class Judge:
     """Errors of a model's outputs on a few batches whose exact outputs it is given.
 
-    `references` are, for each batch, the outputs in the model's order. Integer outputs count only
-    if there are no others; an output that is not finite anywhere counts nowhere.
+    `references` are, for each batch, the outputs in the model's order, and `pictures` how many
+    pictures each batch holds (None: as many as the longest output has rows). Integer outputs count
+    only if there are no others.
     """
 
-    def __init__(self, references: Sequence[Sequence[Array]]) -> None:
+    def __init__(
+        self, references: Sequence[Sequence[Array]], pictures: Sequence[int] | None = None
+    ) -> None:
         self._references = references
-        self.groups = _groups(references)
+        self._pictures = pictures or [_longest(batch) for batch in references]
+        numbers = range(len(references[0]))
+        floats = [i for i in numbers if np.issubdtype(references[0][i].dtype, np.floating)]
+        self._outputs = floats or list(numbers)
+        self._axes = {i: self._axis(i) for i in self._outputs}
+        rows = {str(i): [self._rows(batch[i], i) for batch in references] for i in self._outputs}
+        self.groups = output_groups(rows)
+        self._energies = [
+            sum(_energy(group.of(array)) for array in rows[group.output]) / sum(self._pictures)
+            for group in self.groups
+        ]
+
+    def _axis(self, output: int) -> int | None:
+        """The axis of an output along which the pictures lie in every batch, the first of several.
+
+        >>> Judge([[np.zeros((7, 2, 5), np.float32)]], [2])._axes
+        {0: 1}
+        """
+        arrays = [batch[output] for batch in self._references]
+        for axis in range(min(array.ndim for array in arrays)):
+            if all(a.shape[axis] == n for a, n in zip(arrays, self._pictures, strict=True)):
+                return axis
+        return None
+
+    def _rows(self, values: Array, output: int) -> Array:
+        """An output with its pictures first; one row for all where they cannot be told apart."""
+        axis = self._axes[output]
+        return values[np.newaxis] if axis is None else np.moveaxis(values, axis, 0)
 
     def errors(self, batch: int, outputs: Sequence[Array]) -> NDArray[np.float64]:
         """Noise by signal energy, shape (groups, pictures).
@@ -52,10 +66,29 @@ class Judge:
         Elements that are not finite in FP32 either are left out; one that was finite makes the
         error infinite. An output of another shape than in FP32 follows the data, and is left out.
         """
-        exact = self._references[batch]
-        pictures = max((len(e) for e in exact if e.ndim), default=1)
-        rows = [_errors(exact[g.output], outputs[g.output], g, pictures) for g in self.groups]
-        return np.stack(rows) if rows else np.zeros((1, pictures))
+        exact, pictures = self._references[batch], self._pictures[batch]
+        found = []
+        for group, energy in zip(self.groups, self._energies, strict=True):
+            number = int(group.output)
+            if exact[number].shape != outputs[number].shape:
+                found.append(np.zeros(pictures))
+                continue
+            expected, got = (
+                group.of(self._rows(values[number], number)) for values in (exact, outputs)
+            )
+            rows = _relative_noise(expected, got, energy)
+            found.append(np.broadcast_to(rows, (pictures,)))
+        return np.stack(found) if found else np.zeros((1, pictures))
+
+
+def judge_of(alone: Alone) -> Judge:
+    """A judge on the pictures that `alone` holds."""
+    batches = range(alone.batches)
+    return Judge([alone.reference(i) for i in batches], [alone.pictures(i) for i in batches])
+
+
+def _longest(batch: Sequence[Array]) -> int:
+    return max((len(array) for array in batch if array.ndim), default=1)
 
 
 def worst(errors: Sequence[NDArray[np.float64]]) -> float:
@@ -85,68 +118,22 @@ def gain(
     return whole, noise
 
 
-def _groups(references: Sequence[Sequence[Array]]) -> tuple[Group, ...]:
-    numbers = range(len(references[0]))
-    floats = [i for i in numbers if np.issubdtype(references[0][i].dtype, np.floating)]
-    found: list[Group] = []
-    for i in floats or numbers:
-        arrays = [_finite(batch[i]) for batch in references]
-        columns = _column_groups(arrays)
-        for part in columns:
-            energy = _energy(arrays, part)
-            found.append(Group(i, part, energy))
-    return tuple(found)
-
-
-def _column_groups(arrays: Sequence[Array]) -> list[tuple[int, ...] | None]:
-    """The columns of the last axis by magnitude, if one axis at least lies before it."""
-    first = arrays[0]
-    wide = first.ndim >= 3 and 2 <= first.shape[-1] <= COLUMNS
-    if (
-        not wide
-        or first.shape[-2] < first.shape[-1]
-        or any(a.shape[1:] != first.shape[1:] for a in arrays)
-    ):
-        return [None]
-    energy = sum(
-        (a.astype(np.float64) ** 2).reshape(-1, first.shape[-1]).mean(axis=0) for a in arrays
-    )
-    order = np.argsort(-np.asarray(energy), kind="stable")
-    ranked = np.asarray(energy)[order]
-    if ranked[0] <= 0 or ranked[0] < APART * max(ranked[-1], TIES * ranked[0]):
-        return [None]
-    ratios = ranked[:-1] / np.maximum(ranked[1:], TIES * ranked[0])
-    cut = int(np.argmax(ratios)) + 1
-    if ratios[cut - 1] < APART:
-        return [None]
-    return [tuple(sorted(order[:cut].tolist())), tuple(sorted(order[cut:].tolist()))]
-
-
 def _finite(values: Array) -> Array:
     found: Array = np.where(np.isfinite(values), values, 0)
     return found
 
 
-def _energy(arrays: Sequence[Array], columns: tuple[int, ...] | None) -> float:
-    """The sum of squares of a picture, on average."""
-    total, pictures = 0.0, 0
-    for values in arrays:
-        part = values if columns is None else values[..., columns]
-        total += float((part.astype(np.float64) ** 2).sum())
-        pictures += len(part) if part.ndim else 1
-    return total / max(pictures, 1)
+def _energy(values: Array) -> float:
+    return float((_finite(values).astype(np.float64) ** 2).sum())
 
 
-def _errors(exact: Array, test: Array, group: Group, pictures: int) -> NDArray[np.float64]:
-    if exact.shape != test.shape:
-        return np.zeros(pictures)
-    if group.columns is not None:
-        exact, test = exact[..., group.columns], test[..., group.columns]
-    rows = pictures if exact.ndim and len(exact) == pictures else 1
+def _relative_noise(exact: Array, test: Array, energy: float) -> NDArray[np.float64]:
+    """Noise by signal energy of each row, the signal at least `energy`."""
     finite = np.isfinite(exact)
-    r = np.where(finite, exact, 0).astype(np.float64).reshape(rows, -1)
-    t = np.where(finite, test, 0).astype(np.float64).reshape(rows, -1)
+    r = _finite(exact).astype(np.float64).reshape(len(exact), -1)
+    t = np.where(finite, test, 0).astype(np.float64).reshape(len(exact), -1)
     t[~np.isfinite(t)] = np.inf
     noise = ((r - t) ** 2).sum(axis=1)
-    signal = np.maximum((r**2).sum(axis=1), group.energy)
-    return np.broadcast_to(noise / np.where(signal > 0, signal, 1.0), (pictures,))
+    signal = np.maximum((r**2).sum(axis=1), energy)
+    found: NDArray[np.float64] = noise / np.where(signal > 0, signal, 1.0)
+    return found

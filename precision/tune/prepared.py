@@ -206,7 +206,8 @@ def _best(
     batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
     names = [output.name for output in model.outputs]
     exact = make_session(model.proto, external_dir=model.external_dir)
-    judge = Judge([exact.run(names, dict(batch.feeds)) for batch in batches])
+    references = [exact.run(names, dict(batch.feeds)) for batch in batches]
+    judge = Judge(references, [len(batch) for batch in batches])
     found: dict[str, list[NDArray[np.float64]]] = {}
     for number, variant in enumerate(variants):
         rounded = with_codes(variant.model, variant.plan, variant.codes or {})

@@ -43,7 +43,7 @@ from trtune.precision.prepare.scale import balanced_factors, depthwise_factors
 from trtune.precision.prepare.statistics import Reach, merged, reach_of
 from trtune.precision.prepare.values import SCALE_CHANNELS, SHIFT_ALL, Moved
 from trtune.precision.runtime.session import make_session
-from trtune.precision.tune.judge import Judge, gain, worst
+from trtune.precision.tune.judge import Judge, gain, judge_of, worst
 from trtune.precision.tune.ranges import screening_batches
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def choose_moves(
     that errors of weights count less. Tensors whose range is zero are left alone.
     """
     alone = Alone(model, view, placement, pictures)
-    judge = Judge([alone.reference(batch) for batch in range(alone.batches)])
+    judge = judge_of(alone)
     blend = ROUNDED if rounded else 1.0
     names = [t for t in axes if t in reach and table.scales.get(t, 0) > 0]
 

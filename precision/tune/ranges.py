@@ -18,7 +18,7 @@ from trtune.configs.progress import Progress, silent
 from trtune.precision.compare.alone import Alone, Change, fake_quantize, in_parallel
 from trtune.precision.plan.placement import Edge
 from trtune.precision.tune.choice import Choice, Named, nearest_name
-from trtune.precision.tune.judge import Judge, worst
+from trtune.precision.tune.judge import Judge, judge_of, worst
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def choose_by_output(
     """
     with_scale = [n for n in readers if np.float32(histograms[n].maximum) / np.float32(127) > 0]
     choices = {name: Choice(0.0, "max", 0.0) for name in readers}
-    judge = Judge([alone.reference(batch) for batch in range(alone.batches)])
+    judge = judge_of(alone)
 
     def best(name: str) -> Choice:
         trials = _Trials(alone, judge, readers[name])

@@ -67,20 +67,20 @@ def test_boxes_are_judged_apart_from_scores() -> None:
     scores = 0.1 * rng.standard_normal((2, 50, 6))
     exact = np.concatenate([boxes, scores], axis=2).astype(np.float32)
     judge = Judge([[exact]])
-    assert [group.columns for group in judge.groups] == [(0, 1, 2, 3), (4, 5, 6, 7, 8, 9)]
+    assert [(group.start, group.stop) for group in judge.groups] == [(0, 4), (4, 10)]
     noisy = exact.copy()
     noisy[..., 4:] *= np.float32(1.5)
     found = judge.errors(0, [noisy])
     np.testing.assert_allclose(found[0], 0, atol=1e-12)
     assert worst([found]) == pytest.approx(0.25, rel=0.2)
     alike = Judge([[exact[..., 4:]]])
-    assert [group.columns for group in alike.groups] == [None]
+    assert [group.axis for group in alike.groups] == [None]
 
 
 def test_class_numbers_count_only_where_nothing_else_does() -> None:
     logits, label = np.ones((2, 3), np.float32), np.int64([[1], [2]])
-    assert [g.output for g in Judge([[label, logits]]).groups] == [1]
-    assert [g.output for g in Judge([[label]]).groups] == [0]
+    assert [g.output for g in Judge([[label, logits]]).groups] == ["1"]
+    assert [g.output for g in Judge([[label]]).groups] == ["0"]
 
 
 def test_gain_is_paired_and_says_how_sure_it_is() -> None:
@@ -92,3 +92,20 @@ def test_gain_is_paired_and_says_how_sure_it_is() -> None:
     assert gain(before, [np.array([[0.0, 0.0], [0.6, 0.6]])])[0] == pytest.approx(-1)
     assert gain(before, [np.array([[np.inf, 0.0], [0.0, 0.0]])])[0] == -math.inf
     assert gain(before, before)[0] == 0
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_pictures_are_told_apart_along_any_axis(axis: int) -> None:
+    exact = np.moveaxis(np.ones((3, 5, 4), np.float32), 0, axis)
+    factors = np.float32([1.1, 1.2, 1.5]).reshape([-1 if i == axis else 1 for i in range(3)])
+    found = Judge([[exact]], [3]).errors(0, [exact * factors])
+    np.testing.assert_allclose(found, [[0.01, 0.04, 0.25]], rtol=1e-5)
+
+
+def test_rows_that_are_no_pictures_count_for_all_of_them() -> None:
+    picked = np.ones((240, 3), np.float32)
+    judge = Judge([[picked, np.ones((2, 4), np.float32)]], [2])
+    found = judge.errors(0, [picked * np.float32(1.5), np.ones((2, 4), np.float32)])
+    np.testing.assert_allclose(found, [[0.25, 0.25], [0, 0]], rtol=1e-5)
+    other = judge.errors(0, [picked[:7], np.ones((2, 4), np.float32)])
+    np.testing.assert_allclose(other, np.zeros((2, 2)))
