@@ -24,10 +24,10 @@ from trtune.datasets.batches import (
 )
 from trtune.datasets.code import load_function
 from trtune.datasets.idx import dump_idx, load_idx, read_idx
-from trtune.datasets.images import ImageSource, list_pictures
 from trtune.datasets.open import open_source
-from trtune.datasets.prefetch import map_ahead, prefetched
-from trtune.datasets.preprocess import Preprocess, prepare, prepare_pictures
+from trtune.datasets.pictures.images import ImageSource, list_pictures
+from trtune.datasets.pictures.prefetch import map_ahead, prefetched
+from trtune.datasets.pictures.preprocess import Preprocess, prepare, prepare_pictures
 from trtune.datasets.python import PythonSource
 from trtune.datasets.selection import Selection
 

@@ -29,7 +29,7 @@ from trtune.datasets.feeds import (
     to_feeds,
     to_labels,
 )
-from trtune.datasets.preprocess import Preprocess
+from trtune.datasets.pictures.preprocess import Preprocess
 from trtune.datasets.selection import Selection
 
 _HASH_BYTES = 1 << 24

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError, did_you_mean
 from trtune.datasets.batches import InputSpec, Labels, is_free
-from trtune.datasets.preprocess import Preprocess, prepare_pictures
+from trtune.datasets.pictures.preprocess import Preprocess, prepare_pictures
 
 AUTO = "auto"
 LABEL_NAMES = ("labels", "label", "y")

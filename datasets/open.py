@@ -11,14 +11,14 @@ from trtune.configs.errors import DataError, did_you_mean
 from trtune.configs.sources import DataSet
 from trtune.datasets.arrays import ArraySource, load_arrays
 from trtune.datasets.batches import BatchSource, InputSpec
-from trtune.datasets.detection import list_coco, list_yolo
 from trtune.datasets.feeds import AUTO
 from trtune.datasets.idx import read_idx
-from trtune.datasets.images import ImageSource
 from trtune.datasets.labels import Shifted
-from trtune.datasets.listing import Listing, list_folder, read_classes
-from trtune.datasets.prefetch import prefetched
-from trtune.datasets.preprocess import Preprocess, preprocess_of
+from trtune.datasets.pictures.detection import list_coco, list_yolo
+from trtune.datasets.pictures.images import ImageSource
+from trtune.datasets.pictures.listing import Listing, list_folder, read_classes
+from trtune.datasets.pictures.prefetch import prefetched
+from trtune.datasets.pictures.preprocess import Preprocess, preprocess_of
 from trtune.datasets.python import PythonSource
 from trtune.datasets.samples import NpyFolder
 from trtune.datasets.selection import Selection

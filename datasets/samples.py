@@ -16,7 +16,7 @@ from trtune.configs.files import hash_file, hash_json
 from trtune.datasets.axes import feed_axes
 from trtune.datasets.batches import Batch, InputSpec, batch_size, rebatch
 from trtune.datasets.feeds import is_pictures, label_array, match_inputs, to_feeds, to_labels
-from trtune.datasets.preprocess import Preprocess
+from trtune.datasets.pictures.preprocess import Preprocess
 from trtune.datasets.selection import Selection
 
 _EVERYTHING = Selection()

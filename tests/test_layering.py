@@ -33,9 +33,7 @@ SMALL = {
     "trtune.precision.backends.ort": "onnxruntime's own build step is one file to write",
 }
 """Folders with fewer than four modules, and why."""
-LARGE = {
-    "trtune.datasets": "one file for each source of data, and what they share",
-}
+LARGE: dict[str, str] = {}
 """Folders with more than twelve modules, and why."""
 
 

@@ -12,7 +12,7 @@ from realdata import data_dir, needs_data
 from trtune.configs.errors import DataError
 from trtune.datasets.arrays import ArraySource, load_arrays
 from trtune.datasets.batches import InputSpec
-from trtune.datasets.preprocess import Preprocess
+from trtune.datasets.pictures.preprocess import Preprocess
 from trtune.datasets.selection import Selection
 
 ROW = [InputSpec("x", ("N", 2), "float32")]

@@ -19,7 +19,7 @@ from trtune.datasets.feeds import (
     to_feeds,
     to_labels,
 )
-from trtune.datasets.preprocess import Preprocess
+from trtune.datasets.pictures.preprocess import Preprocess
 
 PICTURES = InputSpec("input", ("N", 3, 8, 8), "float32")
 IDS = InputSpec("ids", ("N", 4), "int64")

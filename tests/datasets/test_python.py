@@ -9,7 +9,7 @@ import pytest
 from trtune.configs.errors import DataError
 from trtune.datasets.batches import InputSpec
 from trtune.datasets.code import importable, load_function
-from trtune.datasets.preprocess import Preprocess
+from trtune.datasets.pictures.preprocess import Preprocess
 from trtune.datasets.python import PythonSource
 from trtune.datasets.selection import Selection
 

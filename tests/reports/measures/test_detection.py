@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from trtune.configs.errors import DataError, ModelError
 from trtune.datasets import open_source
 from trtune.datasets.batches import Batch
-from trtune.datasets.geometry import Frame
-from trtune.datasets.preprocess import Preprocess
+from trtune.datasets.pictures.geometry import Frame
+from trtune.datasets.pictures.preprocess import Preprocess
 from trtune.precision.graph.file import load_model
 from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.reports.accuracy import evaluate

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trtune.configs.errors import DataError
-from trtune.datasets.geometry import Frame, letterboxed, resampled
-from trtune.datasets.preprocess import Preprocess, geometry, pixels
+from trtune.datasets.pictures.geometry import Frame, letterboxed, resampled
+from trtune.datasets.pictures.preprocess import Preprocess, geometry, pixels
 
 cv2 = pytest.importorskip("cv2", reason="opencv-python-headless (extra detection) is not there")
 RNG = np.random.default_rng(0)

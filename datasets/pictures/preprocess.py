@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from trtune.configs.errors import DataError
-from trtune.datasets.geometry import (
+from trtune.datasets.pictures.geometry import (
     RESAMPLES,
     Filter,
     Frame,

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trtune.configs.errors import DataError
-from trtune.datasets.preprocess import Preprocess, pixels, prepare, prepare_pictures, value_table
+from trtune.datasets.pictures.preprocess import (
+    Preprocess,
+    pixels,
+    prepare,
+    prepare_pictures,
+    value_table,
+)
 
 PLAIN = Preprocess(scale=1)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtune.datasets.batches import Batch
-from trtune.datasets.prefetch import default_workers, map_ahead, prefetched
+from trtune.datasets.pictures.prefetch import default_workers, map_ahead, prefetched
 
 
 class Counting:

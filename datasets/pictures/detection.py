@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError, did_you_mean
-from trtune.datasets.listing import SUFFIXES, Boxes, Listing, walk
+from trtune.datasets.pictures.listing import SUFFIXES, Boxes, Listing, walk
 
 _NOTHING = np.zeros((0, 6))
 

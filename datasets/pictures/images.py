@@ -20,10 +20,17 @@ from trtune.configs.errors import DataError
 from trtune.configs.files import hash_file, hash_json
 from trtune.datasets.batches import Batch, InputSpec, Labels, batch_size, rebatch
 from trtune.datasets.feeds import AUTO, picture_feed
-from trtune.datasets.geometry import framed
-from trtune.datasets.listing import SUFFIXES, Boxes, Listing, Mask, PictureLabel, list_folder
-from trtune.datasets.prefetch import default_workers, map_ahead
-from trtune.datasets.preprocess import Preprocess, geometry, prepare, upright
+from trtune.datasets.pictures.geometry import framed
+from trtune.datasets.pictures.listing import (
+    SUFFIXES,
+    Boxes,
+    Listing,
+    Mask,
+    PictureLabel,
+    list_folder,
+)
+from trtune.datasets.pictures.prefetch import default_workers, map_ahead
+from trtune.datasets.pictures.preprocess import Preprocess, geometry, prepare, upright
 from trtune.datasets.selection import Selection
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ from PIL import Image
 
 from trtune.configs.errors import DataError
 from trtune.datasets.batches import InputSpec
-from trtune.datasets.detection import list_coco, list_yolo
-from trtune.datasets.geometry import Frame
-from trtune.datasets.images import ImageSource
-from trtune.datasets.listing import Boxes, list_folder, read_classes
 from trtune.datasets.open import open_source, source_on_disk
-from trtune.datasets.preprocess import Preprocess
+from trtune.datasets.pictures.detection import list_coco, list_yolo
+from trtune.datasets.pictures.geometry import Frame
+from trtune.datasets.pictures.images import ImageSource
+from trtune.datasets.pictures.listing import Boxes, list_folder, read_classes
+from trtune.datasets.pictures.preprocess import Preprocess
 
 SPEC = [InputSpec("x", (1, 3, 64, 64), "float32")]
 LETTERBOX = Preprocess(letterbox=Frame(64))

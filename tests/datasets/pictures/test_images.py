@@ -13,8 +13,8 @@ from realdata import data_dir, needs_data
 
 from trtune.configs.errors import DataError
 from trtune.datasets.batches import Batch, InputSpec
-from trtune.datasets.images import ImageSource, list_pictures
-from trtune.datasets.preprocess import Preprocess
+from trtune.datasets.pictures.images import ImageSource, list_pictures
+from trtune.datasets.pictures.preprocess import Preprocess
 from trtune.datasets.selection import Selection
 
 SPEC = [InputSpec("input", ("N", 3, 4, 4), "float32")]
