@@ -146,7 +146,10 @@ class HistogramPlot(_Value):
 
 
 class RunRecord(_Value):
-    """Everything `run.json` holds; the report is drawn from it and from `layers.csv` alone."""
+    """Everything `run.json` holds; the report is drawn from it and from `layers.csv` alone.
+
+    `prepared` maps a tensor or node to the moves it was prepared with: scale, shift, round, bias.
+    """
 
     schema_version: int = Field(1, alias="schema")
     name: str
@@ -159,6 +162,7 @@ class RunRecord(_Value):
     tuning: list[TuningStep] = Field(default_factory=list)
     calibration: CalibrationRecord | None = None
     histograms: list[HistogramPlot] = Field(default_factory=list)
+    prepared: dict[str, list[str]] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     command: str = ""
     started: str = ""

@@ -29,7 +29,7 @@ model: {path: net.onnx}
 data:
   calibration: {source: arrays, path: calibration.npz, batch: 8}
   evaluation: {path: evaluation.npz}
-calibration: {method: max, holdout: 4}
+calibration: {method: max, holdout: 4, prepare: none}
 precision: {target: {metric: sqnr_db, min: 5}}
 compare: {pictures: 4}
 backends: [{name: onnxruntime, lowering: emulate}]

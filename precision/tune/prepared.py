@@ -20,6 +20,7 @@ from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch
 from trtune.datasets.holdout import Without, hold_out, join
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.plan.half_ranges import tensors_for_ranges
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.prepare.codes import with_codes
@@ -36,6 +37,7 @@ from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.judge import Judge, gain, worst
 from trtune.precision.tune.moments import rounded_weights
 from trtune.precision.tune.preparing import (
+    Move,
     apply_moves,
     channel_tensors,
     choose_moves,
@@ -56,6 +58,10 @@ AUTO_MOVES = (SCALE_CHANNELS, SHIFT_ALL, ROUND_CODES)
 """What is tried by default. Bias correction adds nothing measurable once codes are rounded."""
 
 
+FEWEST = 8
+"""Held-out pictures, at least, to choose and to judge by."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """A prepared model with its plan and table, which replace those it was made from.
@@ -69,6 +75,7 @@ class Ready:
     plan: PrecisionPlan
     calibrated: Calibrated
     tried: Mapping[str, tuple[float, float, float]]
+    moves: tuple[Move, ...] = ()
 
     def model_for(self, plan: PrecisionPlan) -> Model:
         """The model to lower for `plan`: the weights of its int8 nodes carry their codes."""
@@ -82,6 +89,7 @@ class _Variant:
     plan: PrecisionPlan
     calibrated: Calibrated
     moved: tuple[Moved, ...] = ()
+    moves: tuple[Move, ...] = ()
     codes: Mapping[str, Codes] | None = None
 
 
@@ -98,7 +106,7 @@ def prepare_model(
     percentile: float = 99.99,
     holdout: int = 24,
     memory: int = DEFAULT_MEMORY,
-    also: Sequence[str] = (),
+    halves: bool = False,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Ready:
@@ -111,19 +119,26 @@ def prepare_model(
     each tensor.
     """
     kinds = AUTO_MOVES if moves is None else tuple(moves)
-    found = hold_out(source, 2 * holdout)
-    chosen_on, judged_on = found[: (len(found) + 1) // 2], found[(len(found) + 1) // 2 :] or found
-    fitted = Without(source, frozenset(i for b in judged_on for i in b.items))
-    seen = Without(fitted, frozenset(i for b in chosen_on for i in b.items))
     start = _Variant("none", model, without_zero_ranges(view, plan, base.table), base)
     if not start.plan.int8_nodes or not kinds:
         return Ready(Prepared(model), plan, base, {})
+    found = hold_out(source, 2 * holdout)
+    half = (len(found) + 1) // 2
+    chosen_on, judged_on, fitted, seen = found[:half], found[half:], source, source
+    if len(found) >= FEWEST:
+        fitted = Without(source, frozenset(i for b in judged_on for i in b.items))
+        seen = Without(fitted, frozenset(i for b in chosen_on for i in b.items))
+    elif moves is None:
+        log.info("not prepared: %d pictures to judge by are too few", len(found))
+        return Ready(Prepared(model), plan, base, {})
+    else:
+        chosen_on = judged_on = found
     variants = [start]
     if SCALE_CHANNELS in kinds or SHIFT_ALL in kinds:
         moved = _moved(
             start, view, fitted, seen, chosen_on, kinds,
             lowerings=lowerings, method=method, percentile=percentile, holdout=holdout,
-            memory=memory, also=also, provenance=provenance, progress=progress,
+            memory=memory, halves=halves, provenance=provenance, progress=progress,
         )  # fmt: skip
         variants += [moved] if moved is not None else []
     if ROUND_CODES in kinds or CORRECT in kinds:
@@ -135,7 +150,7 @@ def prepare_model(
     log.info("prepared with %s (%+.1f dB); tried: %s", best.name, gained, tried)
     result = Prepared(best.model, best.codes or {}, best.moved, gained)
     whole = plan if best.model is model else extended_plan(plan, GraphView.of(best.model))
-    return Ready(result, whole, best.calibrated, tried)
+    return Ready(result, whole, best.calibrated, tried, best.moves)
 
 
 def _moved(
@@ -151,7 +166,7 @@ def _moved(
     percentile: float,
     holdout: int,
     memory: int,
-    also: Sequence[str],
+    halves: bool,
     provenance: Mapping[str, Any] | None,
     progress: Progress,
 ) -> _Variant | None:
@@ -173,12 +188,12 @@ def _moved(
     calibrated = calibrate_model(
         rewritten, new, plan, fitted,
         lowerings=lowerings, method=method, percentile=percentile, holdout=holdout, memory=memory,
-        also=[t for t in also if t in new.producer or t in new.graph_inputs],
+        also=tensors_for_ranges(new) if halves else (),
         provenance=provenance, progress=progress,
     )  # fmt: skip
     plan = without_zero_ranges(new, plan, calibrated.table)
     name = "+".join(kind for kind in kinds if kind in (SCALE_CHANNELS, SHIFT_ALL))
-    return _Variant(name, rewritten, plan, calibrated, moved)
+    return _Variant(name, rewritten, plan, calibrated, moved, tuple(moves))
 
 
 def _rounded(

@@ -32,7 +32,7 @@ version: 1
 name: tiny
 model: {path: net.onnx}
 data: {calibration: {source: arrays, path: data.npz, labels: null, batch: 8}}
-calibration: {method: max, holdout: 4}
+calibration: {method: max, holdout: 4, prepare: none}
 precision: {target: {metric: sqnr_db, min: 5}}
 compare: {pictures: 4}
 backends: [{name: onnxruntime, lowering: emulate}, {name: onnxruntime, lowering: deploy}]

@@ -43,7 +43,7 @@ def compared(work: RunWork) -> Measured:
     if not work.is_lowered:
         return Measured()
     stage = accumulated(
-        work.candidate(work.untuned), setup.subject.view, setup.evaluation, section, setup.progress
+        work.candidate(work.untuned), work.subject.view, setup.evaluation, section, setup.progress
     )
     errors = work.workspace.get(stage)
     alone = work.workspace.get(alone_of(work)) if section.alone else None
@@ -60,7 +60,7 @@ def layer_rows(
         found.accumulated, found.alone, runtime, how, runtime_account(work, plan), times or {}
     )
     table = work.calibrated.table if work.untuned.int8_nodes else None
-    return rows_of(work.setup.subject.view, plan, work.untuned, table, measured)
+    return rows_of(work.subject.view, plan, work.untuned, table, measured)
 
 
 def _of_runtime(work: RunWork, plan: PrecisionPlan) -> tuple[Sums, str]:
@@ -72,7 +72,7 @@ def _of_runtime(work: RunWork, plan: PrecisionPlan) -> tuple[Sums, str]:
                 work.workspace.get(engine_of(candidate, backend, "", setup.progress))
                 stage = of_runtime(
                     candidate,
-                    setup.subject.view,
+                    work.subject.view,
                     backend,
                     engine_folder(work.folder, backend),
                     setup.evaluation,

@@ -182,7 +182,7 @@ def calibrate(
     >>> calibrate(load_config("mobilenet.yaml")).scale("input")     # doctest: +SKIP
     """
     with _working(config, out, progress, probe=False, must_build=False) as work:
-        return work.calibrated.table
+        return work.plain.table
 
 
 def build(

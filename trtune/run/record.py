@@ -18,6 +18,8 @@ from trtune.precision.graph.macs import macs
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_rules import flushed_weights
 from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.prepare.codes import readers_of
+from trtune.precision.prepare.values import ROUND_CODES, sentence
 from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.quantized.findings import summary
 from trtune.precision.tune.ladder import Step, Tuned
@@ -36,7 +38,9 @@ from trtune.reports.summary import metric_label, metric_text
 from trtune.run.layer_table import compared, histogram_plots
 from trtune.run.naming import run_key
 from trtune.run.stage import versions
+from trtune.run.stages.calibration import CACHE_FILE
 from trtune.run.stages.measuring import CLOSENESS, TargetMetric, baseline
+from trtune.run.stages.preparing import CACHE, MODEL
 from trtune.run.work import RunWork
 
 SHOWN_OUTLIERS = 60
@@ -81,14 +85,15 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
         tuning=tuning_steps(tuned.steps, sign=1 if metric.higher else -1) if target else [],
         calibration=_calibration(work, left_out[0]) if work.is_lowered else None,
         histograms=histogram_plots(
-            subject.view,
+            work.subject.view,
             work.calibrated.table,
             work.calibrated.histograms,
             compared(work).alone,
-            carried_tensors(subject.view, work.untuned, setup.backends.lowerings),
+            carried_tensors(work.subject.view, work.untuned, setup.backends.lowerings),
         )
         if work.is_lowered
         else [],
+        prepared=prepared_moves(work),
         notes=[*_notes(work, left_out[1]), *target_notes(setup.config, work, tuned, metric, fp32)],
         command=told.command,
         started=told.started,
@@ -110,13 +115,13 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
 def _status(work: RunWork, tuned: Tuned) -> Literal["met", "missed", "failed"]:
     if work.failed:
         return "failed"
-    nothing = nothing_in_int8(work.setup.subject.view, tuned.plan)
+    nothing = nothing_in_int8(work.subject.view, tuned.plan)
     return "met" if tuned.met and not nothing else "missed"
 
 
 def _calibration(work: RunWork, left_out: list[str]) -> CalibrationRecord:
     return calibration_record(
-        work.calibrated, _method(work), reused=work.reused_calibration, left_out=left_out
+        work.plain, _method(work), reused=work.reused_calibration, left_out=left_out
     )
 
 
@@ -178,7 +183,8 @@ def _notes(work: RunWork, left_out: list[str]) -> list[str]:
     notes += [finding.text for finding in work.findings]
     for section in (setup.calibration, setup.evaluation):
         notes += [f"{section.where}: {note}" for note in getattr(section.source, "notes", ())]
-    notes += flushed(setup.subject.view, untuned)
+    notes += flushed(work.subject.view, untuned)
+    notes += prepared_notes(work)
     if data.evaluation == data.calibration:
         notes.append("accuracy was measured on the calibration pictures: name data.evaluation")
     for name in untuned.compute_nodes:
@@ -190,6 +196,32 @@ def _notes(work: RunWork, left_out: list[str]) -> list[str]:
         shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         notes.append(f"left out of data.evaluation, unreadable: {len(left_out)} ({shown})")
     return notes
+
+
+def prepared_moves(work: RunWork) -> dict[str, list[str]]:
+    """Tensor or node -> the moves it was prepared with."""
+    if not work.is_lowered or work.ready is None:
+        return {}
+    return work.ready.prepared.summary(readers_of(work.subject.view, work.ready.plan))
+
+
+def prepared_notes(work: RunWork) -> list[str]:
+    """What was done to which tensor, and which file belongs to which cache."""
+    if not work.is_lowered or work.ready is None:
+        return []
+    found, rows = work.ready.prepared, prepared_moves(work)
+    if not rows:
+        nothing = "nothing was prepared: no rewrite helped beyond its noise"
+        return [nothing] if work.ready.tried else []
+    moved = {entry.tensor: entry for entry in found.moved}
+    lines = [
+        f"prepared: {sum(ROUND_CODES in moves for moves in rows.values())} weights rounded on the "
+        f"data, {len(moved)} tensors rewritten; {found.gain_db:+.1f} dB on held-out pictures. "
+        f"{MODEL} and {CACHE} belong together, {CACHE_FILE} to the model as it was"
+    ]
+    return lines + [
+        sentence(name, entry, rounded=ROUND_CODES in rows[name]) for name, entry in moved.items()
+    ]
 
 
 def flushed(view: GraphView, plan: PrecisionPlan) -> list[str]:
@@ -211,7 +243,7 @@ def target_notes(
 ) -> list[str]:
     """Why a missed target could not be met."""
     target = config.precision.target
-    nothing = nothing_in_int8(work.setup.subject.view, tuned.plan)
+    nothing = nothing_in_int8(work.subject.view, tuned.plan)
     notes = [nothing] if nothing else []
     if target is None or tuned.met:
         return notes

@@ -146,7 +146,7 @@ def alone_of(work: RunWork) -> Stage[dict[str, ErrorSums]]:
     setup, section = work.setup, work.setup.config.calibration
     return alone(
         work.candidate(work.untuned),
-        setup.subject.view,
+        work.subject.view,
         setup.calibration,
         holdout=section.holdout,
         memory=section.memory,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,11 +16,14 @@ from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.graph.file import Model
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import Backend, Candidate
+from trtune.precision.tune.prepared import Ready
+from trtune.precision.tune.preparing import extended_plan
 from trtune.precision.tune.scales import Calibrated
 from trtune.reports.measures.sense import Oddity
 from trtune.run.stages.calibration import calibration
 from trtune.run.stages.engines import candidate_of
 from trtune.run.stages.measuring import Bench, metric_of
+from trtune.run.stages.preparing import is_prepared, preparation, prepared_subject
 from trtune.run.subject import Subject, plan_by_ranges, plan_by_rules, subject_of
 from trtune.run.wiring import (
     Backends,
@@ -138,9 +141,38 @@ class RunWork:
         return found, held and found.pictures > 0
 
     @property
-    def calibrated(self) -> Calibrated:
-        """The table, the histograms, and what they cost."""
+    def plain(self) -> Calibrated:
+        """The calibration of the model as the config names it."""
         return self._calibration[0]
+
+    @cached_property
+    def ready(self) -> Ready | None:
+        """The prepared model with its plan and table; None if nothing in it was to be prepared."""
+        setup = self.setup
+        section = setup.config.calibration
+        if not is_prepared(section, setup.subject, setup.planned):
+            return None
+        stage = preparation(
+            setup.subject,
+            setup.planned,
+            self._calibration[0],
+            setup.calibration,
+            section,
+            lowerings=setup.backends.lowerings,
+            progress=setup.progress,
+        )
+        return self.workspace.get(stage)
+
+    @cached_property
+    def subject(self) -> Subject:
+        """What is quantized: the prepared model, or the one that the config names."""
+        given = self.setup.subject
+        return given if self.ready is None else prepared_subject(given, self.ready)
+
+    @property
+    def calibrated(self) -> Calibrated:
+        """The table of what is quantized, the histograms, and what they cost."""
+        return self._calibration[0] if self.ready is None else self.ready.calibrated
 
     @property
     def reused_calibration(self) -> bool:
@@ -157,7 +189,9 @@ class RunWork:
         planned = self.setup.planned
         if not planned.int8_nodes and not planned.halves:
             return planned
-        return plan_by_ranges(self.setup.subject, planned, self.calibrated)
+        if self.subject.model is not self.setup.subject.model:
+            planned = extended_plan(planned, self.subject.view)
+        return plan_by_ranges(self.subject, planned, self.calibrated)
 
     @property
     def is_lowered(self) -> bool:
@@ -191,9 +225,14 @@ class RunWork:
         return [b for b in self.judges if not isinstance(b, OnnxruntimeBackend)]
 
     def candidate(self, plan: PrecisionPlan) -> Candidate:
-        """`plan` with this run's model and table."""
-        table = self.calibrated.table if plan.int8_nodes else None
-        return candidate_of(self.setup.subject, plan, table)
+        """`plan` with this run's model and table; what is all float is the model as it was."""
+        given = self.setup.subject
+        if not plan.int8_nodes and plan.nodes.keys() == given.view.by_name.keys():
+            return candidate_of(given, plan, None)
+        if self.ready is None:
+            return candidate_of(given, plan, self.calibrated.table)
+        subject = replace(self.subject, model=self.ready.model_for(plan))
+        return candidate_of(subject, plan, self.calibrated.table)
 
     def fail(self, failure: BackendFailed) -> None:
         """Go on without a backend; raises its error if no other is left."""
