@@ -118,6 +118,25 @@ def gain(
     return whole, noise
 
 
+def is_better(before: Sequence[NDArray[np.float64]], after: Sequence[NDArray[np.float64]]) -> bool:
+    """Whether the worst group's error is smaller, and beyond the noise of the pictures.
+
+    Beyond it is either the mean gain (`gain`) or the mean logarithm of the ratio of the errors,
+    picture by picture, by one standard error: a few pictures far worse than the others make the
+    first uncertain even where nearly all of them gain.
+    """
+    part, noise = gain(before, after)
+    if part <= 0:
+        return False
+    old, new = np.concatenate(before, axis=1), np.concatenate(after, axis=1)
+    group = int(np.argmax(old.mean(axis=1)))
+    usable = (old[group] > 0) & (new[group] > 0) & np.isfinite(old[group])
+    if part > noise or np.count_nonzero(usable) < 2:
+        return part > noise
+    ratios = np.log(old[group][usable] / new[group][usable])
+    return bool(ratios.mean() > ratios.std(ddof=1) / np.sqrt(ratios.size))
+
+
 def _finite(values: Array) -> Array:
     found: Array = np.where(np.isfinite(values), values, 0)
     return found

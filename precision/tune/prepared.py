@@ -34,7 +34,7 @@ from trtune.precision.prepare.values import (
     Prepared,
 )
 from trtune.precision.runtime.session import make_session
-from trtune.precision.tune.judge import Judge, gain, worst
+from trtune.precision.tune.judge import Judge, gain, is_better, worst
 from trtune.precision.tune.moments import rounded_weights
 from trtune.precision.tune.preparing import (
     Move,
@@ -57,6 +57,9 @@ log = logging.getLogger(__name__)
 AUTO_MOVES = (SCALE_CHANNELS, SHIFT_ALL, ROUND_CODES)
 """What is tried by default. Bias correction adds nothing measurable once codes are rounded."""
 
+
+JUDGED = 3
+"""Pictures held out in all by those that choose: the others judge what was chosen."""
 
 FEWEST = 8
 """Held-out pictures, at least, to choose and to judge by."""
@@ -113,8 +116,8 @@ def prepare_model(
     """`model` prepared as calibration pictures show that it quantizes best.
 
     `base` is its calibration without any move. Each tensor's scale and shift is chosen on `holdout`
-    pictures (those of method auto); the moves together, and rounding, are judged on as many others,
-    which take no part in anything before. With `moves` None a move is kept only if those show a
+    pictures (those of method auto); the moves together, and rounding, are judged on up to twice as
+    many others, which take no part in choosing. With `moves` None a move is kept only if those show a
     gain beyond its standard error; otherwise exactly `moves` are made, still with what is best for
     each tensor.
     """
@@ -122,8 +125,8 @@ def prepare_model(
     start = _Variant("none", model, without_zero_ranges(view, plan, base.table), base)
     if not start.plan.int8_nodes or not kinds:
         return Ready(Prepared(model), plan, base, {})
-    found = hold_out(source, 2 * holdout)
-    half = (len(found) + 1) // 2
+    found = hold_out(source, JUDGED * holdout)
+    half = min(holdout, (len(found) + 1) // 2)
     chosen_on, judged_on, fitted, seen = found[:half], found[half:], source, source
     if len(found) >= FEWEST:
         fitted = Without(source, frozenset(i for b in judged_on for i in b.items))
@@ -237,5 +240,5 @@ def _best(
     tried = {name: (worst(errors), *gain(none, errors)) for name, errors in found.items()}
     if forced:
         return variants[-1], tried
-    better = [v for v in variants if tried[v.name][1] > tried[v.name][2]]
+    better = [v for v in variants if is_better(none, found[v.name])]
     return min([variants[0], *better], key=lambda v: tried[v.name][0]), tried

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trtune.precision.tune.judge import Judge, gain, worst
+from trtune.precision.tune.judge import Judge, gain, is_better, worst
 
 
 def errors(reference: list[object], test: list[object]) -> NDArray[np.float64]:
@@ -81,6 +81,18 @@ def test_class_numbers_count_only_where_nothing_else_does() -> None:
     logits, label = np.ones((2, 3), np.float32), np.int64([[1], [2]])
     assert [g.output for g in Judge([[label, logits]]).groups] == ["1"]
     assert [g.output for g in Judge([[label]]).groups] == ["0"]
+
+
+def test_a_gain_of_nearly_all_pictures_counts_beside_one_far_worse() -> None:
+    rng = np.random.default_rng(0)
+    before = np.exp(rng.normal(0, 0.3, (1, 24)))
+    before[0, 3] = 40.0
+    after = before * np.exp(rng.normal(-0.2, 0.2, (1, 24)))
+    after[0, 3] = 38.0
+    assert is_better([before], [after])
+    assert not is_better([after], [before])
+    assert not is_better([before], [before])
+    assert not is_better([before], [before * np.exp(rng.normal(0, 0.5, (1, 24)))])
 
 
 def test_gain_is_paired_and_says_how_sure_it_is() -> None:
