@@ -115,11 +115,11 @@ def prepare_model(
 ) -> Ready:
     """`model` prepared as calibration pictures show that it quantizes best.
 
-    `base` is its calibration without any move. Each tensor's scale and shift is chosen on `holdout`
-    pictures (those of method auto); the moves together, and rounding, are judged on up to twice as
-    many others, which take no part in choosing. With `moves` None a move is kept only if those show a
-    gain beyond its standard error; otherwise exactly `moves` are made, still with what is best for
-    each tensor.
+    `base` is its calibration without any move. Each tensor's scale and shift is chosen on
+    `holdout` pictures (those of method auto); the moves together, and rounding, are judged on up to
+    twice as many others, which take no part in choosing. With `moves` None a move is kept only if
+    those show a gain beyond its noise; otherwise exactly `moves` are made, still with what is best
+    for each tensor.
     """
     kinds = AUTO_MOVES if moves is None else tuple(moves)
     start = _Variant("none", model, without_zero_ranges(view, plan, base.table), base)
