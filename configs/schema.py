@@ -42,7 +42,7 @@ UNLABELLED_METRICS = ("sqnr_db", "cosine", *AGREEMENTS)
 OWN_METRICS = ("next_token", "perplexity")
 KNOWN_METRICS = (*LABELLED_METRICS, *UNLABELLED_METRICS, *OWN_METRICS)
 
-Move = Literal["scale", "shift", "round", "bias"]
+PrepareMove = Literal["scale", "shift", "round", "bias"]
 Method = Literal["entropy", "entropy-s7310", "percentile", "mse", "max", "auto"]
 PrecisionName = Literal["int8", "fp16", "bf16", "fp32"]
 Default = Literal["int8", "fp16", "bf16", "fp32", "qat"]
@@ -104,7 +104,7 @@ class Calibration(Section):
         default=24,
         description="calibration pictures that method auto and the tuner's ranking measure on",
     )
-    prepare: Literal["auto", "none"] | tuple[Move, ...] = Field(
+    prepare: Literal["auto", "none"] | tuple[PrepareMove, ...] = Field(
         default="auto",
         description="rewrites that change nothing in FP32 and make INT8 better, and codes rounded "
         "on the data: auto keeps what helps on held-out pictures; or a list of scale, shift, "

@@ -40,7 +40,7 @@ from trtune.run.naming import run_key
 from trtune.run.stage import versions
 from trtune.run.stages.calibration import CACHE_FILE
 from trtune.run.stages.measuring import CLOSENESS, TargetMetric, baseline
-from trtune.run.stages.preparing import CACHE, MODEL
+from trtune.run.stages.preparing import PREPARED_CACHE, PREPARED_MODEL
 from trtune.run.work import RunWork
 
 SHOWN_OUTLIERS = 60
@@ -217,7 +217,8 @@ def prepared_notes(work: RunWork) -> list[str]:
     lines = [
         f"prepared: {sum(ROUND_CODES in moves for moves in rows.values())} weights rounded on the "
         f"data, {len(moved)} tensors rewritten; {found.gain_db:+.1f} dB on held-out pictures. "
-        f"{MODEL} and {CACHE} belong together, {CACHE_FILE} to the model as it was"
+        f"{PREPARED_MODEL} and {PREPARED_CACHE} belong together, "
+        f"{CACHE_FILE} to the model as it was"
     ]
     return lines + [
         sentence(name, entry, rounded=ROUND_CODES in rows[name]) for name, entry in moved.items()

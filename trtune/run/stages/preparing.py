@@ -31,7 +31,7 @@ from trtune.run.stages.calibration import COSTS
 from trtune.run.subject import Subject
 from trtune.run.wiring import RunData
 
-MODEL, CACHE, ARRAYS = "prepared.onnx", "prepared.cache", "prepared.npz"
+PREPARED_MODEL, PREPARED_CACHE, ARRAYS = "prepared.onnx", "prepared.cache", "prepared.npz"
 HISTOGRAMS = "prepared_histograms.npz"
 
 
@@ -108,9 +108,9 @@ def _write(found: Ready, folder: Path) -> Kept:
             arrays[f"bias{number}"] = codes.bias
     np.savez(folder / ARRAYS, **arrays)
     save_histograms(folder / HISTOGRAMS, found.calibrated.histograms)
-    save_table(folder / CACHE, found.calibrated.table)
+    save_table(folder / PREPARED_CACHE, found.calibrated.table)
     model = found.model_for(found.plan)
-    save_model(model.proto, folder / MODEL, external_dir=model.external_dir)
+    save_model(model.proto, folder / PREPARED_MODEL, external_dir=model.external_dir)
     moves = [
         {"tensor": m.affine.tensor, "edges": [list(e) for e in m.affine.edges], "amax": m.amax,
          "shift": m.affine.shift, "axis": m.affine.axis, "gain_db": m.gain_db}
@@ -123,7 +123,7 @@ def _write(found: Ready, folder: Path) -> Kept:
         "gain_db": found.prepared.gain_db,
         "costs": {name: getattr(found.calibrated, name) for name in COSTS},
     }
-    return value, (ARRAYS, HISTOGRAMS, CACHE, f"{CACHE}.json", MODEL)
+    return value, (ARRAYS, HISTOGRAMS, PREPARED_CACHE, f"{PREPARED_CACHE}.json", PREPARED_MODEL)
 
 
 def _read(
@@ -149,7 +149,7 @@ def _read(
     model, moved = apply_moves(subject.model, moves)
     if moved:
         plan = extended_plan(plan, GraphView.of(model))
-    table = load_table(folder / CACHE, allow_unkeyed=True)
+    table = load_table(folder / PREPARED_CACHE, allow_unkeyed=True)
     calibrated = Calibrated(table, load_histograms(folder / HISTOGRAMS), **value["costs"])
     return Ready(Prepared(model, codes, moved, value["gain_db"]), plan, calibrated, tried, moves)
 
