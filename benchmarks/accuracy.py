@@ -44,6 +44,7 @@ FP16 = (
     "precision.target={metric: top1, max_drop: 0.002}",
     "backends=[{name: onnxruntime}]",
 )
+DEFAULT = ("calibration.method=auto", "calibration.prepare=auto", "precision.target=null")
 HALF_AROUND = ("precision.fallback=fp16",)
 
 CASES = (
@@ -57,6 +58,7 @@ CASES = (
     Case("vit_cifar10", "entropy, at most 0.5 points lost, 4 pins"),
     Case("mobilenetv2_imagenet_deploy", "auto, at most 0.5 points lost on both"),
     Case("yolox_nano_coco", "entropy, 20 dB"),
+    *(Case(name, "as it is by default, no pins", DEFAULT) for name in (*FLOAT, "yolox_nano_coco")),
     Case("resnet20_cifar10_qat", "QAT as it is"),
     Case("mobilenetv2_cifar10_qat", "QAT as it is"),
     Case("mobilenetv2_imagenet_qat_uint8", "QAT made symmetric, top-1 of 82.5"),
