@@ -230,6 +230,9 @@ class Precision(Section):
         default=None, description="what must be reached; null: quantize and report, without tuning"
     )
     max_pins: Natural = Field(default=16, description="most nodes that the tuner may pin")
+    max_evaluations: Count | None = Field(
+        default=None, description="most plans that the tuner may measure; null: as many as it takes"
+    )
 
     @model_validator(mode="after")
     def _for_qat(self) -> Precision:

@@ -92,6 +92,15 @@ class TuningStep(_Value):
     reason: str = ""
 
 
+class FrontPoint(_Value):
+    """The best that was measured with so many pins of the tuner, where no fewer reach as much."""
+
+    pins: int
+    pinned: list[str]
+    value: float
+    met: bool = False
+
+
 class Outlier(_Value):
     """The picture that sets a tensor's maximum, and how far above the median it is.
 
@@ -149,6 +158,8 @@ class RunRecord(_Value):
     """Everything `run.json` holds; the report is drawn from it and from `layers.csv` alone.
 
     `prepared` maps a tensor or node to the moves it was prepared with: scale, shift, round, bias.
+    `front` has pins against value; `pins_needed` says how many pins a missed target would take, as
+    far as can be predicted.
     """
 
     schema_version: int = Field(1, alias="schema")
@@ -160,6 +171,8 @@ class RunRecord(_Value):
     baseline: Baseline
     variants: list[Variant] = Field(default_factory=list)
     tuning: list[TuningStep] = Field(default_factory=list)
+    front: list[FrontPoint] = Field(default_factory=list)
+    pins_needed: int | None = None
     calibration: CalibrationRecord | None = None
     histograms: list[HistogramPlot] = Field(default_factory=list)
     prepared: dict[str, list[str]] = Field(default_factory=dict)

@@ -92,15 +92,23 @@ class Alone:
     """Runs the rest of the network behind a change, on a few pictures held in memory.
 
     `pictures` are batches with the model's feeds; the FP32 activations that a change of some edges
-    of `placement` needs (`held_tensors`) are computed once and held. Thread-safe.
+    of `placement` needs (`held_tensors`) are computed once and held, and those in `also`.
+    Thread-safe.
     """
 
     def __init__(
-        self, model: Model, view: GraphView, placement: Placement, pictures: Sequence[Batch]
+        self,
+        model: Model,
+        view: GraphView,
+        placement: Placement,
+        pictures: Sequence[Batch],
+        *,
+        also: Sequence[str] = (),
     ) -> None:
         self._model, self._view = model, view
         self._outputs = tuple(o.name for o in model.outputs)
-        inner = [t for t in held_tensors(view, placement) if t not in set(view.graph_inputs)]
+        held = dict.fromkeys([*held_tensors(view, placement), *also])
+        inner = [t for t in held if t not in set(view.graph_inputs)]
         session = make_session(model.proto, outputs=inner, external_dir=model.external_dir)
         names = [*dict.fromkeys([*self._outputs, *inner])]
         self._pictures = tuple(len(batch) for batch in pictures)
@@ -111,7 +119,7 @@ class Alone:
 
     def session(self, change: Change) -> Rest:
         """A function from a batch number and the changed tensors to the model's outputs."""
-        nodes = _behind(self._view, change.edges)
+        nodes = _behind(self._view, [*change.edges, *change.values])
         made = {output for node in nodes for output in node.output}
         names = [o for o in self._outputs if o in made]
         if not names:

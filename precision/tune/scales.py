@@ -355,15 +355,16 @@ def held_batches(
     pictures: tuple[Batch, ...],
     *,
     memory: int,
+    also: Sequence[str] = (),
 ) -> list[Batch]:
-    """`pictures` in batches, as many as an `Alone` can hold within `memory` bytes.
+    """`pictures` in batches, as many as an `Alone` can hold within `memory` bytes, with `also`.
 
     At least one batch; in a model of fixed batch size the last picture fills the last batch.
     """
     size = batch_size(model.inputs, PICTURES_AT_ONCE)
     batches = join(pictures, size)
     batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
-    tensors = held_tensors(view, placement)
+    tensors = list(dict.fromkeys([*held_tensors(view, placement), *also]))
     extents = measure(model.proto, tensors, batches[0], external_dir=model.external_dir)
     each = max(sum(extent.bytes for extent in extents.values()), 1) * len(batches[0])
     count = max(1, min(len(batches), memory // each))

@@ -15,6 +15,7 @@ UNDECIDED = (
     ("calibration", "memory"),
     ("compare", "memory"),
     ("precision", "max_pins"),
+    ("precision", "max_evaluations"),
     *(("backends", "*", name) for name in ("threads", "timeout", "timing_cache", "required")),
 )
 """Key paths (`*`: every entry of a list) that change how long a run takes or what is shown of it,

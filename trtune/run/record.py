@@ -29,12 +29,13 @@ from trtune.reports.record import (
     Baseline,
     CalibrationRecord,
     DominantPicture,
+    FrontPoint,
     Outlier,
     RunRecord,
     TuningStep,
     Variant,
 )
-from trtune.reports.summary import metric_label, metric_text
+from trtune.reports.summary import metric_label, metric_text, plural
 from trtune.run.layer_table import compared, histogram_plots
 from trtune.run.naming import run_key
 from trtune.run.stage import versions
@@ -83,6 +84,8 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
         ),
         variants=variants,
         tuning=tuning_steps(tuned.steps, sign=1 if metric.higher else -1) if target else [],
+        front=front_points(tuned, sign=1 if metric.higher else -1) if target else [],
+        pins_needed=tuned.needed,
         calibration=_calibration(work, left_out[0]) if work.is_lowered else None,
         histograms=histogram_plots(
             work.subject.view,
@@ -174,6 +177,19 @@ def tuning_steps(steps: Sequence[Step], *, sign: int = 1) -> list[TuningStep]:
     ]
 
 
+def front_points(tuned: Tuned, *, sign: int = 1) -> list[FrontPoint]:
+    """Pins against value, the fewest first."""
+    return [
+        FrontPoint(
+            pins=len(step.pinned),
+            pinned=list(step.pinned),
+            value=sign * step.score.value,
+            met=step.score.met,
+        )
+        for step in tuned.front
+    ]
+
+
 def _notes(work: RunWork, left_out: list[str]) -> list[str]:
     setup, untuned = work.setup, work.untuned
     data = setup.config.data
@@ -250,6 +266,11 @@ def target_notes(
         return notes
     if not nothing and not work.untuned.int8_nodes:
         notes.append("the target cannot be met by tuning: no node is quantized")
+    if tuned.needed is not None:
+        notes.append(
+            f"about {plural(tuned.needed, 'pin')} would meet the target, as far as held-out "
+            f"pictures can tell; precision.max_pins is {config.precision.max_pins}"
+        )
     value = fp32.value
     if target.min is not None and not metric.is_fidelity and value is not None:
         if value >= target.min:

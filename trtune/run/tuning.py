@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,24 @@ from trtune.precision.plan.half_types import HALVES
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
-from trtune.precision.tune.ladder import Score, Step, Tuned, tune
+from trtune.precision.tune.ladder import Ranked, Score, Step, Tuned, tune
+from trtune.precision.tune.leave_one_out import PathStep
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.summary import number
 from trtune.run.stage import Form, Stage, as_json
 from trtune.run.stages.engines import measured_with
 from trtune.run.stages.layers import alone
-from trtune.run.stages.measuring import Bench, baseline, evaluation
+from trtune.run.stages.measuring import CLOSENESS, Bench, baseline, evaluation
+from trtune.run.stages.pins import HeldOut
 from trtune.run.work import BackendFailed, RunWork, watched
 from trtune.run.workspace import Workspace
 
 ROUNDING = 1e-9
 """The rounding of a difference of two fractions must not miss a target."""
+PATIENCE = 2
+"""After so many steps in a row that gain nothing the tuner gives up."""
+MARGIN = 0.5
+"""Pins are ranked on held-out pictures down to this part of the noise that the target allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,7 @@ class Scorer:
         Raises BackendFailed if one cannot build or run it.
         """
         builds, met, note = 0, True, ""
+        losses: list[float | None] = []
         first: Evaluation | None = None
         for backend in self.backends:
             with watched(backend):
@@ -53,6 +62,7 @@ class Scorer:
             first = first or found
             value = self.bench.metric.value_of(found)
             met = self.is_enough(value)
+            losses.append(self.loss(value))
             if not met:
                 several = len(self.backends) > 1
                 note = f"missed on {backend.name}: {number(value)}" if several else ""
@@ -61,7 +71,23 @@ class Scorer:
         value = self.bench.metric.value_of(first)
         sign = 1 if self.bench.metric.higher else -1  # the search takes more for better
         reached = float("-inf") if value is None else sign * value
-        return Score(reached, met, first.sqnr_db, not builds, note, builds)
+        lost = losses[-1] if not met else max((x for x in losses if x is not None), default=None)
+        return Score(reached, met, first.sqnr_db, not builds, note, builds, lost)
+
+    def loss(self, value: float | None) -> float | None:
+        """What is lost against FP32 as a part of what may be lost; None if that cannot be said.
+
+        Of a signal-to-noise ratio it is noise energy by the noise that is allowed.
+        """
+        if value is None or self.threshold is None or not math.isfinite(value):
+            return None
+        if self.bench.metric.name == CLOSENESS:
+            return float(10 ** ((self.threshold - value) / 10))
+        sign = 1 if self.bench.metric.higher else -1
+        best = 1.0 if self.bench.metric.is_fidelity else self.fp32.value
+        if best is None or (best - self.threshold) * sign <= 0:
+            return None
+        return (best - value) / (best - self.threshold)
 
     def is_enough(self, value: float | None) -> bool:
         """Whether a value meets the target."""
@@ -87,10 +113,51 @@ def threshold_of(target: Target | None, fp32: Evaluation, *, higher: bool = True
     return fp32.value - float(target.max_drop) * (1 if higher else -1)
 
 
-def ranked(errors: dict[str, ErrorSums]) -> list[tuple[str, str]]:
+def ranked(errors: Mapping[str, ErrorSums]) -> list[tuple[str, str]]:
     """Nodes, the one that hurts the output most first, with the reason in words."""
     order = sorted(errors, key=lambda node: (errors[node].sqnr_db, node))
     return [(n, f"alone it leaves {errors[n].sqnr_db:.1f} dB at the output") for n in order]
+
+
+def pin_order(work: RunWork, score: Score) -> Ranked:
+    """The order to pin in, once the plan without pins has its `score`.
+
+    By what each gains in the quantized network, given those before it; nodes in half precision
+    follow, by what they do alone. In a plan without integers that is all.
+    """
+    errors = work.workspace.get(alone_of(work))
+    worst_first = ranked(errors)
+    alone = dict(worst_first)
+    if not work.untuned.int8_nodes:
+        return Ranked(tuple(worst_first))
+    setup, section = work.setup, work.setup.config.calibration
+    held = HeldOut(
+        work.candidate(work.untuned),
+        work.subject.view,
+        work.model_for,
+        setup.calibration,
+        section.holdout,
+        section.memory,
+        setup.progress,
+    )
+    noise = {n: 10 ** (-sums.sqnr_db / 10) for n, sums in errors.items()}
+    enough = MARGIN / score.loss if score.loss and score.loss > 1 else 0.0
+    limit = setup.config.precision.max_pins
+    path = work.workspace.get(held.path(noise, limit=limit, enough=enough))
+    pins = [
+        (step.node, "; ".join(filter(None, (alone.get(step.node), _gained(number, step)))))
+        for number, step in enumerate(path.steps)
+    ]
+    named = {node for node, _ in pins}
+    others = [pin for pin in worst_first if pin[0] not in named]
+    noises = (*path.noises, *(path.noises[-1] for _ in others))
+    return Ranked((*pins, *others), noises, held.noise_of)
+
+
+def _gained(number: int, step: PathStep) -> str:
+    others = ["", " and the one before"][number] if number < 2 else f" and the {number} before"
+    how = "is there" if step.measured else "is expected there"
+    return f"with it{others} in float {step.sqnr_db:.1f} dB {how}"
 
 
 def tuned(work: RunWork) -> Tuned:
@@ -117,9 +184,11 @@ def tuning(work: RunWork) -> Stage[Tuned]:
         tunable = threshold is not None and work.is_lowered
         return tune(
             work.untuned,
-            ranked(work.workspace.get(alone_of(work))) if tunable else [],
+            partial(pin_order, work) if tunable else [],
             judge.score,
             max_pins=section.max_pins,
+            evaluations=section.max_evaluations,
+            patience=PATIENCE if work.untuned.int8_nodes else None,
             precisions=("fp32",) if section.default in HALVES else (section.fallback, "fp32"),
         )
 
@@ -137,6 +206,7 @@ def tuning(work: RunWork) -> Stage[Tuned]:
         "calibration.holdout": setup.config.calibration.holdout,
         "precision.target": section.target,
         "precision.max_pins": section.max_pins,
+        "precision.max_evaluations": section.max_evaluations,
     }
     return Stage("tune", needs, make, tuned_form(type(work.untuned)))
 
@@ -161,11 +231,13 @@ def tuned_form(kind: type[PrecisionPlan]) -> Form[Tuned]:
         return {
             "plan": found.plan.to_json(),
             "met": found.met,
+            "needed": found.needed,
             "steps": [asdict(step) for step in found.steps],
         }
 
     def load(value: Any) -> Tuned:
-        return Tuned(kind.from_json(value["plan"]), value["met"], tuple(map(_step, value["steps"])))
+        steps = tuple(map(_step, value["steps"]))
+        return Tuned(kind.from_json(value["plan"]), value["met"], steps, value["needed"])
 
     return as_json(dump, load)
 

@@ -234,6 +234,10 @@ class RunWork:
         subject = replace(self.subject, model=self.ready.model_for(plan))
         return candidate_of(subject, plan, self.calibrated.table)
 
+    def model_for(self, plan: PrecisionPlan) -> Model:
+        """The model that is lowered for `plan`: prepared ones carry codes where it is int8."""
+        return self.subject.model if self.ready is None else self.ready.model_for(plan)
+
     def fail(self, failure: BackendFailed) -> None:
         """Go on without a backend; raises its error if no other is left."""
         error = failure.__cause__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtune.precision.plan.plan import Assignment, PrecisionPlan
-from trtune.precision.tune.ladder import Score, Tuned, ladder, tune
+from trtune.precision.tune.ladder import Ranked, Score, Tuned, ladder, pins_for, tune
 
 NODES = tuple("abcdefghij")
 RANKING = [(name, f"alone {name} leaves {i} dB") for i, name in enumerate(NODES)]
@@ -276,3 +276,96 @@ def test_the_front_has_the_best_of_each_number_of_pins() -> None:
     assert [("".join(s.pinned), s.score.value) for s in tuned.front] == [
         ("", 0.0), ("d", 4.0), ("ad", 5.0),
     ]  # fmt: skip
+
+
+# Steps by predicted gain
+
+
+class Noisy:
+    """Losses that follow a sum of noises, `factor` times what is predicted; target at loss 1."""
+
+    def __init__(self, parts: Mapping[str, float], allowed: float, factor: float = 1.0) -> None:
+        self.parts, self.allowed, self.factor = parts, allowed, factor
+        self.asked: list[str] = []
+
+    def noise(self, pins: Sequence[str]) -> float:
+        return sum(noise for name, noise in self.parts.items() if name not in pins)
+
+    def __call__(self, plan: PrecisionPlan) -> Score:
+        self.asked.append("".join(plan.pinned))
+        loss = self.factor * self.noise(plan.pinned) / self.allowed
+        return Score(-loss, loss <= 1, loss=loss)
+
+    def ranked(self, noises: Sequence[float]) -> Callable[[Score], Ranked]:
+        return lambda _: Ranked(tuple(RANKING), tuple(noises), self.noise)
+
+    @property
+    def noises(self) -> list[float]:
+        return [self.noise(NODES[:k]) for k in range(len(NODES) + 1)]
+
+
+PARTS = dict(zip(NODES, [20.0, 15, 12, 10, 8, 6, 4, 3, 2, 1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("allowed", "factor", "asked", "kept"),
+    [
+        pytest.param(100.0, 1.0, [""], "", id="met without pins"),
+        pytest.param(37.0, 1.0, ["", "abc"], "abc", id="as many at once as predicted"),
+        pytest.param(3.1, 1.0, ["", "abcdefgh"], "abcdefgh", id="many at once"),
+        pytest.param(25.0, 1.0, ["", "abcd"], "abcd", id="by the last of them"),
+    ],
+)
+def test_as_many_are_pinned_as_predicted(
+    allowed: float, factor: float, asked: list[str], kept: str
+) -> None:
+    problem = Noisy(PARTS, allowed, factor)
+    tuned = tune(a_plan(), problem.ranked(problem.noises), problem, max_pins=10)
+    assert tuned.met
+    assert tuned.plan.pinned == tuple(kept)
+    assert problem.asked == asked
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=10, max_size=10),
+    st.floats(0.3, 3.0),
+    st.floats(0.5, 80.0),
+)
+def test_the_fewest_are_found_though_predictions_are_off(
+    values: list[int], factor: float, allowed: float
+) -> None:
+    parts = dict(zip(NODES, sorted(map(float, values), reverse=True), strict=True))
+    problem = Noisy(parts, allowed, factor)
+    flat = [noise**0.9 for noise in problem.noises]
+    tuned = tune(a_plan(), problem.ranked(flat), problem, max_pins=10)
+    fewest = next(k for k, n in enumerate(problem.noises) if factor * n <= allowed)
+    assert tuned.met
+    assert fewest <= len(tuned.plan.pinned) <= fewest + 1
+    assert len(problem.asked) <= 10
+
+
+def test_where_no_pins_do_it_says_how_many_would() -> None:
+    problem = Noisy(PARTS, 16.0)
+    tuned = tune(a_plan(), problem.ranked(problem.noises), problem, max_pins=3, patience=2)
+    assert problem.asked == ["", "a", "ab", "abc"]
+    assert (tuned.met, tuned.needed) == (False, 5)
+    assert tuned.plan.pinned == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("loss", "at", "noises", "pins"),
+    [
+        (4.0, 0, [8.0, 4.0, 2.0, 1.0], 2),
+        (1.0, 1, [8.0, 4.0, 2.0], 1),
+        (0.5, 1, [8.0, 4.0, 2.0], 0),
+        (2.0, 2, [8.0, 4.0, 2.0, 1.5], None),
+        (2.0, 5, [8.0, 4.0], None),
+        (2.0, 0, [0.0], None),
+        (-1.0, 0, [3.0], 0),
+        (2.02, 0, [4.0, 2.0], 1),
+    ],
+)
+def test_how_many_pins_a_loss_takes(
+    loss: float, at: int, noises: list[float], pins: int | None
+) -> None:
+    assert pins_for(loss, at, noises) == pins

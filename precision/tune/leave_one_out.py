@@ -1,0 +1,310 @@
+"""What un-quantizing a node gains in the quantized network: the order to pin in.
+
+Quantizing a node alone says what it does in an exact network. In the quantized one the noise of
+the others masks some nodes and adds to that of others, so the node that hurts most alone may gain
+nothing when it is pinned. Here the quantized network is run once, what it computes is kept, and for
+each node only what lies behind it is run again, with its float values and weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtune.calibrate.table import CalibrationTable
+from trtune.configs.progress import Progress, silent
+from trtune.configs.system.machine import usable_cores
+from trtune.datasets.batches import Batch
+from trtune.precision.compare.alone import Alone, Change, in_parallel
+from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.plan.half_types import HALVES
+from trtune.precision.plan.placement import Edge, Placement, edges_of
+from trtune.precision.plan.plan import TUNER, PrecisionPlan
+from trtune.precision.runtime.errors import ErrorSums
+from trtune.precision.runtime.output_groups import OutputGroup, add_parts, output_groups
+from trtune.precision.runtime.session import make_session
+from trtune.precision.tune.scales import held_batches
+
+_Outputs = Mapping[str, NDArray[Any]]
+
+CHUNKS = 4
+"""How many chunks of nodes are measured again after a pin, at most; a chunk has a node a core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizing:
+    """How a plan becomes a network: the model that is lowered for it, and the scales.
+
+    `view` is that of the model in float. What `model_for` gives has the same nodes, and perhaps
+    other constants where the plan is int8.
+    """
+
+    model_for: Callable[[PrecisionPlan], Model]
+    view: GraphView
+    table: CalibrationTable
+
+    @classmethod
+    def of(cls, model: Model, table: CalibrationTable) -> Quantizing:
+        """One whose model is the same for every plan."""
+        return cls(lambda _: model, GraphView.of(model), table)
+
+    def network(self, plan: PrecisionPlan) -> Model:
+        """The integers of `plan`, everything else in float32."""
+        plan = _integers_alone(plan)
+        model = self.model_for(plan)
+        return replace(model, proto=lower_emulate(model, plan, self.table))
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The FP32 outputs for some batches of `pictures`, and the `groups` that are judged apart."""
+
+    pictures: tuple[Batch, ...]
+    outputs: tuple[_Outputs, ...]
+    groups: tuple[OutputGroup, ...]
+
+    @classmethod
+    def of(cls, model: Model, pictures: Sequence[Batch], counted: Sequence[str] = ()) -> Reference:
+        """Run `model` on `pictures`; only the outputs `counted` are judged, all if there are none.
+
+        A batch must have a size that the model takes.
+        """
+        names = [output.name for output in model.outputs]
+        session = make_session(model.proto, external_dir=model.external_dir)
+        found: list[_Outputs] = [
+            dict(zip(names, session.run(names, dict(batch.feeds)), strict=True))
+            for batch in pictures
+        ]
+        groups = output_groups({n: [one[n] for one in found] for n in counted or names})
+        return cls(tuple(pictures), tuple(found), groups)
+
+    def noise(self, run: Callable[[int], _Outputs]) -> float:
+        """Noise by signal of the group that suffers most, over all batches.
+
+        `run` gives the outputs of a batch. What is not finite makes it infinite; 0 where the
+        outputs are those of FP32, or nothing can be compared.
+        """
+        sums: dict[str, ErrorSums] = {}
+        for batch, exact in enumerate(self.outputs):
+            sums = add_parts(sums, self.groups, exact, run(batch))
+        return max((10 ** (-found.sqnr_db / 10) for found in sums.values()), default=0.0)
+
+
+def held_reference(
+    quantizing: Quantizing,
+    plan: PrecisionPlan,
+    pictures: tuple[Batch, ...],
+    *,
+    memory: int,
+    counted: Sequence[str] = (),
+) -> Reference:
+    """The reference on as many of `pictures` as a `LeaveOneOut` can hold within `memory` bytes."""
+    network = quantizing.network(plan)
+    within = GraphView.of(network)
+    read, exact = read_quantized(quantizing.view, within, plan)
+    held = held_batches(network, within, Placement(read, {}), pictures, memory=memory, also=exact)
+    floats = plan.pin(plan.int8_nodes, "fp32", "", origin=TUNER)
+    return Reference.of(quantizing.model_for(floats), held, counted)
+
+
+class LeaveOneOut:
+    """The network quantized as `plan` says, on the pictures of `reference`, held in memory.
+
+    `noise` is its noise by signal at the output that suffers most. What is half precision in
+    `plan` is computed in float32: only integers are asked about. Thread-safe.
+    """
+
+    def __init__(self, quantizing: Quantizing, plan: PrecisionPlan, reference: Reference) -> None:
+        self._view, self._plan, self._reference = quantizing.view, plan, reference
+        network = quantizing.network(plan)
+        self._outputs = tuple(output.name for output in network.outputs)
+        self._within = GraphView.of(network)
+        read, exact = read_quantized(self._view, self._within, plan)
+        pictures = reference.pictures
+        self._alone = Alone(network, self._within, Placement(read, {}), pictures, also=exact)
+        self.noise = reference.noise(lambda batch: self._named(self._alone.reference(batch)))
+
+    def without(self, node: str) -> float:
+        """Noise by signal of the output that suffers most when the int8 `node` is float."""
+        edges = edges_of(self._view, self._plan, self._view.by_name[node])
+        run = self._alone.session(Change(edges, values=self._floats(node)))
+        exact = {self._within.by_name[n].input[i]: self._view.by_name[n].input[i] for n, i in edges}
+
+        def outputs(batch: int) -> _Outputs:
+            changed = {read: self._alone.stored(batch, t) for read, t in exact.items()}
+            return self._named(run(batch, changed))
+
+        return self._reference.noise(outputs)
+
+    def _floats(self, node: str) -> dict[Edge, NDArray[Any]]:
+        """The constants of `node`, and of what is fused with it, that are others in float."""
+        found = {}
+        for name in (node, *self._plan.groups.get(node, ())):
+            own = self._view.by_name[name].input
+            for index, tensor in enumerate(self._within.by_name[name].input):
+                if not tensor or not self._within.is_constant(tensor):
+                    continue
+                here = self._within.constant(tensor)
+                there = self._view.constant(own[index]) if index < len(own) else here * 0
+                if not np.array_equal(here, there):
+                    found[name, index] = np.asarray(there)
+        return found
+
+    def _named(self, outputs: Sequence[NDArray[Any]]) -> _Outputs:
+        return dict(zip(self._outputs, outputs, strict=True))
+
+
+def read_quantized(
+    view: GraphView, quantized: GraphView, plan: PrecisionPlan
+) -> tuple[dict[str, tuple[Edge, ...]], list[str]]:
+    """What is read quantized in the network of `plan`: the tensors with their readers there, and
+    the same tensors before they were quantized."""
+    read: dict[str, tuple[Edge, ...]] = {}
+    exact: dict[str, None] = {}
+    for name in plan.int8_nodes:
+        for node, index in dict.fromkeys([*edges_of(view, plan, view.by_name[name]), (name, 0)]):
+            tensor = quantized.by_name[node].input[index]
+            read[tensor] = (*read.get(tensor, ()), (node, index))
+            exact[view.by_name[node].input[index]] = None
+    return read, list(exact)
+
+
+def _integers_alone(plan: PrecisionPlan) -> PrecisionPlan:
+    """`plan` with float32 wherever it has half precision."""
+    if not plan.halves:
+        return plan
+    nodes = {
+        name: replace(a, precision="fp32" if a.precision in HALVES else a.precision, around="")
+        for name, a in plan.nodes.items()
+    }
+    default = "int8" if plan.default in HALVES else plan.default
+    return replace(plan, nodes=nodes, default=default, fallback="fp32")
+
+
+@dataclass(frozen=True, slots=True)
+class PathStep:
+    """Another pin: noise by signal with it and all before it; `measured` or added up."""
+
+    node: str
+    noise: float
+    measured: bool = True
+
+    @property
+    def sqnr_db(self) -> float:
+        """The same in decibels."""
+        return math.inf if self.noise <= 0 else -10 * math.log10(self.noise)
+
+
+@dataclass(frozen=True, slots=True)
+class PinPath:
+    """Pins in the order that gains most, each given those before it, on held-out pictures.
+
+    `start` is noise by signal at the output that suffers most with none of them.
+    """
+
+    start: float
+    steps: tuple[PathStep, ...] = ()
+
+    @property
+    def noises(self) -> tuple[float, ...]:
+        """Noise by signal with 0, 1, 2, ... pins."""
+        return (self.start, *(step.noise for step in self.steps))
+
+
+def pin_path(
+    quantizing: Quantizing,
+    plan: PrecisionPlan,
+    reference: Reference,
+    alone: Mapping[str, float],
+    *,
+    limit: int,
+    enough: float = 0.0,
+    progress: Progress = silent,
+) -> PinPath:
+    """The order in which to pin the int8 nodes of `plan`, on the pictures of `reference`.
+
+    Greedy: the first pin is the one that leaves the least noise in the quantized network, the next
+    that which leaves the least behind it, and so on, `limit` of them or until no more than `enough`
+    (a part of the noise without pins) is left. Only for the first is every
+    node asked; then those that promised most, and the next of `alone` (noise of nodes that are
+    quantized alone), until none that was not asked again promises more (Minoux, Accelerated greedy
+    algorithms, 1978). The nodes behind them follow as their last gains add up, in noise energy.
+    """
+    order = sorted((n for n in plan.int8_nodes if not plan.nodes[n].is_pinned),
+                   key=lambda n: (-alone.get(n, 0.0), n))  # fmt: skip
+    if not order:
+        return PinPath(0.0)
+    network = LeaveOneOut(quantizing, plan, reference)
+    start = now = network.noise
+    found = in_parallel(network.without, order, what="rank pins", progress=progress)
+    kept = {node: _share(noise, now) for node, noise in zip(order, found, strict=True)}
+    steps: list[PathStep] = []
+    for number in range(min(limit, len(order))):
+        if number:
+            plan = plan.pin([steps[-1].node], "fp32", "", origin=TUNER)
+            network = LeaveOneOut(quantizing, plan, reference)
+            now = network.noise
+            steps[-1] = replace(steps[-1], noise=now)
+            if now <= enough * start:
+                break
+            kept |= _asked_again(network, kept, [n for n in order if n in kept])
+            progress("choose pins", number + 1, min(limit, len(order)))
+        best = min(kept, key=lambda n: (kept[n], order.index(n)))
+        steps.append(PathStep(best, now * kept.pop(best)))
+    return PinPath(start, (*steps, *_added_up(steps[-1].noise if steps else start, kept)))
+
+
+def _share(noise: float, before: float) -> float:
+    """What is left of the noise, as a part of that before."""
+    if before <= 0 or not math.isfinite(before):
+        return 1.0 if noise >= before else 0.0
+    return noise / before
+
+
+def _asked_again(
+    network: LeaveOneOut, kept: Mapping[str, float], by_alone: Sequence[str]
+) -> dict[str, float]:
+    """What is left without each of the nodes that may be the best now, measured again."""
+    size = max(usable_cores(), 2)
+    waiting = sorted(kept, key=lambda n: kept[n])
+    asked: dict[str, float] = {}
+    for _ in range(CHUNKS):
+        first = [n for n in by_alone[:1] if not asked]
+        chunk = [*dict.fromkeys([*first, *(n for n in waiting if n not in asked)])][:size]
+        if not chunk:
+            break
+        noises = in_parallel(network.without, chunk, what="rank pins")
+        asked |= {n: _share(noise, network.noise) for n, noise in zip(chunk, noises, strict=True)}
+        left = [kept[n] for n in waiting if n not in asked]
+        if not left or min(asked.values()) <= left[0]:
+            break
+    return asked
+
+
+def _added_up(noise: float, kept: Mapping[str, float]) -> list[PathStep]:
+    steps = []
+    for node in sorted(kept, key=lambda n: (kept[n], n)):
+        noise *= min(kept[node], 1.0)
+        steps.append(PathStep(node, noise, measured=False))
+    return steps
+
+
+def noise_with(
+    quantizing: Quantizing, plan: PrecisionPlan, reference: Reference, pins: Sequence[str]
+) -> float:
+    """Noise by signal of the group of outputs that suffers most with `pins` in float32."""
+    network = quantizing.network(plan.pin(pins, "fp32", "", origin=TUNER))
+    session = make_session(network.proto, external_dir=network.external_dir)
+    names = [output.name for output in network.outputs]
+
+    def outputs(batch: int) -> _Outputs:
+        found = session.run(names, dict(reference.pictures[batch].feeds))
+        return dict(zip(names, found, strict=True))
+
+    return reference.noise(outputs)

@@ -1,0 +1,95 @@
+"""The order to pin in, as a stage: what un-quantizing nodes gains in the quantized network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trtune.calibrate.table import CalibrationTable
+from trtune.configs.progress import Progress
+from trtune.datasets.holdout import hold_out
+from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.runtime.api import Candidate
+from trtune.precision.tune.leave_one_out import (
+    PathStep,
+    PinPath,
+    Quantizing,
+    Reference,
+    held_reference,
+    noise_with,
+    pin_path,
+)
+from trtune.run.stage import Stage, as_json, versions
+from trtune.run.wiring import RunData
+
+PATH = as_json(
+    asdict, lambda value: PinPath(value["start"], tuple(PathStep(**s) for s in value["steps"]))
+)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A candidate on held-out pictures of `data`, which its pins are ranked on.
+
+    `view` is that of its float model, and `model_for` gives what is lowered for a plan.
+    """
+
+    candidate: Candidate
+    view: GraphView
+    model_for: Callable[[PrecisionPlan], Model]
+    data: RunData
+    holdout: int
+    memory: int
+    progress: Progress
+
+    @property
+    def table(self) -> CalibrationTable:
+        """The scales; there are some where anything is int8."""
+        assert self.candidate.table is not None
+        return self.candidate.table
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The FP32 outputs on the pictures; computed when they are first asked for."""
+        held_out = hold_out(self.data.source, self.holdout)
+        return held_reference(
+            Quantizing(self.model_for, self.view, self.table),
+            self.candidate.plan,
+            held_out,
+            memory=self.memory,
+        )
+
+    def noise_of(self, pins: Sequence[str]) -> float:
+        """Noise by signal with `pins`, of the output that suffers most."""
+        network = Quantizing(self.model_for, self.view, self.table)
+        return noise_with(network, self.candidate.plan, self.reference, pins)
+
+    def path(self, alone: Mapping[str, float], *, limit: int, enough: float) -> Stage[PinPath]:
+        """The order to pin in; `alone` is the noise of nodes that are quantized alone."""
+
+        def make(folder: Path) -> PinPath:
+            return pin_path(
+                Quantizing(self.model_for, self.view, self.table),
+                self.candidate.plan,
+                self.reference,
+                alone,
+                limit=limit,
+                enough=enough,
+                progress=self.progress,
+            )
+
+        needs: dict[str, Any] = {
+            "model": self.candidate.model,
+            "plan": self.candidate.plan,
+            "scales": self.candidate.table,
+            self.data.where: self.data.need,
+            "calibration.holdout": self.holdout,
+            "precision.max_pins": limit,
+            "enough": f"{enough:.3g}",
+            **versions("trtune", "onnx", "onnxruntime", "numpy"),
+        }
+        return Stage("pins", needs, make, PATH)
