@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,30 @@ def map_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+class _Steps:
+    """An iterator that threads step through one at a time, and not at all once it is closed.
+
+    A signal may end the start of a thread before its pool knows of it; no pool waits for that one
+    then, and it may be inside the iterator when that is to be closed.
+    """
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches, self._closed = batches, False
+        self._inside = threading.Lock()
+
+    def take(self) -> Batch | None:
+        """The next batch, or None at the end or once closed."""
+        with self._inside:
+            return None if self._closed else next(self._batches, None)
+
+    def close(self) -> None:
+        """Close the iterator as soon as nobody is inside."""
+        with self._inside:
+            self._closed = True
+            if isinstance(self._batches, Generator):
+                self._batches.close()
+
+
 @dataclass(frozen=True, slots=True)
 class Prefetched:
     """A source whose next batches are made in a thread while this one is used."""
@@ -54,17 +79,16 @@ class Prefetched:
     depth: int = 2
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.source)
+        steps = _Steps(iter(self.source))
         pool = ThreadPoolExecutor(1, thread_name_prefix="trtune-batches")
         try:
-            waiting = deque(pool.submit(next, batches, None) for _ in range(self.depth))
+            waiting = deque(pool.submit(steps.take) for _ in range(self.depth))
             while (batch := waiting.popleft().result()) is not None:
-                waiting.append(pool.submit(next, batches, None))
+                waiting.append(pool.submit(steps.take))
                 yield batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            if isinstance(batches, Generator):
-                batches.close()
+            steps.close()
 
     @property
     def count(self) -> int | None:

@@ -107,6 +107,32 @@ def test_a_source_stops_with_its_consumer() -> None:
     assert data_threads() == []
 
 
+def test_a_signal_while_the_thread_starts_closes_the_source_after_its_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside, goes_on, start = threading.Event(), threading.Event(), threading.Thread.start
+
+    class Slow(Counting):
+        def __iter__(self) -> Iterator[Batch]:
+            inside.set()
+            assert goes_on.wait(30)
+            yield from super().__iter__()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith("trtune-"):
+            assert inside.wait(30)
+            threading.Timer(0.05, goes_on.set).start()
+            raise KeyboardInterrupt
+
+    source = Slow(5)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(prefetched(source)))
+    assert source.closed
+    assert source.made == 1
+
+
 def test_a_source_that_fails_does_so_after_its_good_batches() -> None:
     batches = iter(prefetched(Counting(5, fail_at=2), depth=3))
     assert [next(batches).items, next(batches).items] == [("0",), ("1",)]
