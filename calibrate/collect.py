@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,19 @@ def collect(
     tensors: Sequence[str],
     source: BatchSource,
     *,
+    beside: Sequence[str] = (),
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
     device: str = "cpu",
     external_dir: Path | None = None,
     progress: Progress = silent,
 ) -> Collection:
-    """Histograms of |x| of `tensors` over all pictures of `source`.
+    """Histograms of |x| of `tensors` over all pictures of `source`, and of inner ones `beside`.
 
-    `tensors` are names of float tensors in `model` (inner ones or inputs), in graph order.
+    `tensors` are names of float tensors in `model` (inner ones or inputs), in graph order. Marking
+    a tensor keeps the runtime from fusing the nodes around it, which moves the last bits of what
+    follows. Those `beside` are therefore marked in a copy of the model of their own: what is found
+    of `tensors` is the same with and without them.
     `memory` bounds the bytes of marked tensors held at once: a smaller one means fewer workers,
     then further passes, each over some of the tensors. `workers` defaults to the number of
     usable cores. `device` is cpu, cuda or cuda:N; on a GPU the inference runs there and a share of
@@ -106,34 +111,40 @@ def collect(
     if gpu is not None:
         memory, workers, largest = device_memory(gpu) // DEVICE_SHARE, 1, LARGEST_STEP_ON_GPU
     inner = [tensor for tensor in tensors if tensor not in first.feeds]
-    extents = measure(model, tensors, first, external_dir=external_dir)
+    extents = measure(model, [*tensors, *beside], first, external_dir=external_dir)
+    fixed = _fixed_batch(model, first)
     layout, workers = _schedule(
-        _fixed_batch(model, first),
+        fixed,
         max(sum(extents[tensor].bytes for tensor in inner), 1),
-        mixed=any(extent.axis is None for extent in extents.values()),
+        mixed=any(extents[tensor].axis is None for tensor in tensors),
         given=len(first),
         count=source.count or largest,
         memory=memory,
         workers=workers or usable_cores(),
         largest=largest,
     )
-    chunks = _chunks(inner, extents, memory // workers // layout.step) or [[]]
-    if len(chunks) > 1:
+    apart = layout
+    if any(extents[tensor].axis is None for tensor in beside):
+        apart = Batching(fixed or len(first), fill=bool(fixed))
+    passes = _passes(
+        (inner, layout), (beside, apart), extents, memory // workers, joined=gpu is None
+    )
+    if len(passes) > 1:
         log.info(
-            "%d tensors in %d passes, to stay within %d bytes", len(inner), len(chunks), memory
+            "%d tensors in %d passes, to stay within %d bytes", len(extents), len(passes), memory
         )
     histograms: dict[str, Histogram] = {}
     busy, pictures = 0.0, 0
-    for number, chunk in enumerate(chunks):
-        wanted = chunk if number else [*(t for t in tensors if t in first.feeds), *chunk]
-        what = "calibrate" if len(chunks) == 1 else f"calibrate, pass {number + 1} of {len(chunks)}"
-        work = _Work(model, chunk, wanted, extents, layout, workers, external_dir)
+    for number, (groups, batching) in enumerate(passes):
+        fed = [] if number else [tensor for tensor in tensors if tensor in first.feeds]
+        what = "calibrate" if len(passes) == 1 else f"calibrate, pass {number + 1} of {len(passes)}"
+        work = _Work(model, groups, fed, extents, batching, workers, external_dir)
         count = _on_cpu if gpu is None else partial(_on_gpu, gpu)
         found, pictures, ran = count(work, source, partial(progress, what))
         histograms.update(found)
         busy += ran
-    ordered = {tensor: histograms[tensor] for tensor in tensors}
-    return Collection(ordered, pictures, len(chunks), time.perf_counter() - started, busy)
+    ordered = {tensor: histograms[tensor] for tensor in (*tensors, *beside)}
+    return Collection(ordered, pictures, len(passes), time.perf_counter() - started, busy)
 
 
 def measure(
@@ -256,17 +267,51 @@ def _chunks(tensors: Sequence[str], extents: Mapping[str, Extent], budget: int) 
     return chunks
 
 
+_Groups = tuple[Sequence[str], ...]
+
+
+def _passes(
+    first: tuple[Sequence[str], Batching],
+    beside: tuple[Sequence[str], Batching],
+    extents: Mapping[str, Extent],
+    budget: int,
+    *,
+    joined: bool,
+) -> list[tuple[_Groups, Batching]]:
+    """What each pass over the data reads: groups of tensors, each marked in a session of its own.
+
+    `budget` is the bytes a worker may hold. One pass for all where they fit; else the parts of
+    `first`, which do not depend on what is `beside`, and then the parts of that.
+    """
+    (inner, layout), (others, apart) = first, beside
+    room = budget // layout.step
+    if not others:
+        return [((chunk,), layout) for chunk in _chunks(inner, extents, room) or [[]]]
+    if joined and layout == apart and len(_chunks([*inner, *others], extents, room)) == 1:
+        return [((inner, others), layout)]
+    rest = _chunks(others, extents, budget // apart.step)
+    return [
+        *_passes(first, ((), apart), extents, budget, joined=joined),
+        *(((chunk,), apart) for chunk in rest),
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One pass: the inner tensors of `chunk`, and with the first one the inputs, are `wanted`."""
+    """One pass: `groups` of inner tensors, each with a session of its own, and the `fed` inputs."""
 
     model: onnx.ModelProto
-    chunk: Sequence[str]
-    wanted: Sequence[str]
+    groups: _Groups
+    fed: Sequence[str]
     extents: Mapping[str, Extent]
     layout: Batching
     workers: int
     external_dir: Path | None
+
+    @property
+    def wanted(self) -> list[str]:
+        """All tensors of this pass."""
+        return [*self.fed, *(tensor for group in self.groups for tensor in group)]
 
 
 Told = Callable[[int, int | None], None]
@@ -275,13 +320,16 @@ Told = Callable[[int, int | None], None]
 def _on_cpu(
     work: _Work, source: BatchSource, progress: Told
 ) -> tuple[dict[str, Histogram], int, float]:
-    tapped = tap(
-        work.model,
-        work.chunk,
-        sizes={tensor: work.extents[tensor].bytes * work.layout.step for tensor in work.chunk},
-        threads=1 if work.workers > 1 else usable_cores(),
-        external_dir=work.external_dir,
-    )
+    tapped = [
+        tap(
+            work.model,
+            group,
+            sizes={tensor: work.extents[tensor].bytes * work.layout.step for tensor in group},
+            threads=1 if work.workers > 1 else usable_cores(),
+            external_dir=work.external_dir,
+        )
+        for group in work.groups
+    ]
     run = _Pass(tapped, work.wanted, work.extents, work.layout, work.workers)
     found, pictures = run.over(source, progress)
     return found, pictures, run.busy / work.workers
@@ -318,7 +366,7 @@ class _Pass:
 
     def __init__(
         self,
-        tapped: Tapped,
+        tapped: Sequence[Tapped],
         tensors: Sequence[str],
         extents: Mapping[str, Extent],
         layout: Batching,
@@ -359,8 +407,8 @@ class _Pass:
         return {tensor: counter.histogram() for tensor, counter in merged.items()}
 
     def _count(self, batch: Batch) -> int:
-        if not hasattr(self._mine, "reader"):
-            self._mine.reader = Reader(self._tapped)
+        if not hasattr(self._mine, "readers"):
+            self._mine.readers = [Reader(tapped) for tapped in self._tapped]
             self._mine.counters = {tensor: Counter() for tensor in self._tensors}
             with self._lock:
                 self._all.append(self._mine.counters)
@@ -369,7 +417,7 @@ class _Pass:
         full = fit_batch(batch, self._layout.step) if self._layout.fill else batch
         started = time.perf_counter()
         ran = 0.0
-        for values in self._mine.reader.read(full.feeds):
+        for values in chain.from_iterable(r.read(full.feeds) for r in self._mine.readers):
             ran += time.perf_counter() - started
             for tensor, array in values.items():
                 self._add(tensor, array, len(full), batch.items)

@@ -146,9 +146,15 @@ def calibrate_model(
     beside = implicit_only(view, plan, lowerings)
     moved = with_moves(view, dict.fromkeys(tensors, 1.0), through_concat=False)
     alone = [tensor for tensor in beside if tensor not in moved]
-    wanted = list(dict.fromkeys([*ranges, *also, *alone]))
+    wanted = list(dict.fromkeys([*ranges, *also]))
     found = collect(
-        model.proto, wanted, seen, memory=memory, external_dir=model.external_dir, progress=progress
+        model.proto,
+        wanted,
+        seen,
+        beside=[tensor for tensor in alone if tensor not in wanted],
+        memory=memory,
+        external_dir=model.external_dir,
+        progress=progress,
     )
     search = time.perf_counter()
     if held:

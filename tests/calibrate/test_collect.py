@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,24 @@ def test_maxima_and_totals_are_those_of_the_tensors_computed_plainly(name: str) 
         if plain[tensor].shape[:1] == (11,):  # else a constant, which every batch gives again
             assert histogram.total == plain[tensor].size, tensor
         np.testing.assert_allclose(histogram.maximum, np.abs(plain[tensor]).max(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 40_000])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_beside_changes_not_a_bit_of_the_others(name: str, memory: int) -> None:
+    model = tinymodels.MODELS[name]()
+    source, tensors = rows(model), float_tensors(model)
+    some, others = tensors[::2], tensors[1::2]
+    alone = collect(model, some, source, memory=memory)
+    both = collect(model, some, source, beside=others, memory=memory)
+    assert list(both.histograms) == [*some, *others]
+    kept = {tensor: both.histograms[tensor] for tensor in some}
+    assert same(alone, replace(both, histograms=kept))
+    plain = collect(model, others, source, memory=memory)
+    for tensor in others:
+        assert both.histograms[tensor].maximum == pytest.approx(
+            plain.histograms[tensor].maximum, rel=1e-4
+        )
 
 
 def test_the_histogram_is_that_of_the_values_seen() -> None:
