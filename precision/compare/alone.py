@@ -31,7 +31,7 @@ from trtune.precision.plan.placement import Edge, Placement, edges_of, place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.output_groups import OutputGroup, add_parts, output_groups, worst
-from trtune.precision.runtime.session import make_session
+from trtune.precision.runtime.session import make_session, named_values
 
 Rest = Callable[[int, Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
 """The rest of a network: from a batch number and changed tensors to the model's outputs."""
@@ -114,7 +114,7 @@ class Alone:
         self._pictures = tuple(len(batch) for batch in pictures)
         self._stored: list[dict[str, NDArray[Any]]] = []
         for batch in pictures:
-            found = dict(zip(names, session.run(names, dict(batch.feeds)), strict=True))
+            found = named_values(session, names, batch.feeds)
             self._stored.append({**batch.feeds, **found})
 
     def session(self, change: Change) -> Rest:
@@ -149,7 +149,7 @@ class Alone:
             stored = self._stored[batch]
             feeds = {tensor: stored[tensor] for tensor in plain}
             feeds |= {renamed[t]: a for t, a in changed.items() if renamed[t] in wanted}
-            found = dict(zip(names, session.run(names, feeds), strict=True))
+            found = named_values(session, names, feeds)
             return [found[o] if o in found else stored[o] for o in self._outputs]
 
         return run

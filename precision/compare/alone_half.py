@@ -14,7 +14,7 @@ from trtune.precision.plan.half_types import HALVES
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.output_groups import add_parts, output_groups, worst
-from trtune.precision.runtime.session import make_session
+from trtune.precision.runtime.session import make_session, named_values
 
 
 def half_nodes(plan: PrecisionPlan) -> tuple[str, ...]:
@@ -42,10 +42,7 @@ def half_alone_errors(
     raised = raise_opset(model, needed_opset(view, plan))
     outputs = [output.name for output in model.outputs]
     session = make_session(model.proto, external_dir=model.external_dir)
-    references = [
-        dict(zip(outputs, session.run(outputs, dict(batch.feeds)), strict=True))
-        for batch in pictures
-    ]
+    references = [named_values(session, outputs, batch.feeds) for batch in pictures]
     groups = output_groups({name: [found[name] for found in references] for name in outputs})
 
     def measure(name: str) -> ErrorSums:

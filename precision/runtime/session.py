@@ -76,6 +76,17 @@ def make_session(
         )
 
 
+def named_values(
+    session: ort.InferenceSession, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """The values of the outputs `names`, by name; none where there are no names.
+
+    onnxruntime itself takes an empty list for "all outputs".
+    """
+    names = list(names)
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True)) if names else {}
+
+
 def _new_outputs(model: onnx.ModelProto, outputs: Sequence[str]) -> tuple[str, ...]:
     graph = model.graph
     known = {info.name for info in graph.input} | {t.name for t in graph.initializer}

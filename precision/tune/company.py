@@ -23,7 +23,7 @@ from trtune.precision.graph.proto import captured
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.plan import PrecisionPlan
-from trtune.precision.runtime.session import make_session
+from trtune.precision.runtime.session import make_session, named_values
 from trtune.precision.tune.choice import Choice
 from trtune.precision.tune.judge import Judge, gain, worst
 from trtune.precision.tune.ranges import screening_batches
@@ -171,7 +171,7 @@ class Company:
 
         def run(batch: int) -> dict[str, Array]:
             feeds = dict(self._pictures[batch].feeds)
-            return {**feeds, **dict(zip(names, session.run(names, feeds | scales), strict=True))}
+            return {**feeds, **named_values(session, names, feeds | scales)}
 
         self._stored = _each(run, range(len(self._pictures)))
 
@@ -207,7 +207,7 @@ class Company:
         def run(batch: int, scales: Mapping[str, Array]) -> list[Array]:
             stored = self._stored[batch]
             feeds = {n: scales[n] if n in scales else stored[n] for n in wanted}
-            found = dict(zip(made, session.run(made, feeds), strict=True)) if made else {}
+            found = named_values(session, made, feeds)
             return [found[o] if o in found else stored[o] for o in outputs]
 
         return run

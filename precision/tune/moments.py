@@ -25,7 +25,7 @@ from trtune.precision.prepare.codes import channel_steps
 from trtune.precision.prepare.columns import WIDEST, columns, grouped, moments, ungrouped
 from trtune.precision.prepare.rounding import rounded_codes
 from trtune.precision.prepare.values import CORRECT, ROUND_CODES, Codes
-from trtune.precision.runtime.session import make_session
+from trtune.precision.runtime.session import make_session, named_values
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def _moments(
     for number, batch in enumerate(islice(rebatch(source, size), -(-PICTURES // size))):
         if len(batch) < batch_size(model.inputs, 1):
             break
-        values = dict(zip(inner, session.run(inner, dict(batch.feeds)), strict=True))
+        values = named_values(session, inner, batch.feeds)
         for name, tensor in inputs.items():
             node = view.by_name[name]
             data = values[tensor] if tensor in values else batch.feeds[tensor]

@@ -42,7 +42,7 @@ from trtune.precision.prepare.draft import Draft
 from trtune.precision.prepare.scale import balanced_factors, depthwise_factors
 from trtune.precision.prepare.statistics import Reach, merged, reach_of
 from trtune.precision.prepare.values import SCALE_CHANNELS, SHIFT_ALL, Moved
-from trtune.precision.runtime.session import make_session
+from trtune.precision.runtime.session import make_session, named_values
 from trtune.precision.tune.judge import Judge, gain, judge_of, worst
 from trtune.precision.tune.ranges import screening_batches
 
@@ -83,7 +83,7 @@ def reaches(
     for batch in rebatch(source, batch_size(model.inputs, 8)):
         if len(batch) < batch_size(model.inputs, 1):
             break
-        values = dict(zip(inner, session.run(inner, dict(batch.feeds)), strict=True))
+        values = named_values(session, inner, batch.feeds)
         for tensor, axis in axes.items():
             value = values[tensor] if tensor in values else batch.feeds[tensor]
             found = reach_of(value, len(batch), axis)
