@@ -44,6 +44,8 @@ _SAYS = {
     "shared-dequantize": (INFO, "gives each reader what it needs"),
     "weights-alone": (WARNING, "computes in float: it only stores such weights in int8"),
     "activation-alone": (WARNING, "computes in float; the pair costs time and accuracy"),
+    "pair-before-activation": (WARNING, "computes in float what reads the activation"),
+    "computed-codes": (ERROR, "refuses: a quantized constant stands before DequantizeLinear alone"),
     "nothing-int8": (WARNING, "computes every product in float"),
     "residual": (WARNING, "adds in float, and moves four times the bytes"),
     "spare-pair": (WARNING, "runs it as nodes of their own: no int8 kernel is behind it"),

@@ -40,6 +40,7 @@ from trtune.precision.quantized.forms.float_types import HALF_TYPES, Floats, in_
 from trtune.precision.quantized.forms.foreign_ops import foreign_quantizers
 from trtune.precision.quantized.forms.integer_ops import write_as_pairs
 from trtune.precision.quantized.forms.old_axis import drop_axis, restore_axis
+from trtune.precision.quantized.forms.pairs_behind import with_pairs_behind
 from trtune.precision.quantized.insert import (
     insert_quantization,
     plan_from_table,
@@ -307,9 +308,13 @@ def _examine(original: Model) -> tuple[Model, Floats, Found, tuple[Finding, ...]
     wide, floats, halves = in_full_precision(original.proto)
     proto, converted = write_as_pairs(wide)
     model = original if proto is original.proto else renormalised(original, proto)
-    view = GraphView.of(model)
-    found = find_quantization(view)
-    return model, floats, found, (*foreign, *halves, *converted, *lint(view, found))
+    found = find_quantization(GraphView.of(model))
+    proto, moved = with_pairs_behind(model.proto, GraphView.of(model), found)
+    if moved:
+        model = renormalised(model, proto)
+        found = find_quantization(GraphView.of(model))
+    rows = (*foreign, *halves, *converted, *moved, *lint(GraphView.of(model), found))
+    return model, floats, found, rows
 
 
 def _repaired(findings: Iterable[Finding], *, allow_requantize: bool) -> tuple[Finding, ...]:

@@ -18,7 +18,8 @@ def lint(view: GraphView, found: Found) -> tuple[Finding, ...]:
     order = {node.name: k for k, node in enumerate(view.nodes)}
     rows = [row for pair in found.pairs for rule in PAIR_RULES for row in rule(view, found, pair)]
     rows += [row for rule in GRAPH_RULES for row in rule(view, found)]
-    return tuple(sorted(rows, key=lambda row: order.get(row.node, -1)))
+    once = dict.fromkeys(rows)  # two DequantizeLinears of one QuantizeLinear say the same
+    return tuple(sorted(once, key=lambda row: order.get(row.node, -1)))
 
 
 def _strays(view: GraphView, found: Found) -> Iterator[Finding]:

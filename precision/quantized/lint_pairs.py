@@ -40,6 +40,8 @@ PARTS = frozenset(("Exp", "ReduceSum", "ReduceMean", "ReduceMax", "Sub", "Div", 
 """What softmax and normalisation are made of when they are written out."""
 SIGNS = frozenset(("Exp", "Pow", "Sqrt"))
 INTEGER_TYPES = ("int8", "uint8")
+FOLDED_BEFORE = ("Identity", "Cast")
+"""What TensorRT takes between stored codes and their DequantizeLinear."""
 KNOWN_CODES: Mapping[str, str] = MappingProxyType(
     {"float8_e4m3fn": "fp8", "int4": "int4", "float4_e2m1fn": "fp4"}
 )
@@ -151,6 +153,22 @@ def _types(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:
             "pair-disagrees",
             f"{pair.quantize} and {pair.name} have different scales or zero points",
             "export it again",
+        )
+
+
+def _computed_codes(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:
+    if pair.quantize or not pair.constant:
+        return
+    maker = view.by_name.get(view.producer.get(pair.source, ""))
+    while maker is not None and maker.op_type in FOLDED_BEFORE:
+        maker = view.by_name.get(view.producer.get(maker.input[0], ""))
+    if maker is not None and maker.input:
+        yield finding(
+            pair.node,
+            "computed-codes",
+            f"its codes are computed by {maker.name} ({maker.op_type})",
+            "the codes that come out, stored",
+            EXACT,
         )
 
 
@@ -358,6 +376,7 @@ PAIR_RULES: tuple[PairRule, ...] = (
     _scale_values,
     _scale_shape,
     _types,
+    _computed_codes,
     _zero_point,
     _bias,
     _channels,

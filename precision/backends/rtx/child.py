@@ -31,7 +31,8 @@ QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 class Request:
     """What to build: all paths absolute; `profiles` has min, opt and max of each dynamic input.
 
-    `workspace` is in bytes; None leaves it, and `optimization_level`, to the compiler.
+    `workspace` is in bytes; None leaves it, and `optimization_level`, to the compiler. `as_it_is`
+    says that the model is a user's own, whose scales are not this package's to check.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Request:
     workspace: int | None = None
     optimization_level: int | None = None
     tf32: bool = False
+    as_it_is: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ def build_engine(request: Request) -> Answer:
         trt = importlib.import_module("tensorrt_rtx")
     except (ImportError, OSError) as error:
         return Answer("import", problems=(str(error),))
-    problems = scale_problems(onnx.load(request.model, load_external_data=False))
+    model = onnx.load(request.model, load_external_data=False)
+    problems = () if request.as_it_is else scale_problems(model)
     if problems:
         return Answer("model", trt.__version__, problems)
     with open(request.log, "w", encoding="utf-8") as stream:

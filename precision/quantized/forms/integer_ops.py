@@ -6,6 +6,9 @@ rounds. What takes its scales from the data at run time cannot be written so.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from trtune.precision.graph.proto import attribute, default_opset
 from trtune.precision.graph.view import GraphView
 from trtune.precision.quantized.find import DEQUANTIZE, QUANTIZE
 from trtune.precision.quantized.findings import EXACT, Finding, finding
@@ -24,6 +28,40 @@ FLOAT_OP = {
     "MatMulInteger": "MatMul",
 }
 WITH_SCALES = ("QLinearConv", "QLinearMatMul")
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledOp:
+    """How an operator of onnxruntime's own domain holds its scales: `data` are the positions of
+    the codes, each followed by its scale and zero point; `result` those of the result's scale and
+    zero point; `attributes` what the float operator has of it."""
+
+    op: str
+    data: tuple[int, ...]
+    result: tuple[int, int]
+    attributes: tuple[str, ...] = ()
+
+
+POOLING = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
+SCALED_OPS: Mapping[str, ScaledOp] = MappingProxyType(
+    {
+        "QLinearAdd": ScaledOp("Add", (0, 3), (6, 7)),
+        "QLinearMul": ScaledOp("Mul", (0, 3), (6, 7)),
+        "QLinearSigmoid": ScaledOp("Sigmoid", (0,), (3, 4)),
+        "QLinearLeakyRelu": ScaledOp("LeakyRelu", (0,), (3, 4), ("alpha",)),
+        "QLinearSoftmax": ScaledOp("Softmax", (0,), (3, 4), ("axis",)),
+        "QLinearGlobalAveragePool": ScaledOp("GlobalAveragePool", (0,), (3, 4)),
+        "QLinearAveragePool": ScaledOp("AveragePool", (0,), (3, 4), POOLING),
+        "QLinearReduceMean": ScaledOp("ReduceMean", (0,), (3, 4), ("axes", "keepdims")),
+        "QLinearWhere": ScaledOp("Where", (1, 4), (7, 8)),
+        "QGemm": ScaledOp("Gemm", (0, 3), (7, 8), ("alpha", "transA", "transB")),
+    }
+)
+CONCAT = "QLinearConcat"
+SOFTMAX_OPSET = 13
+"""From here on Softmax is taken along one axis; before, along that and all behind it."""
+AXES_OPSET = 18
+"""From here on ReduceMean has its axes as an input."""
 DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
 MICROSOFT = "com.microsoft"
 
@@ -50,7 +88,7 @@ def write_as_pairs(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Findi
 class _Operators:
     def __init__(self, view: GraphView) -> None:
         self.view = view
-        self.nodes: list[onnx.NodeProto] = []
+        self.opset = default_opset(view.proto) or 0
         self.initializers: list[onnx.TensorProto] = []
         self.removed: set[str] = set()
         self.rewritten: dict[str, list[onnx.NodeProto]] = {}
@@ -72,26 +110,87 @@ class _Operators:
         return model, tuple(self.findings)
 
     def _convert(self, node: onnx.NodeProto) -> None:
-        if node.op_type in WITH_SCALES and node.domain == "":
-            self.rewritten[node.name] = self._with_scales(node)
-        elif node.op_type in FLOAT_OP and node.domain == "":
-            made = self._integer_product(node)
-            if made is None:
-                self._refuse(node)
-                return
-            self.rewritten[node.name] = made
-        else:
+        made = self._written(node)
+        if made is None:
             self._refuse(node)
             return
-        self.findings.append(
-            finding(
-                node.name,
-                "integer-operator",
-                node.op_type,
-                f"{FLOAT_OP[node.op_type]} between DequantizeLinear and QuantizeLinear",
-                EXACT,
+        self.rewritten[node.name] = made
+        op = next(n.op_type for n in made if n.op_type not in (QUANTIZE, DEQUANTIZE))
+        remedy = f"{op} between DequantizeLinear and QuantizeLinear"
+        self.findings.append(finding(node.name, "integer-operator", node.op_type, remedy, EXACT))
+
+    def _written(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        """The nodes that do what `node` does; None if it cannot be written so."""
+        if node.domain == MICROSOFT:
+            return self._microsoft(node)
+        if node.domain or node.op_type not in FLOAT_OP:
+            return None
+        if node.op_type in WITH_SCALES:
+            return self._with_scales(node)
+        return self._integer_product(node)
+
+    def _microsoft(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        if node.op_type == CONCAT:
+            count = (len(node.input) - 2) // 3
+            form = ScaledOp("Concat", tuple(2 + 3 * k for k in range(count)), (0, 1), ("axis",))
+        elif node.op_type in SCALED_OPS:
+            form = SCALED_OPS[node.op_type]
+        else:
+            return None
+        if attribute(node, "channels_last", 0) or not self._means_the_same(node, form):
+            return None
+        nodes = []
+        inputs = list(node.input[:1]) if form.op == "Where" else []
+        for number, index in enumerate(form.data):
+            codes, scale, zero = node.input[index : index + 3]
+            axis = self._gemm_axis(node, number) if form.op == "Gemm" else 1
+            nodes.append(self._dequantize(node, f"in{number}", codes, scale, zero, axis))
+            inputs.append(nodes[-1].output[0])
+        if form.op == "Gemm" and len(node.input) > 6 and node.input[6]:
+            scale = self._product(node, node.input[1], node.input[4])
+            nodes.append(self._dequantize(node, "b", node.input[6], scale, "", 0))
+            inputs.append(nodes[-1].output[0])
+        compute = helper.make_node(form.op, inputs, [f"{node.output[0]}/float"], name=node.name)
+        compute.attribute.extend(a for a in node.attribute if a.name in form.attributes)
+        self._adapt(node, compute)
+        return [*nodes, *self._quantized(node, compute, form)]
+
+    def _quantized(
+        self, node: onnx.NodeProto, compute: onnx.NodeProto, form: ScaledOp
+    ) -> list[onnx.NodeProto]:
+        """`compute` with the QuantizeLinear behind it, or none where the result is float."""
+        scale, zero = ([*node.input, "", ""][k] if k < len(node.input) else "" for k in form.result)
+        if not scale:
+            compute.output[0] = node.output[0]
+            return [compute]
+        inputs = [compute.output[0], scale, *([zero] if zero else [])]
+        name = f"{node.name}/{QUANTIZE}"
+        return [compute, helper.make_node(QUANTIZE, inputs, [node.output[0]], name=name)]
+
+    def _means_the_same(self, node: onnx.NodeProto, form: ScaledOp) -> bool:
+        """Whether the float operator, in the model's opset, does what the integer one does."""
+        if form.op != "Softmax":
+            return True
+        rank = len(self.view.shapes.get(node.input[0], ()))
+        axis = attribute(node, "axis", -1)
+        last = axis == -1 or (rank > 0 and axis == rank - 1)
+        return last or int(attribute(node, "opset", SOFTMAX_OPSET)) >= SOFTMAX_OPSET
+
+    def _gemm_axis(self, node: onnx.NodeProto, number: int) -> int:
+        return 0 if number == 1 and attribute(node, "transB", 0) else 1
+
+    def _adapt(self, node: onnx.NodeProto, compute: onnx.NodeProto) -> None:
+        """What the float operator has in another place than the integer one."""
+        if compute.op_type == "Gemm":  # the bias, too, is multiplied by alpha there
+            compute.attribute.append(
+                helper.make_attribute("beta", float(attribute(node, "alpha", 1.0)))
             )
-        )
+        axes = attribute(node, "axes")
+        if compute.op_type == "ReduceMean" and axes and self.opset >= AXES_OPSET:
+            for entry in [a for a in compute.attribute if a.name == "axes"]:
+                compute.attribute.remove(entry)
+            name = self._constant(f"{node.name}/axes", np.asarray(axes, np.int64))
+            compute.input.append(name)
 
     def _refuse(self, node: onnx.NodeProto) -> None:
         maker = self.view.by_name.get(self.view.producer.get(node.input[0], ""))

@@ -18,7 +18,7 @@ from trtune.configs.errors import ModelError
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.quantized.find import codes_of, dequantized, find_quantization
 from trtune.precision.quantized.findings import Finding, counts, summary
-from trtune.precision.quantized.importing import insert_quantization
+from trtune.precision.quantized.importing import import_model, insert_quantization
 from trtune.precision.quantized.lint import lint
 from trtune.precision.quantized.repair import Requantized, widest
 
@@ -314,3 +314,36 @@ def test_the_axis_of_scales_may_count_from_the_end(tmp_path: Path) -> None:
     assert not found.changes
     feeds = tinymodels.feeds(found.original.proto, batch=2)
     assert_same_bits(found.original.proto, insert_quantization(found.model, found.table), feeds)
+
+
+@pytest.mark.parametrize("op", ["Clip", "Transpose", "Reshape", "Identity", "Cast"])
+def test_codes_that_are_computed_are_refused_and_stored(op: str) -> None:
+    """Identity and Cast alone are what TensorRT-RTX was seen to take there."""
+    net = QatNet()
+    x = net.pair(net.input("input"), 0.03, out="read")
+    codes = np.random.default_rng(0).integers(-128, 128, (16, 3, 3, 3))
+    if op == "Clip":
+        held = net.const("c", codes, np.int8)
+        limits = [net.const("low", -127, np.int8), net.const("high", 127, np.int8)]
+        held = net.op("Clip", held, *limits, out="clipped")
+    elif op == "Transpose":
+        held = net.const("c", codes.transpose(1, 0, 2, 3), np.int8)
+        held = net.op("Transpose", held, out="turned", perm=[1, 0, 2, 3])
+    elif op == "Reshape":
+        shape = net.const("shape", [16, 3, 3, 3], np.int64)
+        held = net.op("Reshape", net.const("c", codes.reshape(16, 27), np.int8), shape, out="r")
+    elif op == "Cast":
+        held = net.op("Cast", net.const("c", codes, np.int32), out="cast", to=onnx.TensorProto.INT8)
+    else:
+        held = net.op("Identity", net.const("c", codes, np.int8), out="same")
+    scale = net.const("s", np.full(16, 0.01))
+    zero = net.const("z", np.zeros(16), np.int8)
+    w = net.op("DequantizeLinear", held, scale, zero, out="w", axis=0)
+    y = net.op("Conv", x, w, out="conv", kernel_shape=[3, 3], pads=[1] * 4)
+    proto = net.head(y, 16)
+    found = import_model(model_from_proto(proto, fold="none"))
+    kinds = [(row.kind, row.repaired) for row in found.findings if row.kind == "computed-codes"]
+    assert kinds == ([] if op in ("Identity", "Cast") else [("computed-codes", True)])
+    assert found.plan.int8_nodes == ("n_conv",)
+    again = insert_quantization(found.model, found.table)
+    assert_same_bits(proto, again, tinymodels.feeds(found.model.proto, batch=2))

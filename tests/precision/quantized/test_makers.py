@@ -55,9 +55,30 @@ FILES: dict[str, Row] = {
         {"int8": 7, "fp16": 1},
         "fp16",
     ),
-    "makers/brev_pc_s8_cnn": Row({"residual": 2}, {"int8": 8}),
-    "makers/brev_pt_s8_tr": Row({}, {"int8": 8, "fp32": 2}),
-    "makers/eager_s8_cnn": Row({"scale-shape": 10, "weights-alone": 5}, {"int8": 3, "fp32": 5}),
+    "makers/brev_pc_s8_cnn": Row({"computed-codes": 8, "residual": 2}, {"int8": 8}),
+    "makers/brev_pt_s8_tr": Row({"computed-codes": 8}, {"int8": 8, "fp32": 2}),
+    "makers/eager_s8_cnn": Row(
+        {"scale-shape": 10, "pair-before-activation": 3, "weights-alone": 2}, {"int8": 6, "fp32": 2}
+    ),
+    "makers/ort_qop_cnn": Row(
+        {"uint8": 12, "integer-operator": 11, "int32-bias": 8},
+        {"int8": 8},
+        requantize=True,
+        least=30.0,
+    ),
+    "makers/ort_qop_tr": Row(
+        {
+            "uint8": 27,
+            "integer-operator": 22,
+            "constant-pair": 8,
+            "int32-bias": 2,
+            "inside-float": 2,
+            "uint8-zero-point-128": 1,
+        },
+        {"int8": 8, "fp32": 2},
+        requantize=True,
+        least=25.0,
+    ),
     "makers/nncf_performance_tr": Row({}, {"int8": 9, "fp32": 1}),
     "makers/tao_sym_ts_cnn": Row({"weights-alone": 8, "nothing-int8": 1}, {"fp32": 8}),
     "makers/mot_fp8_ts_cnn": Row({"fp8": 34}, refused=("fp8", "FP8 is not imported")),
@@ -111,6 +132,12 @@ def test_the_compiler_runs_it_as_planned(name: str, tmp_path: Path) -> None:
     info = backend.build(Candidate(found.model, found.plan, found.table), tmp_path)
     made = Counter(info.precisions[node] for node in found.plan.compute_nodes)
     assert made == FILES[name].kernels
+
+
+@pytest.mark.parametrize("name", [name for name in TAKEN if FILES[name].requantize])
+def test_asymmetric_ranges_need_a_word(name: str) -> None:
+    with pytest.raises(ModelError, match="allow_requantize: true"):
+        import_quantized(model_path(name))
 
 
 def test_a_file_with_nothing_in_int8_says_why_and_writes_no_cache(tmp_path: Path) -> None:

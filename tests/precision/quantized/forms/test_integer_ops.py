@@ -146,7 +146,7 @@ def test_operators_of_onnxruntime_alone_are_refused() -> None:
     net = Net()
     s, z = net.const("s", 0.03), net.const("z", 0, np.int8)
     x = net.op("QuantizeLinear", net.input("input"), s, z, out="codes")
-    y = net.op("QLinearSigmoid", x, s, z, s, z, out="y", domain="com.microsoft")
+    y = net.op("QAttention", x, x, s, s, out="y", domain="com.microsoft", num_heads=1)
     net.op("DequantizeLinear", y, s, z, out="output")
     model = net.model({"output": tinymodels.PICTURE})
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
@@ -196,3 +196,103 @@ def test_an_asymmetric_model_of_onnxruntimes_quantizer_stays_close(name: str) ->
     before = outputs(proto, feeds)["logits"]
     after = outputs(insert_quantization(found.model, found.table), feeds)["logits"]
     assert 10 * np.log10((before**2).sum() / ((before - after) ** 2).sum()) > 20
+
+
+def _codes(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.integers(0, 256, shape).astype(np.uint8)
+
+
+MICROSOFT_OPS = {
+    "QLinearAdd": (2, {}),
+    "QLinearMul": (2, {}),
+    "QLinearSigmoid": (1, {}),
+    "QLinearLeakyRelu": (1, {"alpha": 0.1}),
+    "QLinearSoftmax": (1, {"axis": -1, "opset": 17}),
+    "QLinearGlobalAveragePool": (1, {"channels_last": 0}),
+    "QLinearAveragePool": (1, {"kernel_shape": [2, 2], "strides": [2, 2], "channels_last": 0}),
+    "QLinearConcat": (2, {"axis": 1}),
+}
+
+
+def microsoft(op: str) -> onnx.ModelProto:
+    """One of onnxruntime's own integer operators between pairs, with asymmetric uint8 scales."""
+    count, attributes = MICROSOFT_OPS[op]
+    net = Net(opset=17)
+    x = net.input("input", ("N", 4, 6, 6))
+    s, z = net.const("x_scale", 0.03), net.const("x_zero", 120, np.uint8)
+    codes = net.op("QuantizeLinear", x, s, z, out="codes")
+    inputs = [codes, s, z]
+    if count == 2:
+        other = net.const("other", _codes(np.random.default_rng(5), 1, 4, 6, 6), np.uint8)
+        if op == "QLinearConcat":
+            other = codes
+        t = net.const("o_scale", 0.02) if op != "QLinearConcat" else s
+        inputs += [other, t, net.const("o_zero", 131, np.uint8) if op != "QLinearConcat" else z]
+    small = op in ("QLinearSigmoid", "QLinearSoftmax")
+    ys = net.const("y_scale", 1 / 256 if small else 0.05)
+    yz = net.const("y_zero", 0 if small else 118, np.uint8)
+    ordered = [ys, yz, *inputs] if op == "QLinearConcat" else [*inputs, ys, yz]
+    y = net.op(op, *ordered, out="y", name="product", domain="com.microsoft", **attributes)
+    net.op("DequantizeLinear", y, ys, yz, out="output")
+    sizes = {
+        "QLinearGlobalAveragePool": (4, 1, 1),
+        "QLinearAveragePool": (4, 3, 3),
+        "QLinearConcat": (8, 6, 6),
+    }
+    proto = net.model({"output": ("N", *sizes.get(op, (4, 6, 6)))})
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return proto
+
+
+@pytest.mark.parametrize("op", MICROSOFT_OPS)
+def test_operators_of_onnxruntime_become_pairs(op: str) -> None:
+    """The same values, but for a code where onnxruntime rounds a fixed-point sum otherwise."""
+    proto = model_from_proto(microsoft(op), fold="none").proto
+    made, found = write_as_pairs(proto)
+    assert [(row.kind, row.repair) for row in found] == [("integer-operator", "exact")]
+    assert not any(node.domain for node in made.graph.node)
+    onnx.checker.check_model(made)
+    feeds = {"input": np.random.default_rng(1).normal(0, 2, (3, 4, 6, 6)).astype(np.float32)}
+    before, after = (outputs(model, feeds)["output"] for model in (proto, made))
+    step = 1 / 256 if op in ("QLinearSigmoid", "QLinearSoftmax") else 0.05
+    assert np.abs(before - after).max() <= step * 1.01
+    assert np.mean(before != after) < 0.1  # the mean of four codes is often half-way
+
+
+@pytest.mark.parametrize("quantized_result", [True, False])
+def test_a_gemm_of_onnxruntime_becomes_pairs(quantized_result: bool) -> None:
+    net, rng = Net(opset=17), np.random.default_rng(2)
+    s, z = net.const("x_scale", 0.03), net.const("x_zero", 120, np.uint8)
+    codes = net.op("QuantizeLinear", net.input("input", ("N", 16)), s, z, out="codes")
+    w = net.const("w", rng.integers(-127, 128, (10, 16)), np.int8)
+    ws, wz = net.const("ws", rng.uniform(0.001, 0.003, 10)), net.const("wz", [0] * 10, np.int8)
+    b = net.const("b", rng.integers(-900, 900, 10), np.int32)
+    ys, yz = net.const("ys", 0.02), net.const("yz", 128, np.uint8)
+    out = "y" if quantized_result else "output"
+    more = [ys, yz] if quantized_result else []
+    attrs = {"alpha": 1.0, "transB": 1}
+    y = net.op(
+        "QGemm", codes, s, z, w, ws, wz, b, *more,
+        out=out, name="product", domain="com.microsoft", **attrs,
+    )  # fmt: skip
+    if quantized_result:
+        net.op("DequantizeLinear", y, ys, yz, out="output")
+    proto = net.model({"output": ("N", 10)})
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    proto = model_from_proto(proto, fold="none").proto
+    made, _ = write_as_pairs(proto)
+    feeds = {"input": rng.normal(0, 1, (5, 16)).astype(np.float32)}
+    before, after = (outputs(model, feeds)["output"] for model in (proto, made))
+    tolerance = 0.0201 if quantized_result else 1e-5
+    np.testing.assert_allclose(after, before, rtol=0, atol=tolerance)
+
+
+def test_an_operator_with_its_channels_last_is_refused() -> None:
+    proto = microsoft("QLinearGlobalAveragePool")
+    for node in proto.graph.node:
+        for entry in node.attribute:
+            if entry.name == "channels_last":
+                entry.i = 1
+    made, found = write_as_pairs(model_from_proto(proto, fold="none").proto)
+    assert [(row.kind, row.repair) for row in found] == [("integer-operator", "")]
+    assert any(node.op_type == "QLinearGlobalAveragePool" for node in made.graph.node)
