@@ -6,6 +6,7 @@ it is `trtune.precision.runtime.session`.
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from types import MappingProxyType
@@ -111,6 +112,54 @@ def cuda_number(device: str) -> int | None:
     if found is None:
         raise ConfigError(f"device is {device!r}: take 'cpu', 'cuda' or 'cuda:N'")
     return int(found[1] or 0)
+
+
+def device_of(word: str) -> str:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" means here: "cpu" or "cuda:N".
+
+    `auto` is the first GPU if onnxruntime and cuda-python can use one. Raises ConfigError for
+    another word, TrtuneError for a GPU that cannot be used, with what to install.
+
+    >>> device_of("cpu")
+    'cpu'
+    """
+    if word == "auto":
+        return "cpu" if why_no_gpu(0) else "cuda:0"
+    number = cuda_number(word)
+    if number is None:
+        return "cpu"
+    missing = why_no_gpu(number)
+    if missing:
+        raise TrtuneError(f"device {word!r} cannot be used: {missing}; or take 'cpu'")
+    return f"cuda:{number}"
+
+
+def why_no_gpu(number: int) -> str:
+    """Why CUDA device `number` cannot run calibration here, and the remedy; empty if it can."""
+    if CUDA not in ort.get_available_providers():
+        return (
+            f"onnxruntime {ort.__version__} here has no CUDA provider (pip uninstall onnxruntime, "
+            "then pip install 'trtune[gpu]': both packages install the same module)"
+        )
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+        importlib.import_module("cuda.core")
+    except ImportError as error:
+        return f"cuda-python is not installed ({error}; pip install 'trtune[gpu]')"
+    if int(driver.cuInit(0)[0]):
+        return "NVIDIA's driver does not answer (nvidia-smi tells more)"
+    status, count = driver.cuDeviceGetCount()
+    if int(status) or number >= count:
+        return f"this machine has {count} CUDA devices"
+    return ""
+
+
+def gpu_name(device: str) -> str:
+    """The name of the GPU that `device` is, such as "NVIDIA H100 80GB HBM3"; empty for the CPU."""
+    number = cuda_number(device)
+    if number is None:
+        return ""
+    return str(importlib.import_module("cuda.core").Device(number).name)
 
 
 def providers_of(device: str, stream: int | None = None) -> list[Any]:

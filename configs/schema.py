@@ -280,6 +280,17 @@ class Latency(Section):
     batch: Count = Field(default=1, description="samples an inference")
 
 
+class Execution(Section):
+    """Where the network runs while it is calibrated and measured."""
+
+    device: str = Field(
+        default="cpu",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="cpu; cuda or cuda:N: an NVIDIA GPU through onnxruntime-gpu; auto: a GPU where "
+        "one can be used, else the CPU",
+    )
+
+
 class Report(Section):
     """What is written at the end."""
 
@@ -315,6 +326,9 @@ class Config(Section):
         default=(OnnxRuntime(name="onnxruntime"),),
         description="runtimes; each gives one engine",
         json_schema_extra={"minItems": 1},
+    )
+    runtime: Execution = Field(
+        default=Execution(), description="where the network runs while it is worked on"
     )
     report: Report = Field(default=Report(), description="what is written at the end")
 

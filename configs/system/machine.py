@@ -6,12 +6,29 @@ import ctypes
 import importlib
 import os
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
 def usable_cores() -> int:
     """Cores that this process may run on, which in a container may be fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+ALSO_CALLED = {"onnxruntime": ("onnxruntime-gpu",)}
+"""Distributions that bring a module under another name than its own."""
+
+
+def package_version(name: str) -> str:
+    """The installed version of a package, also of one that brings it under another name.
+
+    Raises PackageNotFoundError if there is none.
+    """
+    for distribution in (name, *ALSO_CALLED.get(name, ())):
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    raise PackageNotFoundError(name)
 
 
 def peak_rss() -> int:

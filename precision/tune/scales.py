@@ -125,6 +125,7 @@ def calibrate_model(
     percentile: float = PERCENTILE,
     holdout: int = 24,
     memory: int = DEFAULT_MEMORY,
+    device: str = "cpu",
     also: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
@@ -134,7 +135,8 @@ def calibrate_model(
     `method` is a key of `AMAX_METHODS`, or `auto`: histograms of all but `holdout` pictures, and
     `auto_ranges` on those. Histograms are made of the tensors `also` too,
     in the same pass. With `implicit` among `lowerings` the table also holds what TensorRT 10 alone
-    asks for; all other entries stay as they are. Raises DataError for too few pictures.
+    asks for; all other entries stay as they are. `device` is where the histograms are made. Raises
+    DataError for too few pictures.
     """
     lowerings = tuple(lowerings)
     started = time.perf_counter()
@@ -153,6 +155,7 @@ def calibrate_model(
         seen,
         beside=[tensor for tensor in alone if tensor not in wanted],
         memory=memory,
+        device=device,
         external_dir=model.external_dir,
         progress=progress,
     )

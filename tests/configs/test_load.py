@@ -97,7 +97,7 @@ def test_a_minimal_file_loads(folder: Path) -> None:
         pytest.param(
             "xyzzy: 1",
             "c.yaml:9: xyzzy: unknown key; there are only version, name, model, data, calibration, "
-            "precision, compare, backends, report",
+            "precision, compare, backends, runtime, report",
             id="a key like no other",
         ),
         pytest.param(
@@ -208,8 +208,8 @@ def test_a_minimal_file_loads(folder: Path) -> None:
         ),
         pytest.param(
             "backends:\n  - name: onnxruntime\n    timing_cache: x",
-            "c.yaml:11: backends.0.timing_cache: unknown key; there are only name, lowering, "
-            "threads",
+            "c.yaml:11: backends.0.timing_cache: unknown key; there are only required, name, "
+            "lowering, threads",
             id="a key of another backend",
         ),
         pytest.param(
@@ -244,7 +244,7 @@ def test_several_problems_come_in_the_order_of_the_file(folder: Path) -> None:
         "c.yaml:9: calibration.metod: unknown key; did you mean 'method'?",
         "c.yaml:10: x: unknown key; there are only version, name, model, data, calibration, "
         "precision, "
-        "compare, backends, report",
+        "compare, backends, runtime, report",
     ]
 
 

@@ -241,7 +241,7 @@ class TestReuse:
         Ran(project)
         installed = importlib.metadata.version
         monkeypatch.setattr(
-            "trtune.run.stage.version", lambda n: "9.9" if n == "numba" else installed(n)
+            "trtune.run.stage.package_version", lambda n: "9.9" if n == "numba" else installed(n)
         )
         again = Ran(project)
         assert again.again[0] == "calibrate again: numba changed"

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
+from trtune.calibrate.sessions import gpu_name
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.files import hash_json
+from trtune.configs.system.machine import package_version
 from trtune.precision.graph.file import Model
 from trtune.precision.plan.plan import PrecisionPlan
 
@@ -151,4 +152,9 @@ def flat(value: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 def versions(*packages: str) -> dict[str, str]:
     """The installed versions of packages, as needs of what they decide."""
-    return {name: version(name) for name in packages}
+    return {name: package_version(name) for name in packages}
+
+
+def device_needs(device: str) -> dict[str, str]:
+    """A GPU, by its name, as a need of what is computed on it; nothing for the CPU."""
+    return {} if device == "cpu" else {"runtime.device": gpu_name(device)}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from trtune.calibrate.sessions import device_of
 from trtune.configs.errors import ConfigError, DataError, did_you_mean
 from trtune.configs.progress import Progress
 from trtune.configs.runtimes import TensorRT, TensorRTRTX
@@ -244,7 +245,8 @@ def backends_of(
     for section in config.backends:
         backend: Backend
         if section.name == "onnxruntime":
-            backend = OnnxruntimeBackend(section.lowering, threads=section.threads)
+            device = device_of(config.runtime.device) if section.lowering == "emulate" else "cpu"
+            backend = OnnxruntimeBackend(section.lowering, threads=section.threads, device=device)
         elif section.name == "tensorrt_rtx":
             backend = _rtx(section, shapes, batch)
         else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from trtune.calibrate.sessions import device_of
 from trtune.configs.errors import TrtuneError
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Config
@@ -132,6 +133,7 @@ class RunWork:
             setup.calibration,
             setup.config.calibration,
             lowerings=setup.backends.lowerings,
+            device=device_of(setup.config.runtime.device),
             progress=setup.progress,
         )
         held = self.workspace.holds(stage)
@@ -203,7 +205,8 @@ class RunWork:
         """What candidates are measured on."""
         setup = self.setup
         metric = metric_of(setup.config.precision.target, setup.subject.model)
-        return Bench(setup.subject.model, metric, setup.evaluation, setup.progress)
+        device = device_of(setup.config.runtime.device)
+        return Bench(setup.subject.model, metric, setup.evaluation, setup.progress, device)
 
     @property
     def alive(self) -> list[Backend]:

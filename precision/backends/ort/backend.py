@@ -8,7 +8,6 @@ take their place.
 from __future__ import annotations
 
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import onnxruntime as ort
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import TrtuneError
+from trtune.configs.system.machine import package_version
 from trtune.precision.backends.ort.readback import read_precisions
 from trtune.precision.graph.file import Model, save_model, tensor_spec
 from trtune.precision.graph.proto import without_weights
@@ -30,11 +30,17 @@ Lowering = Literal["emulate", "deploy"]
 
 
 class OnnxruntimeBackend:
-    """onnxruntime with one of its two lowerings; `threads` None leaves the number to it."""
+    """onnxruntime with one of its two lowerings; `threads` None leaves the number to it.
 
-    def __init__(self, lowering: Lowering = "emulate", *, threads: int | None = None) -> None:
+    `device` is where engines run; integer kernels (`deploy`) are those of the CPU.
+    """
+
+    def __init__(
+        self, lowering: Lowering = "emulate", *, threads: int | None = None, device: str = "cpu"
+    ) -> None:
         self.lowering = lowering
         self.threads = threads
+        self.device = device
 
     @property
     def name(self) -> str:
@@ -44,7 +50,7 @@ class OnnxruntimeBackend:
     @property
     def versions(self) -> dict[str, str]:
         """What the built model depends on."""
-        return {name: version(name) for name in ("onnx", "onnxruntime", "trtune")}
+        return {name: package_version(name) for name in ("onnx", "onnxruntime", "trtune")}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -107,6 +113,7 @@ class OnnxruntimeBackend:
             lambda: make_session(
                 _runnable(path),
                 threads=self.threads,
+                device=self.device,
                 integer_kernels=integer,
                 external_dir=path.parent,
             ),

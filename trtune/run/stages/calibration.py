@@ -27,7 +27,7 @@ from trtune.precision.tune.scales import (
     carried_tensors,
     implicit_only,
 )
-from trtune.run.stage import Form, Kept, Need, Stage, versions
+from trtune.run.stage import Form, Kept, Need, Stage, device_needs, versions
 from trtune.run.subject import Subject
 from trtune.run.wiring import RunData
 
@@ -59,6 +59,7 @@ def calibration(
     section: Section,
     *,
     lowerings: Iterable[str],
+    device: str = "cpu",
     progress: Progress,
 ) -> Stage[Calibrated]:
     """What `planned` needs to know of the activations, on the calibration `data`.
@@ -92,7 +93,7 @@ def calibration(
         check_table(named, wanted.tensors)
         wanted = _Wanted(make_plan(subject.view, default="fp32"), (), (), wanted.ranges)
         lowerings = ()
-    needs = _needs(subject, data, section, wanted)
+    needs = _needs(subject, data, section, wanted) | device_needs(device)
     provenance = _provenance(subject, data, section, wanted)
 
     def make(folder: Path) -> Calibrated:
@@ -108,6 +109,7 @@ def calibration(
                 percentile=section.percentile,
                 holdout=section.holdout,
                 memory=section.memory,
+                device=device,
                 also=wanted.ranges,
                 provenance=provenance,
                 progress=progress,

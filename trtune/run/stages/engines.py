@@ -14,7 +14,7 @@ from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import Backend, BuildInfo, Candidate
 from trtune.precision.runtime.engine_json import ENGINE_JSON, read_engine_json
-from trtune.run.stage import Form, Kept, Need, Stage
+from trtune.run.stage import Form, Kept, Need, Stage, device_needs
 from trtune.run.subject import Subject
 
 FP32, UNTUNED, TUNED = "fp32", "untuned", "tuned"
@@ -66,6 +66,8 @@ def measured_with(candidate: Candidate, backend: Backend) -> dict[str, Any]:
     needs = engine_needs(candidate, backend)
     if isinstance(backend, OnnxruntimeBackend) and not is_emulation(backend):
         needs["processor"] = cpu_model()
+    if isinstance(backend, OnnxruntimeBackend):
+        needs |= device_needs(backend.device)
     return needs
 
 

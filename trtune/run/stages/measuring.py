@@ -23,7 +23,7 @@ from trtune.reports.measures.fidelity import FIDELITY_METRICS
 from trtune.reports.measures.find import METRICS, Asked, find_metric, higher_is_better
 from trtune.reports.measures.recognise import task_of
 from trtune.reports.outputs import Layout, StoredOutputs, collect_outputs
-from trtune.run.stage import Need, Stage, as_json, flat, versions
+from trtune.run.stage import Need, Stage, as_json, device_needs, flat, versions
 from trtune.run.stages.engines import build, measured_with
 from trtune.run.wiring import RunData, fixed_batch
 
@@ -96,6 +96,7 @@ class Bench:
     metric: TargetMetric
     data: RunData
     progress: Progress
+    device: str = "cpu"
 
     @property
     def layout(self) -> Layout:
@@ -105,7 +106,7 @@ class Bench:
     @cached_property
     def reference(self) -> StoredOutputs:
         """The FP32 model's outputs over the data; a pass, when they are first asked for."""
-        with OrtEngine(session_of(self.model)) as engine:
+        with OrtEngine(session_of(self.model, device=self.device)) as engine:
             return collect_outputs(
                 engine.infer,
                 self.data.source,
@@ -122,6 +123,7 @@ class Bench:
             self.data.where: self.data.need,
             "metric": self.metric.need,
             **versions("trtune", "onnx", "onnxruntime", "numpy"),
+            **device_needs(self.device),
         }
 
     def measure(self, engine: Engine, counted: str | PythonMetric | None, what: str) -> Evaluation:
@@ -140,9 +142,17 @@ class Bench:
             )
 
 
-def session_of(model: Model, *, threads: int | None = None) -> Callable[[], Any]:
+def session_of(
+    model: Model, *, threads: int | None = None, device: str = "cpu"
+) -> Callable[[], Any]:
     """Gives onnxruntime's session for a model."""
-    return partial(make_session, model.proto, threads=threads, external_dir=model.external_dir)
+    return partial(
+        make_session,
+        model.proto,
+        threads=threads,
+        device=device,
+        external_dir=model.external_dir,
+    )
 
 
 def baseline(bench: Bench) -> Stage[Evaluation]:
