@@ -7,12 +7,16 @@ int32, and activations are uint8: with zero point 128 and scale amax / 127 a sig
 the codes of `emulate`; one that is never negative (behind ReLU, Clip, Sigmoid) gets zero point 0
 and scale amax / 255, half the step. A ReLU or Clip whose bounds the uint8 range enforces anyway is
 absorbed, and a matrix product with a bias becomes a Gemm, which alone has a kernel for both.
+
+A node that the user or the tuner pinned to float, and that is not alone in reading what an int8
+convolution makes, reads float values as it does in TensorRT; that convolution then has no integer
+kernel here. One that is alone reads the 8 bits that the integer kernel gives (`narrow_reads`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -143,6 +147,44 @@ def _bounds(view: GraphView, activation: onnx.NodeProto) -> tuple[float, float] 
     return (0.0, math.inf if upper is None else upper) if lower == 0 else None
 
 
+def is_pinned_to_float(plan: PrecisionPlan, node: str) -> bool:
+    """Whether the user or the tuner chose a float type for `node`."""
+    found = plan.nodes[node]
+    return found.is_pinned and found.precision != "int8"
+
+
+def narrow_reads(view: GraphView, plan: PrecisionPlan) -> dict[str, str]:
+    """Compute nodes that are pinned to float and yet read 8 bits in this lowering -> that tensor.
+
+    An int8 convolution makes it, and has an integer kernel only if nothing reads it in float.
+    """
+    if isinstance(plan, ImportedPlan):
+        plan = plan.by_rules()
+    found: dict[str, str] = {}
+    for tensor in _quantized_outputs(view, plan):
+        readers = [name for name, _ in view.consumers.get(tensor, ())]
+        if all(is_pinned_to_float(plan, name) for name in readers):
+            found |= {plan.leader(name): tensor for name in readers}
+        for name in _behind_moves(view, readers):
+            if is_pinned_to_float(plan, name):
+                found[plan.leader(name)] = tensor
+    return {name: t for name, t in found.items() if plan.nodes[name].role == COMPUTE}
+
+
+def _behind_moves(view: GraphView, nodes: Sequence[str]) -> list[str]:
+    """The nodes that read what those of `nodes` that only move values pass on."""
+    found: list[str] = []
+    waiting = [name for name in nodes if view.by_name[name].op_type in PASSED_THROUGH]
+    for name in waiting:
+        for tensor in view.by_name[name].output:
+            for reader, _ in view.consumers.get(tensor, ()):
+                moves = view.by_name[reader].op_type in PASSED_THROUGH
+                held = waiting if moves else found
+                if reader not in held:
+                    held.append(reader)
+    return found
+
+
 class _Deploy:
     def __init__(
         self, model: Model, view: GraphView, plan: PrecisionPlan, table: CalibrationTable
@@ -165,12 +207,18 @@ class _Deploy:
                 self._absorb(tensor)
 
     def _reading_quantized(self, tensor: str) -> list[Edge]:
-        """Who is to read the quantized `tensor`; all of its readers if an int8 kernel makes it."""
+        """Who is to read the quantized `tensor`: all but pinned readers if an int8 kernel makes
+        it."""
         readers = list(self._view.consumers.get(tensor, ()))
         if tensor in self._view.graph_outputs:
             readers = [e for e in readers if self._plan.is_int8(e[0])]
         elif tensor not in self._outputs:
             readers = [e for e in readers if not self._stays_float(e[0])]
+        else:
+            exact = [e for e in readers if is_pinned_to_float(self._plan, e[0])]
+            readers = (
+                readers if len(exact) == len(readers) else [e for e in readers if e not in exact]
+            )
         return [e for e in readers if e[1] < len(self._view.by_name[e[0]].input)]
 
     def _stays_float(self, node: str) -> bool:

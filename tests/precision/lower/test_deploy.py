@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from trtune.precision.lower.deploy import (
     clip_bounds,
     deploy_tensors,
     lower_deploy,
+    narrow_reads,
     never_negative,
 )
 from trtune.precision.lower.emulate import lower_emulate
@@ -567,3 +569,33 @@ def test_a_conv_whose_output_was_always_zero_stays_float_behind() -> None:
     for integer in (False, True):
         logits = outputs(found, feeds, integer_kernels=integer)["logits"]
         np.testing.assert_array_equal(logits, outputs(proto, feeds)["logits"])
+
+
+def branches() -> onnx.ModelProto:
+    """A conv whose result two others read."""
+    net = Net()
+    x = net.op("Relu", net.conv(net.input("input"), "first", 3, 16), out="x")
+    left = net.conv(x, "left", 16, 16)
+    right = net.conv(x, "right", 16, 16)
+    return net.model({left: ("N", 16, 8, 8), right: ("N", 16, 8, 8)})
+
+
+def test_a_pinned_reader_beside_an_integer_one_reads_float() -> None:
+    prepared = case(branches(), pins={"n_right": "fp32"})
+    found = deployed(prepared)
+    by_name = {node.name: node for node in found.graph.node}
+    assert by_name["n_right"].input[0] == "x"
+    assert by_name["n_left"].input[0] != "x"
+    assert narrow_reads(prepared.view, prepared.plan) == {}
+    clipped = replace(prepared.table, scales={**prepared.table.scales, "x": 1e-4})
+    proto = lower_deploy(prepared.model, prepared.plan, clipped)
+    exact, tested = outputs(prepared.model.proto, prepared.feeds), outputs(proto, prepared.feeds)
+    left, right = prepared.view.graph_outputs
+    assert sqnr_db(exact[right], tested[right]) > 30 > 10 > sqnr_db(exact[left], tested[left])
+
+
+@pytest.mark.parametrize("between", ["nothing", "MaxPool", "Reshape"])
+def test_a_pinned_node_that_reads_8_bits_is_named(between: str) -> None:
+    prepared = case(pinned_net(between), pins={"n_p": "fp32"})
+    assert narrow_reads(prepared.view, prepared.plan) == {"n_p": "x"}
+    assert narrow_reads(prepared.view, case(pinned_net(between)).plan) == {}
