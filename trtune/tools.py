@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +22,7 @@ from trtune.calibrate.cache import (
     save_table,
     sidecar_of,
 )
-from trtune.configs.errors import CacheError, InputError, ModelError
+from trtune.configs.errors import CacheError, InputError, ModelError, TrtuneError
 from trtune.configs.files import write_text
 from trtune.configs.load import json_schema
 from trtune.configs.progress import Progress, silent
@@ -30,13 +32,14 @@ from trtune.precision.graph.file import save_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.rules import make_plan
+from trtune.precision.quantized.against import Agreement, against_builder
 from trtune.precision.quantized.describe import (
     Inspection,
     inspect_model,
     quantized_how,
     refuse_quantized,
 )
-from trtune.precision.quantized.findings import summary
+from trtune.precision.quantized.findings import Finding, summary
 from trtune.precision.quantized.importing import (
     import_quantized,
     insert_file,
@@ -216,6 +219,33 @@ def convert_cache(
     else:
         save_table(target, table, converted.header)
     return converted
+
+
+def lint_against_builder(
+    model: Path | str, found: Sequence[Finding], compute_capability: str = "8.9"
+) -> Agreement:
+    """What TensorRT-RTX makes of the quantized `model` as it stands, beside `found`, the linter's
+    findings of it.
+
+    Raises TrtuneError if TensorRT-RTX is not installed, ModelError if the file cannot be read.
+    """
+    from trtune.precision.backends.rtx.as_it_is import build_as_it_is
+    from trtune.precision.backends.rtx.support import (
+        COMPUTE_CAPABILITIES,
+        REMEDY,
+        rtx_version,
+        unsupported,
+    )
+
+    if compute_capability not in COMPUTE_CAPABILITIES:
+        raise InputError(f"--compute-capability: {unsupported(compute_capability)}")
+    if rtx_version() is None:
+        raise TrtuneError(f"--build needs TensorRT-RTX, which is not installed: {REMEDY}")
+    original, _ = load_quantized(Path(model))
+    with tempfile.TemporaryDirectory(prefix="trtune-") as folder:
+        seen = build_as_it_is(original, Path(folder), compute_capability=compute_capability)
+    precisions = {node: account.precision for node, account in seen.accounts.items()}
+    return against_builder(original, found, refused=seen.refused, precisions=precisions)
 
 
 def strip_qdq(

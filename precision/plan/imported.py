@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from trtune.precision.plan.plan import COMPUTE_OPS, PrecisionPlan
+from trtune.precision.plan.plan import COMPUTE_OPS, RULE, PrecisionPlan
 
 QAT = "qat"
 IN_FILE = "quantized in the QAT model"
@@ -51,10 +51,12 @@ class ImportedPlan(PrecisionPlan):
     """A plan whose pairs stand where the imported model has them, and not where rules put them.
 
     `axes` maps a weight to the axis of its scales where the model has another than the rules.
+    `products` are the matrix products of two tensors of data that the model quantizes.
     """
 
     reads: tuple[Read, ...] = ()
     axes: Mapping[str, int] = field(default_factory=dict)
+    products: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         PrecisionPlan.__post_init__(self)
@@ -81,15 +83,23 @@ class ImportedPlan(PrecisionPlan):
         """The same precisions with pairs where the rules of this package put them, which is what
         `lower_deploy` needs; they may stand on tensors that the imported table has no scale for.
         """
+        why = {name: "products of data are float here" for name in self.products}
+        ruled = self.without_int8({n: w for n, w in why.items() if self.is_int8(n)}, origin=RULE)
         return PrecisionPlan(
-            self.default, self.fallback, self.nodes, self.groups, self.refusals, self.float_reads
+            self.default, self.fallback, ruled.nodes, self.groups, ruled.refusals, self.float_reads
         )
 
     @property
     def decisions(self) -> dict[str, Any]:
         """Everything that decides what is written for the plan: its key."""
         reads = [[r.tensor, r.node, r.index, list(r.owners)] for r in self.reads]
-        return {**PrecisionPlan.decisions.fget(self), "reads": reads, "axes": dict(self.axes)}  # type: ignore[attr-defined]
+        found: dict[str, Any] = PrecisionPlan.decisions.fget(self)  # type: ignore[attr-defined]
+        return {
+            **found,
+            "reads": reads,
+            "axes": dict(self.axes),
+            "products": list(self.products),
+        }
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back to an equal plan."""
@@ -97,15 +107,17 @@ class ImportedPlan(PrecisionPlan):
         value["reads"] = [[r.tensor, r.node, r.index, list(r.owners)] for r in self.reads]
         if self.axes:
             value["axes"] = dict(self.axes)
+        if self.products:
+            value["products"] = list(self.products)
         return json.dumps(value, indent=1, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> ImportedPlan:
         """Read what `to_json` wrote."""
-        base = PrecisionPlan.from_json(text)
+        base, value = PrecisionPlan.from_json(text), json.loads(text)
         reads = tuple(
             Read(tensor, node, index, tuple(owners))
-            for tensor, node, index, owners in json.loads(text)["reads"]
+            for tensor, node, index, owners in value["reads"]
         )
         return cls(
             base.default,
@@ -114,5 +126,6 @@ class ImportedPlan(PrecisionPlan):
             base.groups,
             float_reads=base.float_reads,
             reads=reads,
-            axes=json.loads(text).get("axes", {}),
+            axes=value.get("axes", {}),
+            products=tuple(value.get("products", ())),
         )

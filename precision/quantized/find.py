@@ -87,8 +87,9 @@ class Found:
 
     `weights` maps (node, input index) of products to where their weights come from, `roles` each
     pair's name to activation, weight, bias or constant, `int8` the nodes that are quantized on
-    data and weights. `passed` are DequantizeLinears behind operators that move codes about;
-    `strays` are QuantizeLinears and DequantizeLinears without the other half.
+    data and weights, `products` the matrix products of two quantized tensors of data. `passed` are
+    DequantizeLinears behind operators that move codes about; `strays` are QuantizeLinears and
+    DequantizeLinears without the other half.
     """
 
     pairs: tuple[Pair, ...]
@@ -97,6 +98,7 @@ class Found:
     weights: Mapping[Edge, WeightSource] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
     int8: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
@@ -142,7 +144,25 @@ def find_quantization(view: GraphView) -> Found:
         and _usual(view, node)
         and has_one_scale(carried_by(view, node.input[0], carried, set(passed)))
     )
-    return Found(tuple(pairs), tuple(passed), tuple(strays), weights, roles, int8)
+    products = _data_products(view, carried, set(passed), weights)
+    return Found(tuple(pairs), tuple(passed), tuple(strays), weights, roles, int8, products)
+
+
+def _data_products(
+    view: GraphView,
+    carried: Mapping[str, Pair],
+    passed: set[str],
+    weights: Mapping[Edge, WeightSource],
+) -> tuple[str, ...]:
+    """The MatMuls both of whose inputs are data read through one scale each, as in attention."""
+    found = []
+    for node in view.nodes:
+        if node.op_type != "MatMul" or (node.name, 1) in weights:
+            continue
+        sides = [carried_by(view, name, carried, passed) for name in node.input[:2]]
+        if all(has_one_scale(side) and not side[0].per_channel for side in sides):
+            found.append(node.name)
+    return tuple(found)
 
 
 def _usual(view: GraphView, node: onnx.NodeProto) -> bool:

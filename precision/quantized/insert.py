@@ -41,18 +41,20 @@ def plan_from_table(
 
     `types` maps nodes to the float type that the file has them in, where that is not `fallback`.
 
-    int8 are the nodes whose weights have scales in the table and whose data are read quantized;
-    every other node stays `fallback`, "float in the QAT model", whatever is pinned to int8. A pin
-    holds for the whole group of the node. Raises ConfigError for a pin that matches nothing.
+    int8 are the nodes whose weights have scales in the table and whose data are read quantized, and
+    the matrix products both of whose inputs are; every other node stays `fallback`, "float in the
+    QAT model", whatever is pinned to int8. A pin holds for the whole group of the node. Raises
+    ConfigError for a pin that matches nothing.
     """
     base = make_plan(view, default="int8", fallback=fallback)
     quantized = {(name, index) for edges in table.reads.values() for name, index in edges}
     carried = _carried(view, quantized)
+    products = tuple(n.name for n in view.nodes if _of_data(view, n, carried))
     nodes: dict[str, Assignment] = {}
     for name, assigned in base.nodes.items():
         if assigned.role == COMPUTE:
             node = view.by_name[name]
-            int8 = node.input[1] in table.weights and (name, 0) in carried
+            int8 = name in products or (node.input[1] in table.weights and (name, 0) in carried)
             if int8:
                 assigned = replace(assigned, precision="int8", reason=IN_FILE, origin=FILE)
             elif assigned.precision == "int8":
@@ -72,8 +74,15 @@ def plan_from_table(
         {**base.refusals, "int8": unscaled},
         reads=_reads(view, table, nodes, base),
         axes=table.axes,
+        products=products,
     )
     return with_pins(view, plan, pins or {})
+
+
+def _of_data(view: GraphView, node: onnx.NodeProto, carried: set[Edge]) -> bool:
+    """Whether a MatMul multiplies two tensors of data, both read quantized."""
+    both = (node.name, 0) in carried and (node.name, 1) in carried
+    return node.op_type == "MatMul" and both and not any(view.is_constant(t) for t in node.input)
 
 
 def _as_in_file(base: PrecisionPlan, name: str, assigned: Assignment, kind: str) -> Assignment:

@@ -101,7 +101,7 @@ def _residual(view: GraphView, found: Found) -> Iterator[Finding]:
 
 def _nothing(view: GraphView, found: Found) -> Iterator[Finding]:
     """A model that carries pairs, none of which makes a product run in int8."""
-    if not found.pairs or found.int8:
+    if not found.pairs or found.int8 or found.products:
         return
     products = [node for node in view.nodes if node.op_type in COMPUTE_OPS]
     if not products:

@@ -318,11 +318,12 @@ def _shared(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:
         return
     integer: list[str] = []
     floating = ["an output of the model"] if pair.is_output else []
+    products = {*found.int8, *found.products}
     for name, index in final_readers(view, pair):
         node = view.by_name[name]
         wants_float = (
             node.op_type in NORMALISING
-            or (node.op_type in COMPUTE_OPS and (index > 1 or name not in found.int8))
+            or (node.op_type in COMPUTE_OPS and (index > 1 or name not in products))
             or node.op_type in PARTS
         )
         (floating if wants_float else integer).append(name)

@@ -19,6 +19,10 @@ from trtune.precision.backends.rtx.backend import RtxBackend
 from trtune.precision.quantized.migrate import migrate_files
 from trtune.precision.runtime.api import Candidate
 
+needs_rtx = pytest.mark.skipif(
+    find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
+)
+
 
 def invoke(*args: object, status: int = 0) -> Result:
     result = CliRunner().invoke(app, list(map(str, args)))
@@ -46,6 +50,22 @@ class TestLint:
         assert {"node", "kind", "found", "tensorrt", "remedy"} <= found[0].keys()
         allowed = invoke("qdq", "lint", "uint8.onnx", "--allow-requantize", "-v")
         assert "0 in the way" in allowed.stdout
+
+    @needs_rtx
+    def test_the_compiler_stands_beside_the_linter(self, folder: Path) -> None:
+        shown = invoke("qdq", "lint", "qat.onnx", "--build").stdout
+        assert "TensorRT-RTX 8.9 on the file as it stands" in shown
+        assert "linter and compiler agree" in shown
+        value = json.loads(
+            invoke("qdq", "lint", "uint8.onnx", "--build", "--json", status=1).stdout
+        )
+        assert "zero point" in value["build"]["refused"]
+        assert value["build"]["disagreements"] == []
+        assert value["findings"]
+
+    def test_a_gpu_that_is_not_known_is_refused(self, folder: Path) -> None:
+        refused = ("qdq", "lint", "qat.onnx", "--build", "--compute-capability", "9.0")
+        assert "9.0 is not supported" in invoke(*refused, status=2).stderr
 
 
 class TestStripAndInsert:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,15 +31,31 @@ def lint(
     terminal: Terminal,
     model: ModelFile,
     allow_requantize: Requantize = False,
+    build: Annotated[
+        bool,
+        typer.Option(
+            "--build", help="Build the file as it stands with TensorRT-RTX, and show what it says."
+        ),
+    ] = False,
+    compute_capability: Annotated[
+        str, typer.Option(metavar="CC", help="The GPU that --build builds for.")
+    ] = "8.9",
 ) -> None:
     """Show what TensorRT would not take of a model's Q/DQ, and what is repaired. Exit status 1 if
     something is left that stands in the way."""
+    from trtune import tools
     from trtune.cli import show
     from trtune.precision.quantized.importing import lint_model
 
     found = lint_model(model, allow_requantize=allow_requantize)
-    value = [finding.to_dict() for finding in found]
-    terminal.result(value, *show.findings(model, found, every=terminal.verbose))
+    value: Any = [finding.to_dict() for finding in found]
+    lines = [*show.findings(model, found, every=terminal.verbose)]
+    if build:
+        seen = tools.lint_against_builder(model, found, compute_capability)
+        value = {"findings": value, "build": dataclasses.asdict(seen)}
+        value["build"]["disagreements"] = list(seen.disagreements)
+        lines += show.built_as_it_is(seen, compute_capability)
+    terminal.result(value, *lines)
     raise typer.Exit(1 if any(finding.blocks for finding in found) else 0)
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from trtune.calibrate.cache import Cache, CacheDifference
 from trtune.calibrate.table import CalibrationTable
 from trtune.datasets.batches import InputSpec
+from trtune.precision.quantized.against import Agreement
 from trtune.precision.quantized.describe import Inspection, NodeRow
 from trtune.precision.quantized.findings import Finding, outcome, summary
 from trtune.precision.runtime.api import BuildInfo, Usable
@@ -200,6 +201,22 @@ def findings(
         yield table_of(columns, rows, text_columns=7)
     else:
         yield from _bullets("Findings", summary(found))
+
+
+def built_as_it_is(seen: Agreement, compute_capability: str) -> Iterator[RenderableType]:
+    """What TensorRT-RTX made of the file as it stands, a row a product, and where the linter
+    expected something else."""
+    title = f"TensorRT-RTX {compute_capability} on the file as it stands"
+    if seen.refused:
+        yield f"{title} gives no engine: {seen.refused}"
+    else:
+        rows = [(p.node, p.expected or DASH, p.found) for p in seen.products]
+        yield title
+        yield table_of(("product", "linter expects", "runs in"), rows, text_columns=3)
+    if seen.disagreements:
+        yield from _bullets("Linter and compiler disagree", seen.disagreements, "yellow")
+    else:
+        yield "linter and compiler agree"
 
 
 def _outcome(row: Finding) -> str:

@@ -34,6 +34,8 @@ GENERATED = "kgen"
 """The type of the kernels that the compiler writes itself: pointwise work, moves, reductions."""
 COMPOSED = "__myl_"
 """How the names of generated kernels begin that tell their steps, such as __myl_CastMeanSub."""
+ATTENTION = "_gemm_mha"
+"""How the names of its fused attention kernels begin, which multiply what they read."""
 CONTROL = frozenset({"cjmp", "copy", "jmp", "memset", "shape_call", "signal", "wait"})
 """What computes no tensor of the network."""
 WITH_WEIGHTS = frozenset({"correlation", "deconv", "gemm"})
@@ -199,7 +201,10 @@ def _share(kernel: Kernel, is_compute: bool) -> str:
     if not is_compute:
         return kernel.precision
     if "int8" in read:
-        return UNKNOWN
+        operands = (*kernel.inputs, *kernel.constants)
+        matrices = {operand.precision for operand in operands if operand.is_matrix}
+        fused = kernel.name.startswith(ATTENTION) and matrices == {"int8"}
+        return "int8" if fused else UNKNOWN
     if kernel.name.startswith(COMPOSED) or len(read) != 1:
         return kernel.precision
     return read.pop()  # fused attention, whose products are of what it reads

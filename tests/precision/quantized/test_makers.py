@@ -15,13 +15,16 @@ from realdata import shared_case
 
 from trtune.configs.errors import ModelError
 from trtune.datasets.batches import Batch
+from trtune.precision.backends.rtx.as_it_is import build_as_it_is
 from trtune.precision.backends.rtx.backend import RtxBackend
-from trtune.precision.plan.imported import why_nothing_in_int8
+from trtune.precision.plan.imported import ImportedPlan, why_nothing_in_int8
+from trtune.precision.quantized.against import against_builder
 from trtune.precision.quantized.findings import counts
 from trtune.precision.quantized.importing import (
     Imported,
     import_quantized,
     lint_model,
+    load_quantized,
     quantization_errors,
     strip_file,
 )
@@ -75,7 +78,7 @@ FILES: dict[str, Row] = {
             "inside-float": 2,
             "uint8-zero-point-128": 1,
         },
-        {"int8": 8, "fp32": 2},
+        {"int8": 10},
         requantize=True,
         least=25.0,
     ),
@@ -132,6 +135,37 @@ def test_the_compiler_runs_it_as_planned(name: str, tmp_path: Path) -> None:
     info = backend.build(Candidate(found.model, found.plan, found.table), tmp_path)
     made = Counter(info.precisions[node] for node in found.plan.compute_nodes)
     assert made == FILES[name].kernels
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", FILES)
+def test_linter_and_compiler_agree_on_the_file_as_it_stands(name: str, tmp_path: Path) -> None:
+    path, (original, _) = model_path(name), load_quantized(model_path(name))
+    built = build_as_it_is(original, tmp_path)
+    precisions = {node: account.precision for node, account in built.accounts.items()}
+    seen = against_builder(original, lint_model(path), refused=built.refused, precisions=precisions)
+    assert seen.disagreements == ()
+    assert bool(seen.refused) == bool(seen.expected_refusal)
+
+
+@needs_rtx
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_product_of_data_is_planned_and_pinned(pinned: bool, tmp_path: Path) -> None:
+    """Its pairs stand before a Reshape and a Transpose; a pin takes them away from there."""
+    pins = {"/MatMul": "fp32"} if pinned else {}
+    found = import_quantized(model_path("makers/nncf_performance_tr"), pins=pins)
+    kind = "fp32" if pinned else "int8"
+    assert found.plan.precision("/MatMul") == kind
+    moved = {read.node for read in found.plan.active_reads}
+    assert ({"/Reshape_1", "/Reshape_2"} <= moved) is not pinned
+    backend = RtxBackend(compute_capabilities=["8.9"])
+    info = backend.build(Candidate(found.model, found.plan, found.table), tmp_path)
+    assert info.precisions["/MatMul"] == kind
+    assert info.not_honoured == ()
+    again = ImportedPlan.from_json(found.plan.to_json())
+    assert again == found.plan
+    assert again.active_reads == found.plan.active_reads
+    assert not found.plan.by_rules().is_int8("/MatMul")
 
 
 @pytest.mark.parametrize("name", [name for name in TAKEN if FILES[name].requantize])

@@ -231,3 +231,20 @@ def test_complaints(
 def test_an_unread_log_is_one_complaint() -> None:
     (sentence,) = complaints(plan_of(), every("unknown"), {}, readable=False)
     assert "precisions are unknown" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "found"),
+    [
+        ("_gemm_mha_v2_myl0_9", "Int8", "int8"),
+        ("_gemm_mha_v2_myl0_9", "Half", "unknown"),
+        ("__myl_MulMinMax_myl0_9", "Int8", "unknown"),
+    ],
+)
+def test_fused_attention_multiplies_what_it_reads(name: str, last: str, found: str) -> None:
+    kinds = ("Int8", "Int8", last)
+    inputs = [Operand(f"x{k}", (-1, 16, 16), kind) for k, kind in enumerate(kinds)]
+    scale = Operand("s", (1, 1, 1, 1), "Float")
+    kernel = Kernel(name, "kgen", (*inputs, scale), (), (inputs[0],), ("qk", "av"))
+    made = accounts([kernel], ["qk", "av"], compute=frozenset({"qk", "av"}))
+    assert {node: account.precision for node, account in made.items()} == {"qk": found, "av": found}

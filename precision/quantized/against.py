@@ -1,0 +1,121 @@
+"""What the linter expects of the compiler, and what the compiler did with the file as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.plan.plan import COMPUTE_OPS
+from trtune.precision.quantized.find import ACTIVATION, Found, Pair, carried_by, find_quantization
+from trtune.precision.quantized.findings import BEYOND_INT8, ERROR, Finding
+from trtune.precision.quantized.forms.float_types import in_full_precision
+from trtune.precision.quantized.strip import renormalised
+
+REFUSED_KINDS = frozenset(
+    {
+        *("uint8-zero-point-128", "uint8", "int8-zero-point", "int32-bias", "bad-scale"),
+        *("scale-type", "half-model", "code-type", "blocked-scale", "non-constant-scale"),
+        *("integer-operator", "dynamic-quantization", "computed-codes", "foreign-quantizer"),
+    }
+)
+"""Kinds of findings with which TensorRT gives no engine at all."""
+NEVER_INT8 = ("ConvTranspose",)
+UNTOLD = ("", "unknown")
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product of the file: what the linter expects it to run in ("int8" or "float"; "" where it
+    has no say), and what it came out in ("" if there is no engine)."""
+
+    node: str
+    expected: str
+    found: str
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two say the same; what either does not know is no contradiction."""
+        if not self.expected or self.found in UNTOLD:
+            return True
+        return (self.expected == "int8") == (self.found == "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """A file seen by the linter and by the compiler.
+
+    `refused` are the compiler's words if it gave no engine, `expected_refusal` the kinds of
+    findings that say that it gives none.
+    """
+
+    products: tuple[Product, ...]
+    refused: str = ""
+    expected_refusal: tuple[str, ...] = ()
+
+    @property
+    def disagreements(self) -> tuple[str, ...]:
+        """A sentence for each thing that the two see otherwise."""
+        return tuple(self._disagreements())
+
+    def _disagreements(self) -> Iterator[str]:
+        if self.refused and not self.expected_refusal:
+            yield f"the compiler refuses the file, and no finding says so: {self.refused}"
+        if not self.refused and self.expected_refusal:
+            kinds = ", ".join(self.expected_refusal)
+            yield f"findings say that the compiler refuses the file ({kinds}), and it built it"
+        if not self.expected_refusal:
+            for product in self.products:
+                if not product.agrees:
+                    yield (
+                        f"{product.node}: the linter expects {product.expected}, and it runs in "
+                        f"{product.found}"
+                    )
+
+    def of(self, node: str) -> str:
+        """What a product came out in, "" for every other node."""
+        return next((p.found for p in self.products if p.node == node), "")
+
+
+def against_builder(
+    original: Model, rows: Iterable[Finding], *, refused: str, precisions: Mapping[str, str]
+) -> Agreement:
+    """Compare `rows`, the linter's findings of `original`, with a build of that file.
+
+    `refused` are the compiler's words ("" if it built), `precisions` what each node runs in.
+    """
+    rows = tuple(rows)
+    wide, _, _ = in_full_precision(original.proto)
+    view = GraphView.of(renormalised(original, wide))
+    found = find_quantization(view)
+    kinds = tuple(dict.fromkeys(row.kind for row in rows if row.kind in REFUSED_KINDS))
+    wrong = {row.node for row in rows if row.severity == ERROR}
+    unsure = {row.node for row in rows if row.kind in BEYOND_INT8}
+    products = tuple(
+        Product(name, _expected(view, found, name, wrong, unsure), precisions.get(name, ""))
+        for name in _products(view)
+    )
+    return Agreement(products, refused, kinds)
+
+
+def _products(view: GraphView) -> list[str]:
+    return [node.name for node in view.nodes if node.op_type in COMPUTE_OPS]
+
+
+def _expected(view: GraphView, found: Found, name: str, wrong: set[str], unsure: set[str]) -> str:
+    pairs = {pair.node for pair in feeding(view, found, name)}
+    if pairs & unsure:
+        return ""
+    quantized = name in (*found.int8, *found.products)
+    floats = view.by_name[name].op_type in NEVER_INT8
+    return "int8" if quantized and not floats and not pairs & wrong else "float"
+
+
+def feeding(view: GraphView, found: Found, name: str) -> tuple[Pair, ...]:
+    """The pairs that a product reads its data and weights through, also behind moving operators."""
+    carried = {pair.result: pair for pair in found.of_role(ACTIVATION)}
+    passed = set(found.passed)
+    node = view.by_name[name]
+    pairs = [p for t in node.input[:2] for p in carried_by(view, t, carried, passed)]
+    weights = found.weights.get((name, 1))
+    return tuple(dict.fromkeys([*pairs, *([weights.pair] if weights else [])]))
