@@ -93,3 +93,34 @@ def _from_flatbuffers(data: bytes) -> dict[str, float] | None:
         return {k.decode("utf-8"): _magnitude([float(v)]) for k, v in pairs} or None
     except (struct.error, ValueError, TypeError, AttributeError, IndexError, UnicodeDecodeError):
         return None
+
+
+def dump_provider_table(ranges: Mapping[str, float]) -> bytes:
+    """Tensor -> largest magnitude as FlatBuffers, the form that the provider itself reads.
+
+    Numbers are written so that reading gives the same float32. Tensors without a finite range are
+    left out: to the provider they have none then.
+
+    >>> read_provider_table(dump_provider_table({"conv1": 2.5, "a: b": 0.5, "mask": math.inf}))
+    {'a: b': 0.5, 'conv1': 2.5}
+    """
+    import flatbuffers
+    from onnxruntime.quantization.CalTableFlatBuffers import KeyValue, TrtTable
+
+    builder = flatbuffers.Builder(1024)
+    entries = []
+    for name in sorted(name for name, amax in ranges.items() if math.isfinite(amax)):
+        key = builder.CreateString(name)
+        value = builder.CreateString(f"{ranges[name]:.9g}")
+        KeyValue.KeyValueStart(builder)
+        KeyValue.KeyValueAddKey(builder, key)
+        KeyValue.KeyValueAddValue(builder, value)
+        entries.append(KeyValue.KeyValueEnd(builder))
+    TrtTable.TrtTableStartDictVector(builder, len(entries))
+    for entry in reversed(entries):  # a vector is filled from its end
+        builder.PrependUOffsetTRelative(entry)
+    vector = builder.EndVector()
+    TrtTable.TrtTableStart(builder)
+    TrtTable.TrtTableAddDict(builder, vector)
+    builder.Finish(TrtTable.TrtTableEnd(builder))
+    return bytes(builder.Output())

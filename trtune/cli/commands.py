@@ -11,19 +11,21 @@ from typing import Annotated
 import typer
 
 from trtune import __version__
-from trtune.cli import files, quantized, stages, traces
+from trtune.cli import exports, files, quantized, stages, traces
 from trtune.cli.caches import cache_app
 from trtune.cli.command import SETTINGS, STATUSES
 
-START, WORK, OTHERS, HERE = (
+START, WORK, DEVICE, OTHERS, HERE = (
     "Start",
     "From a config to engines: all of it, or a stage at a time",
+    "From a run to the device",
     "Caches and quantized models",
     "This machine and the config's language",
 )
 ORDER = {
     START: (files.init, files.inspect),
     WORK: (stages.run, stages.calibrate, stages.build, stages.compare, stages.tune, stages.report),
+    DEVICE: (exports.export_command,),
     OTHERS: (quantized.migrate, traces.explain_file),
     HERE: (files.doctor, files.schema),
 }

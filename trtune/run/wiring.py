@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from trtune.precision.plan.half_types import HALVES
 from trtune.precision.runtime.api import Backend
 from trtune.precision.tune.scales import IMPLICIT
 from trtune.run.stage import Need, Stage, flat, versions
+
+if TYPE_CHECKING:
+    from trtune.precision.backends.trt.build import Settings
 
 log = logging.getLogger(__name__)
 
@@ -310,9 +313,16 @@ def _tensorrt(
     progress: Progress,
 ) -> Backend:
     from trtune.precision.backends.trt.backend import TensorRTBackend
+
+    settings = tensorrt_settings(section)
+    return TensorRTBackend(settings, shapes=shapes, batch=batch, batches=source, progress=progress)
+
+
+def tensorrt_settings(section: TensorRT) -> Settings:
+    """How to build, as the config's `tensorrt` backend says it."""
     from trtune.precision.backends.trt.build import Settings
 
-    settings = Settings(
+    return Settings(
         typing=section.typing,
         calibrator=section.calibrator,
         constraints=section.constraints,
@@ -326,7 +336,6 @@ def _tensorrt(
         dla_core=section.dla_core,
         tf32=section.tf32,
     )
-    return TensorRTBackend(settings, shapes=shapes, batch=batch, batches=source, progress=progress)
 
 
 def check_precisions(config: Config) -> None:

@@ -69,11 +69,17 @@ def constrained_nodes(plan: PrecisionPlan) -> dict[str, str]:
     return {name: found[name] for name in plan.nodes if name in found}
 
 
-def set_flags(trt: Any, config: Any, plan: PrecisionPlan, *, constraints: str) -> list[str]:
-    """Enable what `plan` needs; the names of the flags set. `constraints` is obey or prefer."""
+def flag_names(plan: PrecisionPlan, *, constraints: str) -> list[str]:
+    """The builder flags that `plan` needs. `constraints` is obey or prefer."""
     flags = [REDUCED[precision] for precision in enabled_precisions(plan)]
     if constrained_nodes(plan):
         flags.append(f"{constraints.upper()}_PRECISION_CONSTRAINTS")
+    return flags
+
+
+def set_flags(trt: Any, config: Any, plan: PrecisionPlan, *, constraints: str) -> list[str]:
+    """Enable what `plan` needs; the names of the flags set. `constraints` is obey or prefer."""
+    flags = flag_names(plan, constraints=constraints)
     with deprecated_on_purpose():
         for name in flags:
             config.set_flag(getattr(trt.BuilderFlag, name))

@@ -1,0 +1,1 @@
+"""Exports: a run as the files that trtexec, DeepStream, Triton, onnxruntime or Polygraphy read."""
