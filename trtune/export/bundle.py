@@ -26,10 +26,10 @@ from trtune.precision.quantized.migrate import to_cache
 from trtune.reports.record import RunRecord
 from trtune.reports.writer import read_record
 from trtune.run.stages.calibration import CACHE_FILE
+from trtune.run.stages.preparing import PREPARED_CACHE, PREPARED_MODEL
 from trtune.run.subject import subject_of
 from trtune.run.wiring import tensorrt_settings
 
-PREPARED_FILE = "prepared.onnx"
 QDQ_FOLDERS = ("onnxruntime-emulate", "tensorrt_rtx")
 """Folders of a run whose model.onnx is the Q/DQ model as TensorRT wants it."""
 RESERVED = re.compile(r"[:,;*]")
@@ -64,8 +64,10 @@ class Bundle:
         record = read_record(run)
         plan = _plan(run / "plan.json")
         config = load_config(run / "config.yaml", check=False)
-        model = _model(run, config, record)
-        table = load_table(run / CACHE_FILE) if plan.int8_nodes else None
+        prepared = bool(record.prepared)
+        model = _model(run, config, record, prepared=prepared)
+        cache = run / (PREPARED_CACHE if prepared else CACHE_FILE)
+        table = load_table(cache, allow_unkeyed=True) if plan.int8_nodes else None
         shapes = {name: shape.model_dump() for name, shape in config.model.shapes.items()}
         profiles = make_profiles(model.inputs, shapes, batch=config.data.evaluation.batch)
         return cls(run, record, config, model, plan, table, profiles)
@@ -168,10 +170,9 @@ def _plan(path: Path) -> PrecisionPlan:
         ) from error
 
 
-def _model(run: Path, config: Config, record: RunRecord) -> Model:
-    prepared = run / PREPARED_FILE
-    if prepared.is_file():
-        return load_model(prepared, fold="none")
+def _model(run: Path, config: Config, record: RunRecord, *, prepared: bool) -> Model:
+    if prepared:
+        return load_model(run / PREPARED_MODEL, fold="none")
     subject = subject_of(config)
     expected = record.hashes.get("model")
     if expected and subject.file.sha256 != expected:
