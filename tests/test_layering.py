@@ -33,7 +33,9 @@ SMALL = {
     "trtune.precision.backends.ort": "onnxruntime's own build step is one file to write",
 }
 """Folders with fewer than four modules, and why."""
-LARGE: dict[str, str] = {}
+LARGE: dict[str, str] = {
+    "trtune.cli": "a file for each group of commands, and what the terminal shows",
+}
 """Folders with more than twelve modules, and why."""
 
 

@@ -15,8 +15,8 @@ from trtune.export.bundle import Bundle
 from trtune.export.files import (
     CACHE_NAME,
     FP32_FILE,
+    DeviceStep,
     Export,
-    Step,
     cache_notes,
     write_cache,
     write_fp32,
@@ -49,7 +49,7 @@ def write_deepstream(bundle: Bundle, folder: Path) -> Export:
     lines += ["[property]", *(f"{key}={value}" for key, value in properties.items())]
     write_text(folder / CONFIG_FILE, "\n".join(lines) + "\n")
     steps = (
-        Step(
+        DeviceStep(
             "Build the engine and run it on a video (FILE.h264)",
             "gst-launch-1.0 filesrc location=FILE.h264 ! h264parse ! nvv4l2decoder ! m.sink_0 "
             f"nvstreammux name=m batch-size={properties['batch-size']} width=1280 height=720 ! "

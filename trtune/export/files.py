@@ -20,7 +20,7 @@ FP32_FILE, QDQ_FILE, CACHE_NAME = "model_fp32.onnx", "model_qdq.onnx", "calibrat
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DeviceStep:
     """One thing to do on the device: what it gives, and the command, as a shell takes it."""
 
     title: str
@@ -34,7 +34,7 @@ class Export:
     target: str
     folder: Path
     files: tuple[str, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[DeviceStep, ...]
     notes: tuple[str, ...] = ()
 
 

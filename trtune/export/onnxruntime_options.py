@@ -12,8 +12,8 @@ from trtune.export.bundle import Bundle
 from trtune.export.files import (
     FP32_FILE,
     QDQ_FILE,
+    DeviceStep,
     Export,
-    Step,
     cache_notes,
     shapes_text,
     write_fp32,
@@ -91,11 +91,13 @@ def write_ort(bundle: Bundle, folder: Path) -> Export:
     write_text(folder / OPTIONS_FILE, json.dumps(provider_options(bundle), indent=2) + "\n")
     write_text(folder / SCRIPT, LOAD)
     steps = [
-        Step("TensorRT, the Q/DQ model", f"python {SCRIPT} tensorrt-qdq"),
-        Step("TensorRT-RTX, the Q/DQ model", f"python {SCRIPT} tensorrt-rtx"),
+        DeviceStep("TensorRT, the Q/DQ model", f"python {SCRIPT} tensorrt-qdq"),
+        DeviceStep("TensorRT-RTX, the Q/DQ model", f"python {SCRIPT} tensorrt-rtx"),
     ]
     if bundle.cache is not None:
-        step = Step("TensorRT 10, the FP32 model and the table", f"python {SCRIPT} tensorrt-table")
+        step = DeviceStep(
+            "TensorRT 10, the FP32 model and the table", f"python {SCRIPT} tensorrt-table"
+        )
         steps.append(step)
     return Export("ort", folder, tuple(files), tuple(steps), tuple(notes))
 

@@ -17,8 +17,8 @@ from trtune.export.files import (
     CACHE_NAME,
     FP32_FILE,
     QDQ_FILE,
+    DeviceStep,
     Export,
-    Step,
     cache_notes,
     write_cache,
     write_fp32,
@@ -148,11 +148,11 @@ def write_polygraphy(bundle: Bundle, folder: Path) -> Export:
     write_text(folder / SETTINGS_FILE, json.dumps(script_settings(bundle), indent=2) + "\n")
     write_text(folder / SCRIPT, COMPARE)
     steps = [
-        Step("Compare in onnxruntime", f"python {SCRIPT}"),
-        Step("And a TensorRT engine of the Q/DQ model", f"python {SCRIPT} --tensorrt"),
+        DeviceStep("Compare in onnxruntime", f"python {SCRIPT}"),
+        DeviceStep("And a TensorRT engine of the Q/DQ model", f"python {SCRIPT} --tensorrt"),
     ]
     if has_cache:
-        step = Step("And one of cache and pins (TensorRT 10)", f"python {SCRIPT} --cache")
+        step = DeviceStep("And one of cache and pins (TensorRT 10)", f"python {SCRIPT} --cache")
         steps.append(step)
     notes += cache_notes(bundle)
     return Export("polygraphy", folder, tuple(files), tuple(steps), tuple(notes))

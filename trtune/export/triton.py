@@ -9,7 +9,7 @@ from trtune.configs.errors import InputError
 from trtune.configs.files import write_text
 from trtune.datasets.batches import InputSpec
 from trtune.export.bundle import Bundle
-from trtune.export.files import QDQ_FILE, Export, Step, write_qdq
+from trtune.export.files import QDQ_FILE, DeviceStep, Export, write_qdq
 from trtune.export.trtexec import explicit_command
 
 TYPES = {
@@ -34,12 +34,12 @@ def write_triton(bundle: Bundle, folder: Path) -> Export:
     plan = f"model_repository/{name}/1/model.plan"
     (folder / plan).parent.mkdir(parents=True, exist_ok=True)
     steps = (
-        Step(
+        DeviceStep(
             "Build the plan with the TensorRT of the server's container (11; with TensorRT 10 "
             "add --stronglyTyped)",
             explicit_command(bundle, 11, plan),
         ),
-        Step("Serve it", 'tritonserver --model-repository="$PWD/model_repository"'),
+        DeviceStep("Serve it", 'tritonserver --model-repository="$PWD/model_repository"'),
     )
     notes = (
         "A plan runs with the TensorRT version that built it, on the GPU type that built it.",

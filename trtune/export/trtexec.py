@@ -9,8 +9,8 @@ from trtune.export.files import (
     CACHE_NAME,
     FP32_FILE,
     QDQ_FILE,
+    DeviceStep,
     Export,
-    Step,
     cache_notes,
     write_cache,
     write_fp32,
@@ -32,14 +32,14 @@ def write_trtexec(bundle: Bundle, folder: Path) -> Export:
     files, steps = [QDQ_FILE, FP32_FILE], []
     for major in (11, 10):
         command = explicit_command(bundle, major)
-        steps.append(Step(EXPLICIT.format(major), command))
+        steps.append(DeviceStep(EXPLICIT.format(major), command))
         files.append(f"build-trt{major}.sh")
         write_script(folder / files[-1], command, steps[-1].title)
     notes = ["The two ways give different engines: the scales are the same, the fusions are not."]
     if has_cache:
         files.append(CACHE_NAME)
     command, left_out = implicit_command(bundle, has_cache=has_cache)
-    steps.append(Step(IMPLICIT, command))
+    steps.append(DeviceStep(IMPLICIT, command))
     files.append("build-trt10-cache.sh")
     write_script(folder / files[-1], command, IMPLICIT)
     if left_out:
