@@ -20,8 +20,8 @@ from trtune.export.files import (
 from trtune.precision.backends.trt.command import strong_options, trtexec_command, weak_options
 from trtune.precision.backends.trt.weak import flag_names
 
-EXPLICIT = "TensorRT {}, the Q/DQ model, strongly typed"
-IMPLICIT = "TensorRT 10, calibration cache and pins, weakly typed"
+QDQ_TITLE = "TensorRT {}, the Q/DQ model, strongly typed"
+CACHE_TITLE = "TensorRT 10, calibration cache and pins, weakly typed"
 
 
 def write_trtexec(bundle: Bundle, folder: Path) -> Export:
@@ -32,16 +32,16 @@ def write_trtexec(bundle: Bundle, folder: Path) -> Export:
     files, steps = [QDQ_FILE, FP32_FILE], []
     for major in (11, 10):
         command = explicit_command(bundle, major)
-        steps.append(DeviceStep(EXPLICIT.format(major), command))
+        steps.append(DeviceStep(QDQ_TITLE.format(major), command))
         files.append(f"build-trt{major}.sh")
         write_script(folder / files[-1], command, steps[-1].title)
     notes = ["The two ways give different engines: the scales are the same, the fusions are not."]
     if has_cache:
         files.append(CACHE_NAME)
     command, left_out = implicit_command(bundle, has_cache=has_cache)
-    steps.append(DeviceStep(IMPLICIT, command))
+    steps.append(DeviceStep(CACHE_TITLE, command))
     files.append("build-trt10-cache.sh")
-    write_script(folder / files[-1], command, IMPLICIT)
+    write_script(folder / files[-1], command, CACHE_TITLE)
     if left_out:
         notes.append(f"trtexec's syntax cannot name these layers: {', '.join(left_out)}")
     return Export("trtexec", folder, tuple(files), tuple(steps), (*notes, *cache_notes(bundle)))
