@@ -59,3 +59,19 @@ def test_plans(script: ModuleType, a: Any, b: Any, same: bool) -> None:
 )
 def test_files(script: ModuleType, old: Any, new: Any, found: list[str]) -> None:
     assert list(script.differences(script.Outcome(*old), script.Outcome(*new))) == found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "moved"),
+    [
+        pytest.param(b"H\na: 1\nb: 2\n", b"H\na: 1\nc: 3\nb: 2\n", [], id="one knows more"),
+        pytest.param(b"H\na: 1\nb: 2\n", b"H\na: 1\nb: 3\n", ["b: 2"], id="a scale moved"),
+        pytest.param(b"H\na: 1\nb: 2\n", b"H\na: 1\n", ["b: 2"], id="a scale is missing"),
+        pytest.param(b"H\na: 1\n", b"G\na: 1\n", ["H"], id="another header"),
+    ],
+)
+def test_caches(script: ModuleType, old: bytes, new: bytes, moved: list[str]) -> None:
+    assert script.cache_differences(old, new) == moved
+    cache = {"calibration.cache": old}, {"calibration.cache": new}
+    found = list(script.differences(*(script.Outcome(files) for files in cache)))
+    assert bool(found) == bool(moved)
