@@ -146,7 +146,7 @@ def provider_files(folder: Path) -> dict[str, float]:
     calibrate = pytest.importorskip("onnxruntime.quantization.calibrate")
     ranges = {"conv out": (-2.0, 2.5), "relu": (0.0, 1.27)}
     data = {
-        name: calibrate.TensorData(lowest=np.float32(low), highest=np.float32(high))
+        name: calibrate.TensorData(lowest=np.array(low, "f4"), highest=np.array(high, "f4"))
         for name, (low, high) in ranges.items()
     }
     quantization.write_calibration_table(data, str(folder))

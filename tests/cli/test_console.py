@@ -158,8 +158,8 @@ def test_a_closed_pipe_is_left_to_typer() -> None:
 
 def test_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with session() as terminal:
-        terminal.result({"a": 1}, "[red]x", Text("y " * 90))
-    assert capsys.readouterr().out == "[red]x\n" + "y " * 90 + "\n"
+        terminal.result({"a": 1}, "[red]x", Text("y " * 90 + "y"))
+    assert capsys.readouterr().out == "[red]x\n" + "y " * 90 + "y\n"
 
 
 def test_with_json_nothing_else_reaches_stdout(capsys: pytest.CaptureFixture[str]) -> None:
