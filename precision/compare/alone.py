@@ -287,7 +287,8 @@ def alone_errors(
 
     def measure(name: str) -> ErrorSums:
         edges = edges_of(view, plan, view.by_name[name])
-        run = alone.session(Change(edges, (weights[name],), table.weights))
+        own = (weights[name],) if name in weights else ()  # a product of data has none
+        run = alone.session(Change(edges, own, table.weights))
         tensors = {view.by_name[n].input[i] for n, i in edges}
         sums: dict[str, ErrorSums] = {}
         for batch in range(alone.batches):

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from trtune.precision.plan.plan import COMPUTE_OPS, RULE, PrecisionPlan
+from trtune.precision.plan.plan import RULE, PrecisionPlan
 
 QAT = "qat"
 IN_FILE = "quantized in the QAT model"
 FLOAT_IN_FILE = "float in the QAT model"
-
-
-def why_nothing_in_int8(plan: PrecisionPlan) -> str:
-    """Why no node of a plan that asks for int8 ("int8" or "qat") runs in it; "" if one does, or if
-    int8 was not asked for.
-
-    A run of which this says something has no quantized model to judge: its target is not met.
-    """
-    if plan.int8_nodes or plan.default not in ("int8", QAT):
-        return ""
-    products = plan.compute_nodes
-    if not products:
-        return f"nothing runs in INT8: there is no {', '.join(COMPUTE_OPS)} in the model"
-    counted = Counter(plan.nodes[name].reason for name in products)
-    shown = [f"{reason} ({count} nodes)" for reason, count in counted.most_common(3)]
-    more = f"; and {len(counted) - 3} more reasons" if len(counted) > 3 else ""
-    return f"nothing runs in INT8: {'; '.join(shown)}{more}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from trtune.datasets.batches import InputSpec
 from trtune.precision.graph.macs import MACS, macs, parameter_tensors, parameters
 from trtune.precision.graph.proto import subgraphs
 from trtune.precision.graph.view import GraphView, Model, Shape, elements
+from trtune.precision.plan.imported import QAT
 from trtune.precision.plan.plan import PrecisionPlan
 
 QUANTIZED_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
@@ -179,12 +180,12 @@ def refuse_quantized(view: GraphView, default: str) -> None:
 
 
 def nothing_in_int8(view: GraphView, plan: PrecisionPlan) -> str:
-    """Why a run whose default is int8 has not met its target: no node of `plan` is in INT8.
+    """Why a run whose default is int8 or qat has not met its target: no node is in INT8.
 
     Empty if one is, or another default was asked for. Such a run gives back the model that went
     in, and a target of accuracy says nothing.
     """
-    if plan.default != "int8" or plan.int8_nodes:
+    if plan.default not in ("int8", QAT) or plan.int8_nodes:
         return ""
     reasons = Counter(plan.nodes[name].reason for name in plan.compute_nodes)
     listed = "; ".join(f"{why} ({count} nodes)" for why, count in reasons.most_common(3))

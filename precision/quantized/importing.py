@@ -24,8 +24,9 @@ from trtune.precision.graph.opsets import QDQ_OPSET
 from trtune.precision.graph.proto import default_opset
 from trtune.precision.graph.view import GraphView, Model, load_model, model_from_proto, save_model
 from trtune.precision.lower.half_on_cpu import in_float32
-from trtune.precision.plan.imported import ImportedPlan, why_nothing_in_int8
+from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.plan.placement import Edge
+from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.quantized.find import Found, find_quantization
 from trtune.precision.quantized.findings import (
     BEYOND_INT8,
@@ -266,7 +267,7 @@ def strip(path: Path, *, allow_requantize: bool = False) -> Stripped:
 def require_scales(imported: Imported) -> None:
     """Raise ModelError, with the reason, for a model whose cache would be empty."""
     if not imported.table.scales:
-        why = why_nothing_in_int8(imported.plan)
+        why = nothing_in_int8(GraphView.of(imported.model), imported.plan)
         raise ModelError(
             f"{imported.original.path}: no data in it is quantized, so a cache of its scales would "
             f"be empty{f' ({why})' if why else ''}; calibrate the float model instead "

@@ -17,8 +17,10 @@ from trtune.configs.errors import ModelError
 from trtune.datasets.batches import Batch
 from trtune.precision.backends.rtx.as_it_is import build_as_it_is
 from trtune.precision.backends.rtx.backend import RtxBackend
-from trtune.precision.plan.imported import ImportedPlan, why_nothing_in_int8
+from trtune.precision.graph.view import GraphView
+from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.quantized.against import against_builder
+from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.quantized.findings import counts
 from trtune.precision.quantized.importing import (
     Imported,
@@ -176,9 +178,10 @@ def test_asymmetric_ranges_need_a_word(name: str) -> None:
 
 def test_a_file_with_nothing_in_int8_says_why_and_writes_no_cache(tmp_path: Path) -> None:
     path = model_path("makers/tao_sym_ts_cnn")
-    why = why_nothing_in_int8(import_quantized(path).plan)
+    found = import_quantized(path)
+    why = nothing_in_int8(GraphView.of(found.model), found.plan)
     assert why == (
-        "nothing runs in INT8: float in the QAT model: its weights are quantized, its data are not "
+        "no node runs in INT8: float in the QAT model: its weights are quantized, its data are not "
         "(8 nodes)"
     )
     model, cache = tmp_path / "m.onnx", tmp_path / "q.cache"
