@@ -13,6 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from trtune.reports import plots
+from trtune.reports.differences import Difference
 from trtune.reports.record import LayerRow, RunRecord, Variant
 from trtune.reports.summary import (
     DASH,
@@ -48,6 +49,17 @@ from trtune.reports.tables import (
 WORST_LAYERS = 16
 WORST_HISTOGRAMS = 9
 SHORT_TABLE = 12
+OPEN_LAYERS = 120
+"""Up to so many layers their table is open from the start."""
+OPEN_PREPARED = 24
+MOST_LINTS = 40
+MOVES = {
+    "scale": "channels scaled to a common range",
+    "shift": "shifted to the middle of its range",
+    "round": "integer codes of the weights chosen on the data",
+    "bias": "bias corrected for the error of the weights",
+}
+"""What `run.json` calls a move of preparation, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +73,10 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One layer in a bar list: `width` is per cent of the longest bar, `error` per cent."""
+    """One layer in a bar list: `width` is per cent of the longest bar, `error` per cent.
+
+    `row` is the layer's row in the table of all, counted from 1.
+    """
 
     node: str
     op: str
@@ -69,6 +84,7 @@ class Bar:
     error: str
     width: float
     pinned: bool
+    row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +117,7 @@ LAYER_COLUMNS = (
 def report_html(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
     """The whole report of one run. Parts for which nothing was measured are left out."""
     pinned = pinned_nodes(record, layers)
+    shown = record.histograms[:WORST_HISTOGRAMS]
     return _template("report.html.jinja").render(
         record=record,
         badge=STATUS[record.status] if record.target or record.status == "failed" else "done",
@@ -115,7 +132,7 @@ def report_html(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         profile_plot=Markup(plots.profile_svg(layers, pinned)),
         histograms=[
             (plot, Markup(plots.histogram_svg(plot, f"hist{index}")))
-            for index, plot in enumerate(record.histograms[:WORST_HISTOGRAMS])
+            for index, plot in enumerate(shown)
         ],
         outlier_sentences=outlier_sentences(record),
         layers=layers,
@@ -123,15 +140,22 @@ def report_html(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         pinned=pinned,
         precisions=[p for p in PRECISIONS if any(row.precision == p for row in layers)],
         short=SHORT_TABLE,
+        open_layers=OPEN_LAYERS,
+        open_prepared=OPEN_PREPARED,
+        most_lints=MOST_LINTS,
+        engines=[v for v in record.variants if v.lints or v.explained],
+        plots_of={p.tensor: k for k, p in enumerate(shown, start=1)},
+        rows_of={r.tensor: k for k, r in reversed(list(enumerate(layers, start=1)))},
     )
 
 
-def several_html(records: Sequence[RunRecord]) -> str:
-    """Several runs side by side, each with its headline."""
+def several_html(records: Sequence[RunRecord], differences: Sequence[Difference] = ()) -> str:
+    """Several runs side by side, each with its headline; of two, what `differences` they have."""
     return _template("several.html.jinja").render(
         records=records,
         table=compare_table(records),
         headlines=[(record, headline(record), verdict(record)) for record in records],
+        differences=differences,
         status=STATUS,
     )
 
@@ -149,6 +173,7 @@ def _template(name: str) -> Template:
     environment.filters |= {
         "breakable": _breakable,
         "metric_label": metric_label,
+        "move_text": lambda move: MOVES.get(move, move),
         "metric_text": lambda value, metric: metric_text(metric, value),
         "number": number,
         "ratio": ratio_text,
@@ -239,6 +264,7 @@ def _bars(layers: Sequence[LayerRow], by: str, pinned: frozenset[str]) -> list[B
     """The worst layers by the decibel value `by`; the bar shows noise / signal, in per cent."""
     worst = worst_layers(layers, by=by, count=WORST_LAYERS)
     ratios = [_noise_ratio(float(getattr(row, by))) for row in worst]
+    places = {row.node: place for place, row in enumerate(layers, start=1)}
     longest = max((r for r in ratios if math.isfinite(r)), default=0.0) or 1.0
     return [
         Bar(
@@ -248,6 +274,7 @@ def _bars(layers: Sequence[LayerRow], by: str, pinned: frozenset[str]) -> list[B
             error=f"{100 * ratio:.1f} %" if math.isfinite(ratio) else "NaN",
             width=round(100 * min(ratio / longest, 1.0), 2),
             pinned=row.node in pinned,
+            row=places[row.node],
         )
         for row, ratio in zip(worst, ratios, strict=True)
     ]

@@ -42,6 +42,17 @@ class Baseline(_Value):
     samples: int
 
 
+class EngineFinding(_Value):
+    """What the engine's own account says against it: at which layer, and what to do."""
+
+    kind: str
+    layer: str
+    nodes: list[str] = Field(default_factory=list)
+    found: str = ""
+    remedy: str = ""
+    milliseconds: float | None = None
+
+
 class Variant(_Value):
     """One model on one backend: `fp32`, `int8` (or another untuned one) or `tuned`.
 
@@ -54,6 +65,7 @@ class Variant(_Value):
     machine has not, failed for one that could not build or run: it then has this one variant.
     `reason` says why it could not run here,
     `command` builds the same engine with NVIDIA's tool, `notes` is what the backend has to say.
+    `lints` are what the engine's own account says against it, `explained` what its build log does.
     """
 
     name: str
@@ -75,6 +87,8 @@ class Variant(_Value):
     reason: str | None = None
     command: str | None = None
     notes: list[str] = Field(default_factory=list)
+    lints: list[EngineFinding] = Field(default_factory=list)
+    explained: list[str] = Field(default_factory=list)
 
 
 class TuningStep(_Value):

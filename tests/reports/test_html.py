@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trtune.reports.html import report_html, several_html
-from trtune.reports.record import Baseline, LayerRow, RunRecord, Variant
+from trtune.reports.record import Baseline, EngineFinding, LayerRow, RunRecord, Variant
 
 VOID = {"meta", "link", "input", "wbr", "br", "img", "path", "use", "rect"}
 EVIL = '<script>alert("x")</script>&"\'/<b>'
@@ -195,3 +196,69 @@ def test_a_browser_sorts_and_filters_without_an_error(
     assert "block.0/Conv pinned" in first.replace("\N{NO-BREAK SPACE}", " ")
     assert shown == "1 of 82"
     assert too_wide == "false"
+
+
+def test_what_engines_and_preparation_say(record: RunRecord, layers: list[LayerRow]) -> None:
+    lint = {"kind": "reformat", "layer": "r", "nodes": ["conv_1"], "found": EVIL, "remedy": "pin"}
+    said = {"lints": [EngineFinding.model_validate(lint)] * 45, "explained": [EVIL]}
+    update = {
+        "variants": [record.variants[-1].model_copy(update=said)],
+        "prepared": {EVIL: ["scale", "shift"], "conv": ["round", "new-move"]},
+    }
+    page = parse(report_html(record.model_copy(update=update), layers))
+    assert {"engines", "prepared"} <= set(page.ids)
+    assert "and 5 more findings in engine.json" in page.text
+    assert "channels scaled to a common range; shifted to the middle of its range" in page.text
+    assert "new-move" in page.text
+
+
+def test_bars_histograms_and_rows_lead_to_each_other(
+    record: RunRecord, layers: list[LayerRow]
+) -> None:
+    row = layers[0].model_copy(update={"tensor": record.histograms[0].tensor})
+    page = parse(report_html(record, [row, *layers[1:]]))
+    assert {"#h1", "#r1"} <= set(page.links)
+
+
+@pytest.mark.parametrize(("count", "is_open"), [(5, True), (2000, False)])
+def test_a_short_layer_table_is_open_and_a_long_one_stays_small(
+    count: int, is_open: bool, record: RunRecord, layers: list[LayerRow]
+) -> None:
+    rows = [layers[0].model_copy(update={"node": f"/block/{k}/conv/Conv"}) for k in range(count)]
+    html = report_html(record, rows)
+    assert ("<details open><summary>" + f"{count} layers" in html) == is_open
+    assert len(html.encode()) < 3_000_000
+
+
+def colours(style: str) -> dict[str, str]:
+    return dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", style))
+
+
+def contrast(first: str, second: str) -> float:
+    """The contrast of two colours by WCAG 2."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        red, green, blue = (
+            p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_can_be_read(theme: str, record: RunRecord) -> None:
+    html = report_html(record)
+    start = html.index("prefers-color-scheme: dark") if theme == "dark" else 0
+    end = html.index("* { box-sizing") if theme == "dark" else html.index("prefers-color-scheme")
+    found = colours(html[start:end])
+    pairs = [
+        (ink, ground)
+        for ink in ("ink", "soft", "muted", "accent")
+        for ground in ("page", "surface", "raised")
+    ]
+    pairs += [(name, f"{name}-soft") for name in ("good", "warn", "bad", "int8", "fp16", "bf16")]
+    pairs += [("fp32", "fp32-soft"), ("warn", "surface"), ("ink", "warn-soft")]
+    assert {p: c for p in pairs if (c := contrast(found[p[0]], found[p[1]])) < 4.5} == {}

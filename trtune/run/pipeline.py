@@ -24,6 +24,7 @@ from trtune.configs.progress import Progress, announce, enter, silent
 from trtune.configs.schema import Config
 from trtune.precision.runtime.api import BuildInfo
 from trtune.reports.accuracy import Evaluation
+from trtune.reports.differences import Difference, read_files, run_differences
 from trtune.reports.html import several_html
 from trtune.reports.markdown import several_markdown
 from trtune.reports.measures.recognise import task_of
@@ -270,6 +271,14 @@ def _runs_among(places: Sequence[Path | str]) -> list[tuple[Path, RunRecord]]:
     return found
 
 
+def _differences(runs: Sequence[tuple[Path, RunRecord]]) -> list[Difference]:
+    """What differs between two runs; of more, nothing: their tables stand side by side."""
+    if len(runs) != 2:
+        return []
+    first, second = (read_files(record, folder) for folder, record in runs)
+    return run_differences(first, second)
+
+
 def report(
     runs: Sequence[Path | str],
     *,
@@ -291,6 +300,9 @@ def report(
         write_report(folder, record, rows, formats=tuple(formats))
     records = [record for _, record in found]
     if together is not None:
-        draw = several_markdown if Path(together).suffix == ".md" else several_html
-        write_text(Path(together), draw(records))
+        if Path(together).suffix == ".md":
+            text = several_markdown(records)
+        else:
+            text = several_html(records, _differences(found))
+        write_text(Path(together), text)
     return records

@@ -195,6 +195,8 @@ def _variant(work: RunWork, one: OnBackend, fp32: Evaluation, name: str) -> Vari
         path=info.path.relative_to(work.folder).as_posix() if info.path else None,
         reason=info.reason or None,
         command=info.details.get("command"),
+        lints=info.details.get("lints", []),
+        explained=info.details.get("explained", []),
         notes=[*info.details.get("notes", ()), *own_calibration(info.details.get("calibration"))],
     )
 
