@@ -106,10 +106,10 @@ def scale_ratios(
     first: Mapping[str, float], second: Mapping[str, float]
 ) -> list[tuple[str, float | None, float | None, float]]:
     """Tensors with another scale: (tensor, first, second, second / first), those furthest apart
-    first; a tensor that one of them lacks comes before those, with an infinite ratio.
+    first; a tensor that one of them lacks comes last, with an infinite ratio.
 
     >>> scale_ratios({"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 4.0, "b": 2.0})
-    [('c', 3.0, None, inf), ('a', 1.0, 4.0, 4.0)]
+    [('a', 1.0, 4.0, 4.0), ('c', 3.0, None, inf)]
     """
     rows = []
     for tensor in {**first, **second}:
@@ -118,7 +118,7 @@ def scale_ratios(
             rows.append((tensor, one, other, math.inf))
         elif abs(one - other) > EQUAL_RATIO * max(abs(one), abs(other)):
             rows.append((tensor, one, other, other / one if one else math.inf))
-    return sorted(rows, key=lambda row: (-_distance(row[3]), row[0]))
+    return sorted(rows, key=lambda row: (None in row, -_distance(row[3]), row[0]))
 
 
 def _distance(ratio: float) -> float:
@@ -148,7 +148,10 @@ def _scales(
         for tensor, one, other, ratio in apart
     )
     same = len({**first, **second}) - len(rows)
-    lead = f"Tensors whose scales differ, the largest ratios first; {same} are equal."
+    lead = (
+        "Tensors whose scales differ, the largest ratios first, then those of one run alone; "
+        f"{same} are equal."
+    )
     table = Table(("tensor", *names, "ratio"), rows[:MOST_ROWS], text_columns=1)
     return Difference("Scales", lead, table, len(rows) - len(table.rows))
 
