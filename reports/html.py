@@ -53,7 +53,7 @@ OPEN_LAYERS = 120
 """Up to so many layers their table is open from the start."""
 OPEN_PREPARED = 24
 MOST_LINTS = 40
-MOVES = {
+MOVE_TEXTS = {
     "scale": "channels scaled to a common range",
     "shift": "shifted to the middle of its range",
     "round": "integer codes of the weights chosen on the data",
@@ -173,7 +173,7 @@ def _template(name: str) -> Template:
     environment.filters |= {
         "breakable": _breakable,
         "metric_label": metric_label,
-        "move_text": lambda move: MOVES.get(move, move),
+        "move_text": lambda move: MOVE_TEXTS.get(move, move),
         "metric_text": lambda value, metric: metric_text(metric, value),
         "number": number,
         "ratio": ratio_text,
