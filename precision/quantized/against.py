@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.plan.plan import COMPUTE_OPS
-from trtune.precision.quantized.find import ACTIVATION, Found, Pair, carried_by, find_quantization
+from trtune.precision.quantized.find import (
+    ACTIVATION,
+    UINT8,
+    Found,
+    Pair,
+    carried_by,
+    find_quantization,
+)
 from trtune.precision.quantized.findings import BEYOND_INT8, ERROR, Finding
 from trtune.precision.quantized.forms.float_types import in_full_precision
 from trtune.precision.quantized.strip import renormalised
@@ -88,14 +95,21 @@ def against_builder(
     wide, _, _ = in_full_precision(original.proto)
     view = GraphView.of(renormalised(original, wide))
     found = find_quantization(view)
-    kinds = tuple(dict.fromkeys(row.kind for row in rows if row.kind in REFUSED_KINDS))
-    wrong = {row.node for row in rows if row.severity == ERROR}
+    misread = {pair.node for pair in found.pairs if pair.dtype == UINT8 and _around_zero(pair)}
+    # uint8 around 0 is not refused but read as int8: wrong values, and int8 kernels all the same
+    taken = [row for row in rows if not (row.kind == UINT8 and row.node in misread)]
+    kinds = tuple(dict.fromkeys(row.kind for row in taken if row.kind in REFUSED_KINDS))
+    wrong = {row.node for row in taken if row.severity == ERROR}
     unsure = {row.node for row in rows if row.kind in BEYOND_INT8}
     products = tuple(
         Product(name, _expected(view, found, name, wrong, unsure), precisions.get(name, ""))
         for name in _products(view)
     )
     return Agreement(products, refused, kinds)
+
+
+def _around_zero(pair: Pair) -> bool:
+    return not pair.zero_points.any()
 
 
 def _products(view: GraphView) -> list[str]:
