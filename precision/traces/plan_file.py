@@ -82,8 +82,12 @@ def read_header(data: bytes) -> tuple[str, str, str, int]:
     Raises ValueError if `data` is no plan, or shorter than a header.
     """
     magic = data[:4]
-    if magic not in MAKERS or len(data) < HEADER:
-        raise ValueError("no plan of TensorRT")
+    if magic not in MAKERS:
+        raise ValueError("no plan of TensorRT: its first bytes are not ftrt, vtrt or ptrt")
+    if len(data) < HEADER:
+        raise ValueError(
+            f"a plan of TensorRT cut off after {len(data)} of its header's {HEADER} bytes"
+        )
     version = ".".join(map(str, data[24:28])) if magic in VERSIONED else ""
     (serialization,) = struct.unpack("<I", data[4:8])
     return magic.decode(), MAKERS[magic], version, serialization
@@ -97,9 +101,7 @@ def read_plan(path: Path) -> PlanFile:
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise ModelError(
-            f"{path} is no plan of TensorRT: its first bytes are not ftrt, vtrt or ptrt"
-        ) from error
+        raise ModelError(f"{path} is {error}") from error
     kernels: dict[str, None] = {}
     sms: set[int] = set()
     devices: dict[str, None] = {}

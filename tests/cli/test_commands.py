@@ -262,7 +262,7 @@ class TestInspect:
             pytest.param(None, "no such model: net.onnx", id="no such model"),
             pytest.param(b"", "net.onnx is empty (0 bytes)", id="empty"),
             pytest.param(b"hello, world", "net.onnx is not an ONNX file: 12 bytes", id="text"),
-            pytest.param(b"ftrt\0\0", "net.onnx is not an ONNX file but a TensorRT", id="engine"),
+            pytest.param(b"ftrt\0\0", "net.onnx is a plan of TensorRT cut off", id="engine"),
         ],
     )
     def test_a_file_that_is_no_model(self, here: Path, content: bytes | None, message: str) -> None:
@@ -274,9 +274,9 @@ class TestInspect:
         model.write_bytes(model.read_bytes()[:-100])
         assert "is truncated or damaged" in refused("inspect", "net.onnx")
 
-    def test_an_engine_plan_alone_tells_nothing(self, here: Path) -> None:
+    def test_an_engine_plan_cut_off_is_no_plan(self, here: Path) -> None:
         (here / "net.plan").write_bytes(b"ftrt")
-        assert "a plan tells nothing by itself" in refused("inspect", "net.plan")
+        assert "cut off after 4 of its header's" in refused("inspect", "net.plan")
 
 
 class TestInit:
