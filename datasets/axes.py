@@ -23,7 +23,9 @@ def feed_axes(
     `arrays` maps input name to array, `given` says the axis for some, `pictures` go through
     preprocessing and have the samples first. An array of exactly the input's shape is one for all
     samples, unless every array is (then they hold one batch). Else the axis with the batch's name,
-    or the only one in which the array differs from the input's shape.
+    or the only one in which the array differs from the input's shape. Behind a fixed first axis
+    (a recurrent state, layers x batch x hidden) a free one without a name of the batch counts
+    samples if it alone is as long as those of the other arrays.
     """
     given = given or {}
     axes = batch_axes(inputs, given)
@@ -39,6 +41,7 @@ def feed_axes(
             axes[spec.name] = None if rows else axes[spec.name]
         elif not any(map(is_free, spec.shape)):
             axes[spec.name] = _odd_axis(array.shape, spec, axes[spec.name])
+    axes = _with_states(arrays, rows, axes)
     return _with_lengths(arrays, inputs, axes, settled)
 
 
@@ -51,6 +54,25 @@ def _odd_axis(shape: Sequence[int], spec: InputSpec, found: int | None) -> int |
         return found
     odd = [k for k, (a, b) in enumerate(zip(shape, spec.shape, strict=True)) if a != b]
     return odd[0] if len(odd) == 1 else found
+
+
+def _with_states(
+    arrays: Mapping[str, NDArray[Any]],
+    inputs: Sequence[InputSpec],
+    axes: dict[str, int | None],
+) -> dict[str, int | None]:
+    counts = {
+        arrays[name].shape[axis]
+        for name, axis in axes.items()
+        if axis is not None and axis < arrays[name].ndim
+    }
+    found = dict(axes)
+    for spec in inputs:
+        shape = arrays[spec.name].shape
+        if axes[spec.name] is None and len(shape) == len(spec.shape) and len(counts) == 1:
+            places = [k for k, dim in enumerate(spec.shape) if is_free(dim) and shape[k] in counts]
+            found[spec.name] = places[0] if len(places) == 1 else None
+    return found
 
 
 def _with_lengths(

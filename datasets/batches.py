@@ -115,6 +115,15 @@ def _main(inputs: Sequence[InputSpec]) -> InputSpec | None:
     return max((spec for spec in inputs if spec.shape), key=lambda s: len(s.shape), default=None)
 
 
+def _fixed_size(inputs: Sequence[InputSpec]) -> int | None:
+    """The batch of the main input; 1 if it is a state with layers first, and another begins so."""
+    main = _main(inputs)
+    if main is None:
+        return None
+    single = any(spec.fixed_batch == 1 for spec in inputs if spec.shape)
+    return 1 if single and len(main.shape) == 3 and main.shape[1] == 1 else main.fixed_batch
+
+
 def _symbol(dim: int | str | None) -> str:
     return dim if isinstance(dim, str) else ""
 
@@ -126,15 +135,14 @@ def batch_axes(
 
     `given` says it for some. Else the axis with the name of `batch_symbol`; where no input has a
     free dimension, or the input of the highest rank fixes its batch, the first axis of those as
-    long as its first.
+    long as its first (of a recurrent state, layers x 1 x hidden, beside rows of 1: as long as 1).
 
     >>> shapes = {"image": ("n", 3, 16, 16), "camera": (16, 16), "index": ("n",), "gain": ()}
     >>> batch_axes([InputSpec(name, shape, "float32") for name, shape in shapes.items()])
     {'image': 0, 'camera': None, 'index': 0, 'gain': None}
     """
     symbol = batch_symbol(inputs)
-    main = _main(inputs)
-    size = None if main is None else main.fixed_batch
+    size = _fixed_size(inputs)
     axes: dict[str, int | None] = {}
     for spec in inputs:
         if spec.name in (given or {}):

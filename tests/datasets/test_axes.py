@@ -51,6 +51,22 @@ def specs(**shapes: Shape) -> list[InputSpec]:
             {"x": ("n", 4, 8), "h": (2, "n", 16)}, [(24, 4, 8), (2, 24, 16)], [0, 1], 24,
             id="state 2 x N x H",
         ),
+        pytest.param(
+            {"x": (None, None), "h": (2, None, 16), "rate": ()}, [(24, 9), (2, 24, 16), ()],
+            [0, 1, None], 24, id="state of unnamed dimensions",
+        ),
+        pytest.param(
+            {"x": (None, None), "h": (2, None, 16)}, [(24, 9), (2, 1, 16)], [0, None], 24,
+            id="one unnamed state for all",
+        ),
+        pytest.param(
+            {"x": (1, 9), "h": (2, 1, 16)}, [(24, 9), (2, 1, 16)], [0, None], 24,
+            id="one fixed state of higher rank for all",
+        ),
+        pytest.param(
+            {"x": (1, 9), "h": (2, 1, 16)}, [(24, 9), (2, 24, 16)], [0, 1], 24,
+            id="a fixed state of higher rank a sample",
+        ),
         pytest.param({"x": (4, 8), "h": (4, 2)}, [(4, 8), (4, 2)], [0, 0], 4, id="one batch"),
     ],
 )  # fmt: skip

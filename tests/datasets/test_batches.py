@@ -126,6 +126,8 @@ def test_an_array_of_labels_for_each_sample() -> None:
         pytest.param([(-1, 3, 8, 8)], [0], 7, id="-1 is free"),
         pytest.param([(1, 3, "h", "w"), (1, 1, "h", "w")], [0, 0], 1, id="free sides"),
         pytest.param([(None, 3), (4, 4)], [0, None], 7, id="no names"),
+        pytest.param([(1, 9), (2, 1, 16)], [0, None], 1, id="a fixed state of higher rank"),
+        pytest.param([(4, 3, 8), (1,)], [0, None], 4, id="a fixed batch beside one value"),
     ],
 )
 def test_the_axis_of_the_samples_is_found_by_shape(

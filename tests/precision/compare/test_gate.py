@@ -162,6 +162,24 @@ def test_the_gate_accepts_what_its_limit_allows() -> None:
     assert 1e-5 < sums["logits"].mean_relative < 1.0
 
 
+@pytest.mark.parametrize(("rest", "passes"), [(2e-9, True), (2e-3, False)])
+def test_elements_of_an_output_next_to_zero_may_differ_in_the_model_too(
+    rest: float, passes: bool
+) -> None:
+    def scaled(last: float) -> onnx.ModelProto:
+        net = tinymodels.Net()
+        factors = net.const("f", np.array([1, 1, last]).reshape(1, 3, 1, 1))
+        return net.model({net.op("Mul", net.input("x"), factors, out="y"): tinymodels.PICTURE})
+
+    model = scaled(rest / 2)
+    if passes:
+        (total,) = fp32_gate(model, scaled(rest), pictures(model)).values()
+        assert total.mean_relative > 0.1
+        return
+    with pytest.raises(ModelError, match=r"relative L2 0\.000"):
+        fp32_gate(model, scaled(rest), pictures(model))
+
+
 def test_the_gate_names_the_picture_on_which_the_original_gives_nan() -> None:
     model = tinymodels.conv_relu()
     source = pictures(model)
