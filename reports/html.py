@@ -51,6 +51,8 @@ WORST_HISTOGRAMS = 9
 SHORT_TABLE = 12
 OPEN_LAYERS = 120
 """Up to so many layers their table is open from the start."""
+WINDOWED_FROM = 300
+"""Of a table of more layers, a browser holds only the rows in sight."""
 OPEN_PREPARED = 24
 MOST_LINTS = 40
 MOVE_TEXTS = {
@@ -141,6 +143,7 @@ def report_html(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         precisions=[p for p in PRECISIONS if any(row.precision == p for row in layers)],
         short=SHORT_TABLE,
         open_layers=OPEN_LAYERS,
+        windowed_from=WINDOWED_FROM,
         open_prepared=OPEN_PREPARED,
         most_lints=MOST_LINTS,
         engines=[v for v in record.variants if v.lints or v.explained],

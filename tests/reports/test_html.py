@@ -262,3 +262,49 @@ def test_text_can_be_read(theme: str, record: RunRecord) -> None:
     pairs += [(name, f"{name}-soft") for name in ("good", "warn", "bad", "int8", "fp16", "bf16")]
     pairs += [("fp32", "fp32-soft"), ("warn", "surface"), ("ink", "warn-soft")]
     assert {p: c for p in pairs if (c := contrast(found[p[0]], found[p[1]])) < 4.5} == {}
+
+
+WINDOW = """<script>
+var seen = [], body = document.getElementById("layertable").tBodies[0];
+var shown = function () { return body.rows.length; };
+window.onerror = function (message) { document.title = message; };
+seen.push(shown());
+location.hash = "#r1500";
+setTimeout(function () {
+  var row = document.getElementById("r1500"), box = document.querySelector(".windowbox");
+  var at = row.getBoundingClientRect(), frame = box.getBoundingClientRect();
+  seen.push(at.top >= frame.top && at.bottom <= frame.bottom, shown());
+  var find = document.getElementById("find");
+  find.value = "/block/1234/";
+  find.dispatchEvent(new Event("input"));
+  seen.push(document.getElementById("shown").textContent);
+  window.dispatchEvent(new Event("beforeprint"));
+  seen.push(shown());
+  document.title = seen.join("|");
+}, 300);
+</script></body>"""
+
+
+@pytest.mark.slow
+def test_of_a_large_table_a_browser_holds_only_the_rows_in_sight(
+    tmp_path: Path, record: RunRecord, layers: list[LayerRow]
+) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("chromium: not installed")
+    rows = [layers[0].model_copy(update={"node": f"/block/{k}/conv/Conv"}) for k in range(2000)]
+    page = tmp_path / "report.html"
+    page.write_text(report_html(record, rows).replace("</body>", WINDOW), encoding="utf-8")
+    command = [
+        browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900",
+        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+        page.as_uri(),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = result.stdout.split("<title>")[1].split("</title>")[0]
+    first, in_sight, later, found, printed = title.split("|")
+    assert int(first) < 200
+    assert in_sight == "true"
+    assert int(later) < 200
+    assert found == "1 of 2000"
+    assert int(printed) == 1
