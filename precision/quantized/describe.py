@@ -148,7 +148,8 @@ def _problems(
             f"operators that onnxruntime does not have: {_listed(model.tail.operators)}; the "
             f"{len(model.tail.nodes)} nodes from there on are neither quantized nor compared"
         )
-    if assigned is not None and not any(row.precision == "int8" for row in rows):
+    floats = quantized_how(graph) != "static"  # such a model has a plan of its own
+    if floats and assigned is not None and not any(row.precision == "int8" for row in rows):
         reasons = Counter(row.reason for row in rows if row.op in MACS and row.reason)
         usual = reasons.most_common(LISTED)
         why = "; ".join(f"{reason} ({count} nodes)" for reason, count in usual)
@@ -229,7 +230,7 @@ def _not_float32(graph: GraphView) -> str | None:
         kind = graph.dtypes.get(node.output[0])
         if node.op_type in MACS and kind not in (None, "float32"):
             kinds[str(kind)].append(node.name)
-    if not kinds:
+    if not kinds or quantized_how(graph) == "static":  # the linter says what becomes of the rest
         return None
     parts = [f"{kind}: {_listed(names)}" for kind, names in sorted(kinds.items())]
     return f"not every weighted node computes in float32 ({'; '.join(parts)}); export in float32"

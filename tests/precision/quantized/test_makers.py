@@ -31,6 +31,7 @@ from trtune.precision.quantized.importing import (
     strip_file,
 )
 from trtune.precision.runtime.api import Candidate
+from trtune.tools import inspect
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
@@ -189,3 +190,10 @@ def test_a_file_with_nothing_in_int8_says_why_and_writes_no_cache(tmp_path: Path
         strip_file(path, model, cache)
     assert not model.exists()
     assert not cache.exists()
+
+
+def test_inspect_gives_no_advice_that_is_not_so() -> None:
+    problems = inspect(model_path("makers/mo_int8_max_fp16_cnn")).problems
+    assert any("precision.default: qat" in problem for problem in problems)
+    assert not any("export in float32" in problem for problem in problems)
+    assert not any("runs no node in INT8" in problem for problem in problems)
