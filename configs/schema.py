@@ -321,6 +321,11 @@ class Config(Section):
     precision: Precision = Field(
         default=Precision(), description="which node runs in which precision, and the target"
     )
+    outputs: tuple[str, ...] = Field(
+        default=(),
+        description="outputs that are judged, in target, ranges and ranking; none named: all of "
+        "them, each by its own energy, and the worst decides",
+    )
     compare: Compare = Field(default=Compare(), description="how layers are compared with FP32")
     backends: tuple[Backend, ...] = Field(
         default=(OnnxRuntime(name="onnxruntime"),),

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from trtune.configs.errors import DataError, did_you_mean
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import Batch, BatchSource
@@ -31,7 +33,12 @@ from trtune.reports.measures.fidelity import (
 )
 from trtune.reports.measures.find import METRICS, Asked, make_measure
 from trtune.reports.measures.recognise import task_of
-from trtune.reports.measures.uncertainty import paired_error, standard_error
+from trtune.reports.measures.uncertainty import (
+    paired_error,
+    share_error,
+    sqnr_error,
+    standard_error,
+)
 from trtune.reports.outputs import Answers, Layout, Run, StoredOutputs, answers
 
 log = logging.getLogger(__name__)
@@ -52,7 +59,8 @@ class Evaluation:
 
     `value` is that of the metric asked for (None if none was) and `error` its standard error;
     `difference_error` that of the difference to the reference, on the same samples; `output` the
-    output that was scored, where the metric chose one. The others compare with the reference and
+    output that was scored, where the metric chose one. `sqnr_error` is the standard error of
+    `sqnr_db` over samples, in decibels. The others compare with the reference and
     are None without one; `agreement` is also None where no output is class scores. `sqnr_db` and
     `cosine` are those of the worst output, `outputs` has them all.
     """
@@ -67,6 +75,7 @@ class Evaluation:
     difference_error: float | None = None
     output: str | None = None
     outputs: Mapping[str, OutputCloseness] = field(default_factory=dict)
+    sqnr_error: float | None = None
 
 
 Metric = str | PythonMetric | Callable[[], Any]
@@ -104,7 +113,7 @@ def evaluate(
         raise ValueError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}")
     asked = asked or Asked(output=output)
     pair = _Pair(_own_agreement(metric, layout), asked, has_reference=reference is not None)
-    sums, samples = Fidelity(), 0
+    sums, spread, samples = Fidelity(), _Spread(), 0
     for batch in source:
         found = _answers(run, batch, samples, fixed_batch, layout)
         if asked.output is not None:
@@ -114,13 +123,47 @@ def evaluate(
             expected = _answers(reference, batch, samples, fixed_batch, layout)
             names = outputs or ([asked.output] if asked.output else ())
             groups = reference.groups if isinstance(reference, StoredOutputs) else ()
-            sums = _compare(sums, expected, found, names, asked.output, batch, groups)
+            sums = _compare(sums, expected, found, names, asked.output, batch, groups, spread)
         pair.update(found.everything, None if expected is None else expected.everything, batch)
         samples += len(batch)
         progress(what, samples, source.count)
     if not samples:
         raise DataError(f"{what}: the data is empty; there is nothing to evaluate")
-    return _evaluation(metric, pair, sums, samples, compared=reference is not None)
+    return _evaluation(metric, pair, sums, spread, samples, compared=reference is not None)
+
+
+class _Spread:
+    """Signal and noise of every sample, by what is judged."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[tuple[Any, Any]]] = {}
+
+    def add(self, name: str, expected: Any, found: Any) -> None:
+        """A row a sample, as sums over the elements that are finite in both."""
+        if expected.dtype.kind != "f" or not len(expected):
+            return
+        shape = (len(expected), -1)
+        exact = expected.reshape(shape) if expected.size else np.zeros((len(expected), 1))
+        test = found.reshape(shape) if found.size else exact
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = exact - test
+            if not np.isfinite(error).all():
+                finite = np.isfinite(error)
+                exact, error = np.where(finite, exact, 0), np.where(finite, error, 0)
+        rows = (_energy(exact), _energy(error))
+        self._rows.setdefault(name, []).append(rows)
+
+    def error(self, name: str | None) -> float | None:
+        """The standard error of the SQNR of what is called `name`, in decibels."""
+        found = self._rows.get(name or "", [])
+        if not found:
+            return None
+        signal, noise = (np.concatenate(part) for part in zip(*found, strict=True))
+        return sqnr_error(signal, noise)
+
+
+def _energy(rows: Any) -> Any:
+    return np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
 
 
 def _own_agreement(metric: Metric | None, layout: Layout | None) -> Metric | None:
@@ -155,9 +198,23 @@ class _Pair:
 
 
 def _evaluation(
-    metric: Metric | None, pair: _Pair, sums: Fidelity, samples: int, *, compared: bool
+    metric: Metric | None,
+    pair: _Pair,
+    sums: Fidelity,
+    spread: _Spread,
+    samples: int,
+    *,
+    compared: bool,
 ) -> Evaluation:
     measure = pair.measure
+    judged = {name: found.sqnr_db for name, found in sums.judged.items()}
+    worst = min(judged, key=lambda name: judged[name]) if judged else None
+    near = None if sums.not_finite else spread.error(worst)
+    error = None if measure is None else standard_error(measure)
+    if metric == "sqnr_db":
+        error = near
+    elif metric == "agreement" and measure is None and sums.compared:
+        error = share_error(agreement(sums), sums.compared)
     value: float | None = None if measure is None else measure.result()
     if isinstance(metric, str) and metric in FIDELITY_METRICS and measure is None:
         value = FIDELITY_METRICS[metric](sums)
@@ -173,13 +230,14 @@ def _evaluation(
         sqnr_db=sqnr_db(sums) if compared and sums.outputs else None,
         agreement=value if metric == "agreement" else agreement(sums) if sums.compared else None,
         cosine=cosine(sums) if compared and sums.outputs else None,
-        error=None if measure is None else standard_error(measure),
+        error=error,
         difference_error=paired_error(pair.reference, measure) if both else None,
         output=getattr(measure, "chosen", None),
         outputs={
             name: OutputCloseness(found.sqnr_db, found.cosine, sums.left_out.get(name, 0))
             for name, found in sums.outputs.items()
         },
+        sqnr_error=near if compared else None,
     )
 
 
@@ -208,7 +266,8 @@ def _compare(
     names: Sequence[str],
     output: str | None,
     batch: Batch,
-    groups: Sequence[OutputGroup] = (),
+    groups: Sequence[OutputGroup],
+    spread: _Spread,
 ) -> Fidelity:
     parts = {name: [group for group in groups if group.output == name] for name in found.samples}
     for name in names or found.samples:
@@ -216,7 +275,7 @@ def _compare(
         if name not in expected.everything:
             raise ValueError(f"output {name!r} has no such output in the reference to compare with")
         for group in parts.get(name) or [OutputGroup(name)]:
-            sums = _compare_output(sums, group, expected.everything[name], mine, batch)
+            sums = _compare_output(sums, spread, group, expected.everything[name], mine, batch)
     scored = agreeing_output(found.samples, output)
     if scored is not None and scored in expected.samples:
         mine, theirs = (class_rows(a.samples[scored], scored) for a in (found, expected))
@@ -226,16 +285,25 @@ def _compare(
 
 
 def _compare_output(
-    sums: Fidelity, group: OutputGroup, expected: Any, found: Any, batch: Batch
+    sums: Fidelity,
+    spread: _Spread,
+    group: OutputGroup,
+    expected: Any,
+    found: Any,
+    batch: Batch,
 ) -> Fidelity:
     name = group.label
     if not isinstance(expected, tuple) and not isinstance(found, tuple):
         if expected.shape == found.shape:
-            return _added(sums, name, group.of(expected), group.of(found), batch.items)
+            theirs, mine = group.of(expected), group.of(found)
+            if len(theirs) == len(batch):
+                spread.add(name, theirs, mine)
+            return _added(sums, name, theirs, mine, batch.items)
         if expected.shape[:1] != found.shape[:1]:
             return sums.add_left_out(name, len(batch))
     for row, (theirs, mine) in enumerate(zip(expected, found, strict=True)):
         if theirs.shape == mine.shape:
+            spread.add(name, theirs[np.newaxis], mine[np.newaxis])
             sums = _added(sums, name, theirs, mine, batch.items[row : row + 1])
         else:
             sums = sums.add_left_out(name, 1)

@@ -41,6 +41,7 @@ from trtune.reports.summary import (
 )
 from trtune.reports.tables import (
     compare_table,
+    outputs_table,
     pinned_nodes,
     result_table,
     worst_layers,
@@ -127,6 +128,7 @@ def report_html(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         verdict=verdict(record),
         facts=_facts(record),
         results=result_table(record),
+        outputs=outputs_table(record),
         metric=record.baseline.metric,
         tuning_plot=Markup(plots.tuning_svg(record)),
         alone=_bars(layers, "alone_sqnr_db", pinned),

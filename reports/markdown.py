@@ -20,7 +20,14 @@ from trtune.reports.summary import (
     seconds_text,
     verdict,
 )
-from trtune.reports.tables import Table, compare_table, pinned_nodes, result_table, worst_layers
+from trtune.reports.tables import (
+    Table,
+    compare_table,
+    outputs_table,
+    pinned_nodes,
+    result_table,
+    worst_layers,
+)
 
 WORST = 15
 
@@ -32,6 +39,7 @@ def report_markdown(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         f"**{escape(headline(record))}**",
         escape(verdict(record)),
         table_markdown(result_table(record)),
+        *_section("Outputs", _outputs(record)),
         *_section("Not honoured", _not_honoured(record)),
         *_section("Engines", _engines(record)),
         *_section("Notes", [f"- {escape(note)}" for note in record.notes]),
@@ -93,6 +101,11 @@ def _section(title: str, blocks: Sequence[str]) -> list[str]:
     return [f"## {title}", "\n".join(blocks)] if blocks else []
 
 
+def _outputs(record: RunRecord) -> list[str]:
+    table = outputs_table(record)
+    return [table_markdown(table)] if table else []
+
+
 def _not_honoured(record: RunRecord) -> list[str]:
     return [
         f"- {escape(v.name)} on {escape(v.backend)}: {', '.join(map(code, v.not_honoured))}"
@@ -128,8 +141,12 @@ def _tuning(record: RunRecord) -> list[str]:
         ]
         for step in record.tuning
     ]
+    front = ", ".join(
+        f"{plural(p.pins, 'pin')} {metric_text(metric, p.value)}" for p in record.front
+    )
     columns = ("step", "action", "pinned", "target met", "pins", metric_label(metric), "time")
-    return [_pipes(columns, rows, text_columns=4)]
+    best = ["", f"Best with so many pins: {front}."] if len(record.front) > 1 else []
+    return [_pipes(columns, rows, text_columns=4), *best]
 
 
 def _errors(record: RunRecord, layers: Sequence[LayerRow]) -> list[str]:

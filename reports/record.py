@@ -53,6 +53,14 @@ class EngineFinding(_Value):
     milliseconds: float | None = None
 
 
+class Closeness(_Value):
+    """How close one output is to FP32's; `left_out` samples had another shape."""
+
+    sqnr_db: float
+    cosine: float
+    left_out: int = 0
+
+
 class Variant(_Value):
     """One model on one backend: `fp32`, `int8` (or another untuned one) or `tuned`.
 
@@ -63,6 +71,10 @@ class Variant(_Value):
     beside it where there are labels. `nodes` counts what is planned, `account` what the runtime
     itself says (with "unknown" where it does not). `status` is absent for a backend that this
     machine has not, failed for one that could not build or run: it then has this one variant.
+    `verdict` says whether it meets the target. `interval` holds `value` with 95 % confidence, from
+    the pictures' own spread: of the difference to FP32 on the same `samples` pictures where that is
+    what the target asks for; `within_noise` says that the target lies inside. `outputs` has how
+    close every output is, and every part of one that is judged apart.
     `reason` says why it could not run here,
     `command` builds the same engine with NVIDIA's tool, `notes` is what the backend has to say.
     `lints` are what the engine's own account says against it, `explained` what its build log does.
@@ -72,6 +84,11 @@ class Variant(_Value):
     backend: str
     value: float | None
     drop: float | None = None
+    interval: tuple[float, float] | None = None
+    verdict: Literal["met", "missed"] | None = None
+    within_noise: bool = False
+    samples: int = 0
+    outputs: dict[str, Closeness] = Field(default_factory=dict)
     top1: float | None = None
     sqnr_db: float | None = None
     agreement: float | None = None
@@ -92,7 +109,11 @@ class Variant(_Value):
 
 
 class TuningStep(_Value):
-    """One evaluated set of pins: `action` is start, pin, unpin (kept) or unpin-rejected."""
+    """One evaluated set of pins: `action` is start, pin, unpin (kept) or unpin-rejected.
+
+    `value` is that of the first backend, and `values` has those of all that it was measured on: the
+    first that misses the target ends a step.
+    """
 
     step: int
     action: str
@@ -104,6 +125,7 @@ class TuningStep(_Value):
     met: bool = False
     cached: bool = False
     reason: str = ""
+    values: dict[str, float] = Field(default_factory=dict)
 
 
 class FrontPoint(_Value):

@@ -282,9 +282,10 @@ def verdict(record: RunRecord) -> str:
     needed, parts = target_text(record), []
     if needed:
         state = {"met": "is met", "missed": "is missed", "failed": "was not reached"}
-        parts.append(f"The target, {needed}, {state[record.status]}.")
+        parts.append(f"The target, {needed}, {state[record.status]}{_noise_text(record)}.")
     elif record.status == "failed":
         parts.append("The run failed.")
+    parts += _apart(record)
     plain, main, metric = untuned(record), main_variant(record), record.baseline.metric
     if plain is not None and main is not None and main is not plain and main.pinned:
         change = "" if plain.drop is None else f" ({change_text(metric, plain.drop)} points)"
@@ -292,6 +293,82 @@ def verdict(record: RunRecord) -> str:
         value = metric_text(metric, plain.value)
         parts.append(f"Without pins {_title(plain)} reaches {value}{change}.")
     return " ".join(parts)
+
+
+def judged_variants(record: RunRecord) -> list[Variant]:
+    """What the run gives its user on each backend that has a verdict: tuned, or else untuned."""
+    found = {}
+    for variant in record.variants:
+        if variant.verdict is not None and variant.name != ORIGINAL:
+            found[variant.backend] = variant  # the tuned one comes last
+    return list(found.values())
+
+
+def verdict_text(variant: Variant) -> str:
+    """The verdict of a variant, and whether its pictures could have said otherwise."""
+    if variant.verdict is None:
+        return DASH
+    return f"{variant.verdict}, within noise" if variant.within_noise else variant.verdict
+
+
+def interval_text(metric: str, variant: Variant) -> str:
+    """The interval of a value with its unit, or an empty string.
+
+    >>> interval_text("top1", Variant(name="int8", backend="b", value=0.84, interval=(0.83, 0.85)))
+    '83.00 to 85.00 %'
+    """
+    if variant.interval is None:
+        return ""
+    low, high = (metric_text(metric, value) for value in variant.interval)
+    unit = " " + high.rpartition(" ")[2] if " " in high else ""
+    return f"{low.removesuffix(unit) if unit else low} to {high}"
+
+
+def exact_text(metric: str, value: float, other: float | None) -> str:
+    """A value with its unit, with as many digits as tell it from `other`.
+
+    >>> exact_text("sqnr_db", 20.46, 20.5), exact_text("sqnr_db", 17.2, 20.5)
+    ('20.46 dB', '17.2 dB')
+    """
+    text = metric_text(metric, value)
+    if other is None or value == other or text != metric_text(metric, other):
+        return text
+    if metric == "sqnr_db" and math.isfinite(value):
+        return f"{value:.2f} dB" if f"{value:.2f}" != f"{other:.2f}" else f"{value:.4f} dB"
+    return f"{100 * value:.4f} %" if metric in FRACTIONS else f"{value:.7g}"
+
+
+def _noise_text(record: RunRecord) -> str:
+    """That the verdict could be another on other pictures, in words."""
+    close = [v for v in judged_variants(record) if v.within_noise]
+    if not close or record.status == "failed":
+        return ""
+    metric = record.baseline.metric
+    where = interval_text(metric, close[0])
+    return (
+        f", but within the noise of {plural(close[0].samples, 'picture')} "
+        f"({where} with 95 % confidence{_on(close[0], record)})"
+    )
+
+
+def _on(variant: Variant, record: RunRecord) -> str:
+    return f" on {variant.backend}" if len(judged_variants(record)) > 1 else ""
+
+
+def _apart(record: RunRecord) -> list[str]:
+    """A sentence on each backend that misses the target while another meets it."""
+    judged, metric = judged_variants(record), record.baseline.metric
+    missed = [v for v in judged if v.verdict == "missed"]
+    if not missed or len(missed) == len(judged):
+        return []
+    met = ", ".join(v.backend for v in judged if v.verdict == "met")
+    needed = target_value(record)
+    values = ", ".join(
+        f"{v.backend} has {exact_text(metric, v.value, needed)}"
+        for v in missed
+        if v.value is not None
+    )
+    return [f"It is met on {met}; {values}."]
 
 
 def outlier_sentences(record: RunRecord) -> list[str]:

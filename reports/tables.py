@@ -25,6 +25,7 @@ from trtune.reports.summary import (
     change_text,
     decibels,
     find_variant,
+    interval_text,
     is_emulated,
     main_variant,
     metric_label,
@@ -34,6 +35,7 @@ from trtune.reports.summary import (
     speedup,
     three,
     untuned,
+    verdict_text,
 )
 
 if TYPE_CHECKING:
@@ -96,6 +98,10 @@ def _variant_values(record: RunRecord, variant: Variant) -> dict[str, Any]:
         "speedup": speedup(record, variant),
         "size_bytes": variant.size_bytes,
         **{f"nodes_{p}": variant.nodes.get(p, 0) for p in PRECISIONS},
+        "verdict": variant.verdict,
+        "interval_low": variant.interval and variant.interval[0],
+        "interval_high": variant.interval and variant.interval[1],
+        "samples": variant.samples,
         "pins": len(variant.pinned),
         "not_honoured": len(variant.not_honoured),
         "reason": variant.reason,
@@ -123,6 +129,8 @@ def result_table(record: RunRecord) -> Table:
         metric_label(metric): lambda v: _value_cell(metric, v, notes),
     }
     others: dict[str, Callable[[Variant], str]] = {
+        "95 %": lambda v: interval_text(metric, v) or DASH,
+        "target": verdict_text,
         "vs FP32": lambda v: DASH if v.name == "fp32" else change_text(metric, v.drop),
         "top-1": lambda v: metric_text("top1", v.top1),
         "SQNR": lambda v: decibels(v.sqnr_db),
@@ -209,13 +217,43 @@ def _compare_row(record: RunRecord, backend: str, notes: _Footnotes) -> tuple[st
         change_text(metric, best.drop if best else None),
         decibels(best.sqnr_db if best else None),
         metric_text("agreement", best.agreement if best else None),
-        str(len(best.pinned)) if best else DASH,
-        record.status if record.target and best else DASH,
+        str(len(shown.pinned)) if shown else DASH,
+        _verdict_cell(record, best),
         _latency_cell(best, notes) if best else DASH,
         _times(speedup(record, best) if best else None),
-        size_text(best.size_bytes if best else None),
+        size_text(shown.size_bytes if shown else None),
         seconds_text(record.calibration.seconds) if record.calibration else DASH,
     )
+
+
+def _verdict_cell(record: RunRecord, best: Variant | None) -> str:
+    """The verdict of a backend; of records that have none the run's."""
+    if best is None or not record.target:
+        return DASH
+    return verdict_text(best) if best.verdict else record.status
+
+
+def outputs_table(record: RunRecord) -> Table | None:
+    """How close each output is on every variant, and each part that is judged apart.
+
+    None where there is no more than one.
+    """
+    names = list(dict.fromkeys(name for v in record.variants for name in v.outputs))
+    if len(names) < 2:
+        return None
+    rows = [
+        (
+            name,
+            v.name,
+            v.backend,
+            decibels(v.outputs[name].sqnr_db),
+            f"{v.outputs[name].cosine:.5f}",
+        )
+        for name in names
+        for v in record.variants
+        if name in v.outputs
+    ]
+    return Table(("output", "variant", "backend", "SQNR", "cosine"), tuple(rows), (), 3)
 
 
 def layers_frame(rows: Iterable[LayerRow]) -> pd.DataFrame:

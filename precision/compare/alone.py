@@ -105,7 +105,7 @@ class Alone:
         *,
         also: Sequence[str] = (),
     ) -> None:
-        self._model, self._view = model, view
+        self.model, self._view = model, view
         self._outputs = tuple(o.name for o in model.outputs)
         held = dict.fromkeys([*held_tensors(view, placement), *also])
         inner = [t for t in held if t not in set(view.graph_inputs)]
@@ -141,7 +141,7 @@ class Alone:
             weights[f"{name}/value{number}"] = value
             copies[name].input[index] = f"{name}/value{number}"
         proto = self._submodel(list(copies.values()), weights)
-        session = make_session(proto, threads=1, external_dir=self._model.external_dir)
+        session = make_session(proto, threads=1, external_dir=self.model.external_dir)
         wanted = {entry.name for entry in session.get_inputs()}
         plain = [tensor for tensor in boundary if tensor in wanted]
 
@@ -166,16 +166,16 @@ class Alone:
         initializers += [numpy_helper.from_array(value, name) for name, value in weights.items()]
         held = {t.name for t in initializers}
         inputs = [self._value_info(name) for name in read if name not in made and name not in held]
-        outputs = [o for o in self._model.proto.graph.output if o.name in made]
+        outputs = [o for o in self.model.proto.graph.output if o.name in made]
         graph = onnx.GraphProto(name="alone")
         graph.node.extend([*constants, *nodes])
         graph.initializer.extend(initializers)
         graph.input.extend(inputs)
         graph.output.extend(outputs)
         return onnx.ModelProto(
-            ir_version=self._model.proto.ir_version,
-            opset_import=self._model.proto.opset_import,
-            functions=self._model.proto.functions,
+            ir_version=self.model.proto.ir_version,
+            opset_import=self.model.proto.opset_import,
+            functions=self.model.proto.functions,
             graph=graph,
         )
 
@@ -214,7 +214,7 @@ class Alone:
     @cached_property
     def groups(self) -> tuple[OutputGroup, ...]:
         """The parts of the outputs that are judged apart."""
-        return output_groups({n: [s[n] for s in self._stored] for n in self._outputs})
+        return output_groups({n: [s[n] for s in self._stored] for n in self.model.judged})
 
     def compared(
         self, sums: Mapping[str, ErrorSums], batch: int, outputs: Sequence[NDArray[Any]]

@@ -43,7 +43,7 @@ def half_alone_errors(
     outputs = [output.name for output in model.outputs]
     session = make_session(model.proto, external_dir=model.external_dir)
     references = [named_values(session, outputs, batch.feeds) for batch in pictures]
-    groups = output_groups({name: [found[name] for found in references] for name in outputs})
+    groups = output_groups({name: [found[name] for found in references] for name in model.judged})
 
     def measure(name: str) -> ErrorSums:
         types = {n: plan.float_type(n) for n in (name, *plan.groups.get(name, ()))}

@@ -72,7 +72,8 @@ class Model:
     bytes, external data included. `inputs` leaves out initializers. `notes` says what normalising
     changed. `external_dir` is the folder of the weights if they were too large to be read in.
     `folded` are the nodes of the file whose work others do, or nobody has to do. `tail` is what
-    stands behind the operators that onnxruntime lacks, which `proto` ends before.
+    stands behind the operators that onnxruntime lacks, which `proto` ends before. `counted` are the
+    outputs that are judged, where not all are.
     """
 
     proto: onnx.ModelProto
@@ -85,6 +86,13 @@ class Model:
     external_dir: Path | None = None
     folded: Mapping[str, Folded] = field(default_factory=lambda: MappingProxyType({}))
     tail: Tail | None = None
+    counted: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The outputs that are judged, in the model's order."""
+        names = (spec.name for spec in self.outputs)
+        return tuple(name for name in names if not self.counted or name in self.counted)
 
 
 Fold = Literal["all", "constants", "none"]

@@ -8,15 +8,15 @@ the codes of `emulate`; one that is never negative (behind ReLU, Clip, Sigmoid) 
 and scale amax / 255, half the step. A ReLU or Clip whose bounds the uint8 range enforces anyway is
 absorbed, and a matrix product with a bias becomes a Gemm, which alone has a kernel for both.
 
-A node that the user or the tuner pinned to float, and that is not alone in reading what an int8
-convolution makes, reads float values as it does in TensorRT; that convolution then has no integer
-kernel here. One that is alone reads the 8 bits that the integer kernel gives (`narrow_reads`).
+A node that the user or the tuner pinned to float reads float values, as it does in TensorRT: the
+convolution that makes them then gives its result in float, for which there is no integer kernel
+here, and the report names it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -147,44 +147,6 @@ def _bounds(view: GraphView, activation: onnx.NodeProto) -> tuple[float, float] 
     return (0.0, math.inf if upper is None else upper) if lower == 0 else None
 
 
-def is_pinned_to_float(plan: PrecisionPlan, node: str) -> bool:
-    """Whether the user or the tuner chose a float type for `node`."""
-    found = plan.nodes[node]
-    return found.is_pinned and found.precision != "int8"
-
-
-def narrow_reads(view: GraphView, plan: PrecisionPlan) -> dict[str, str]:
-    """Compute nodes that are pinned to float and yet read 8 bits in this lowering -> that tensor.
-
-    An int8 convolution makes it, and has an integer kernel only if nothing reads it in float.
-    """
-    if isinstance(plan, ImportedPlan):
-        plan = plan.by_rules()
-    found: dict[str, str] = {}
-    for tensor in _quantized_outputs(view, plan):
-        readers = [name for name, _ in view.consumers.get(tensor, ())]
-        if all(is_pinned_to_float(plan, name) for name in readers):
-            found |= {plan.leader(name): tensor for name in readers}
-        for name in _behind_moves(view, readers):
-            if is_pinned_to_float(plan, name):
-                found[plan.leader(name)] = tensor
-    return {name: t for name, t in found.items() if plan.nodes[name].role == COMPUTE}
-
-
-def _behind_moves(view: GraphView, nodes: Sequence[str]) -> list[str]:
-    """The nodes that read what those of `nodes` that only move values pass on."""
-    found: list[str] = []
-    waiting = [name for name in nodes if view.by_name[name].op_type in PASSED_THROUGH]
-    for name in waiting:
-        for tensor in view.by_name[name].output:
-            for reader, _ in view.consumers.get(tensor, ()):
-                moves = view.by_name[reader].op_type in PASSED_THROUGH
-                held = waiting if moves else found
-                if reader not in held:
-                    held.append(reader)
-    return found
-
-
 class _Deploy:
     def __init__(
         self, model: Model, view: GraphView, plan: PrecisionPlan, table: CalibrationTable
@@ -202,6 +164,8 @@ class _Deploy:
             if self._table.scale(tensor) == 0 and tensor not in self._placement.activations:
                 continue  # nothing but zeros was seen: the output of that convolution stays float
             edges = self._reading_quantized(tensor)
+            if not edges and tensor in self._outputs and tensor not in self._placement.activations:
+                continue  # nothing but pinned nodes read it
             self._quantize(tensor, edges)
             if len(edges) == len(self._view.consumers.get(tensor, ())):
                 self._absorb(tensor)
@@ -215,11 +179,20 @@ class _Deploy:
         elif tensor not in self._outputs:
             readers = [e for e in readers if not self._stays_float(e[0])]
         else:
-            exact = [e for e in readers if is_pinned_to_float(self._plan, e[0])]
-            readers = (
-                readers if len(exact) == len(readers) else [e for e in readers if e not in exact]
-            )
+            readers = [e for e in readers if not self._is_pinned(e[0])]
         return [e for e in readers if e[1] < len(self._view.by_name[e[0]].input)]
+
+    def _is_pinned(self, node: str) -> bool:
+        """Whether `node` is pinned to float, or moves values for nobody else."""
+        found = self._plan.nodes[node]
+        if found.is_pinned and found.precision != "int8":
+            return True
+        outputs = self._view.by_name[node].output
+        moves = self._view.by_name[node].op_type in PASSED_THROUGH
+        if not moves or any(t in self._view.graph_outputs for t in outputs):
+            return False
+        readers = [e[0] for t in outputs for e in self._view.consumers.get(t, ())]
+        return bool(readers) and all(self._is_pinned(reader) for reader in readers)
 
     def _stays_float(self, node: str) -> bool:
         """Whether `node` is pinned, or a product that cannot be quantized."""

@@ -25,7 +25,7 @@ from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.session import make_session, named_values
 from trtune.precision.tune.choice import Choice
-from trtune.precision.tune.judge import Judge, gain, worst
+from trtune.precision.tune.judge import Judge, counted_outputs, gain, worst
 from trtune.precision.tune.ranges import screening_batches
 
 Array = NDArray[Any]
@@ -62,7 +62,7 @@ class Company:
         self._view = GraphView.of(self._model)
         self._outputs = tuple(o.name for o in model.outputs)
         self._pictures = pictures
-        self._judge = Judge(references, [len(batch) for batch in pictures])
+        self._judge = Judge(references, [len(batch) for batch in pictures], counted_outputs(model))
         self._names = {t: name for t, (name, _) in pairs.items()}
         self._quantizers = {t: node for t, (_, node) in pairs.items()}
         self.ranges = {

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtune.precision.compare.alone import Alone
+from trtune.precision.graph.file import Model
 from trtune.precision.runtime.output_groups import output_groups
 
 Array = NDArray[Any]
@@ -21,18 +22,21 @@ class Judge:
     """Errors of a model's outputs on a few batches whose exact outputs it is given.
 
     `references` are, for each batch, the outputs in the model's order, and `pictures` how many
-    pictures each batch holds (None: as many as the longest output has rows). Integer outputs count
-    only if there are no others.
+    pictures each batch holds (None: as many as the longest output has rows). Only the outputs with
+    the numbers `counted` count, if there are any; integer outputs only if there are no others.
     """
 
     def __init__(
-        self, references: Sequence[Sequence[Array]], pictures: Sequence[int] | None = None
+        self,
+        references: Sequence[Sequence[Array]],
+        pictures: Sequence[int] | None = None,
+        counted: Sequence[int] = (),
     ) -> None:
         self._references = references
         self._pictures = pictures or [_longest(batch) for batch in references]
-        numbers = range(len(references[0]))
+        numbers = list(counted) or list(range(len(references[0])))
         floats = [i for i in numbers if np.issubdtype(references[0][i].dtype, np.floating)]
-        self._outputs = floats or list(numbers)
+        self._outputs = floats or numbers
         self._axes = {i: self._axis(i) for i in self._outputs}
         rows = {str(i): [self._rows(batch[i], i) for batch in references] for i in self._outputs}
         self.groups = output_groups(rows)
@@ -84,7 +88,17 @@ class Judge:
 def judge_of(alone: Alone) -> Judge:
     """A judge on the pictures that `alone` holds."""
     batches = range(alone.batches)
-    return Judge([alone.reference(i) for i in batches], [alone.pictures(i) for i in batches])
+    return Judge(
+        [alone.reference(i) for i in batches],
+        [alone.pictures(i) for i in batches],
+        counted_outputs(alone.model),
+    )
+
+
+def counted_outputs(model: Model) -> list[int]:
+    """The numbers of the outputs that are judged, or none if all are."""
+    names = [spec.name for spec in model.outputs]
+    return [names.index(name) for name in model.judged] if model.counted else []
 
 
 def _longest(batch: Sequence[Array]) -> int:

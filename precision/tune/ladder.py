@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from trtune.precision.plan.pins import first_that_may
 from trtune.precision.plan.plan import TUNER, PrecisionPlan
@@ -28,7 +28,7 @@ class Score:
     `cached` says that it was known already, `builds` how many engines were built for it; `note`
     what else there is to say, such as which of several runtimes missed. `loss` is what is lost
     against FP32 as a part of what may be lost, at most 1 where the target is met; None if that
-    cannot be said.
+    cannot be said. `values` has that of every runtime it was measured on.
     """
 
     value: float
@@ -38,6 +38,7 @@ class Score:
     note: str = ""
     builds: int = 0
     loss: float | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

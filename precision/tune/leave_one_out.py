@@ -70,18 +70,15 @@ class Reference:
     groups: tuple[OutputGroup, ...]
 
     @classmethod
-    def of(cls, model: Model, pictures: Sequence[Batch], counted: Sequence[str] = ()) -> Reference:
-        """Run `model` on `pictures`; only the outputs `counted` are judged, all if there are none.
-
-        A batch must have a size that the model takes.
-        """
+    def of(cls, model: Model, pictures: Sequence[Batch]) -> Reference:
+        """Run `model` on `pictures`, in batches of a size that it takes."""
         names = [output.name for output in model.outputs]
         session = make_session(model.proto, external_dir=model.external_dir)
         found: list[_Outputs] = [
             dict(zip(names, session.run(names, dict(batch.feeds)), strict=True))
             for batch in pictures
         ]
-        groups = output_groups({n: [one[n] for one in found] for n in counted or names})
+        groups = output_groups({n: [one[n] for one in found] for n in model.judged})
         return cls(tuple(pictures), tuple(found), groups)
 
     def noise(self, run: Callable[[int], _Outputs]) -> float:
@@ -102,7 +99,6 @@ def held_reference(
     pictures: tuple[Batch, ...],
     *,
     memory: int,
-    counted: Sequence[str] = (),
 ) -> Reference:
     """The reference on as many of `pictures` as a `LeaveOneOut` can hold within `memory` bytes."""
     network = quantizing.network(plan)
@@ -110,7 +106,7 @@ def held_reference(
     read, exact = read_quantized(quantizing.view, within, plan)
     held = held_batches(network, within, Placement(read, {}), pictures, memory=memory, also=exact)
     floats = plan.pin(plan.int8_nodes, "fp32", "", origin=TUNER)
-    return Reference.of(quantizing.model_for(floats), held, counted)
+    return Reference.of(quantizing.model_for(floats), held)
 
 
 class LeaveOneOut:
@@ -234,7 +230,7 @@ def pin_path(
     (a part of the noise without pins) is left. Only for the first is every
     node asked; then those that promised most, and the next of `alone` (noise of nodes that are
     quantized alone), until none that was not asked again promises more (Minoux, Accelerated greedy
-    algorithms, 1978). The nodes behind them follow as their last gains add up, in noise energy.
+    algorithms, 1978). The nodes behind them follow as their gains add up, in noise energy.
     """
     order = sorted((n for n in plan.int8_nodes if not plan.nodes[n].is_pinned),
                    key=lambda n: (-alone.get(n, 0.0), n))  # fmt: skip
@@ -257,7 +253,14 @@ def pin_path(
             progress("choose pins", number + 1, min(limit, len(order)))
         best = min(kept, key=lambda n: (kept[n], order.index(n)))
         steps.append(PathStep(best, now * kept.pop(best)))
-    return PinPath(start, (*steps, *_added_up(steps[-1].noise if steps else start, kept)))
+    last = steps[-1].noise if steps else start
+    if steps and kept and last > enough * start:
+        network = LeaveOneOut(quantizing, plan.pin([steps[-1].node], "fp32", "", origin=TUNER),
+                              reference)  # fmt: skip
+        rest = list(kept)
+        found = in_parallel(network.without, rest, what="rank pins", progress=progress)
+        kept = {n: _share(noise, network.noise) for n, noise in zip(rest, found, strict=True)}
+    return PinPath(start, (*steps, *_added_up(last, kept)))
 
 
 def _share(noise: float, before: float) -> float:
@@ -288,9 +291,11 @@ def _asked_again(
 
 
 def _added_up(noise: float, kept: Mapping[str, float]) -> list[PathStep]:
+    """The pins behind those measured, as gains add up; with the last of them nothing is int8."""
     steps = []
-    for node in sorted(kept, key=lambda n: (kept[n], n)):
-        noise *= min(kept[node], 1.0)
+    order = sorted(kept, key=lambda n: (kept[n], n))
+    for node in order:
+        noise = 0.0 if node == order[-1] else noise * min(kept[node], 1.0)
         steps.append(PathStep(node, noise, measured=False))
     return steps
 

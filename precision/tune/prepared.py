@@ -34,7 +34,7 @@ from trtune.precision.prepare.values import (
     Prepared,
 )
 from trtune.precision.runtime.session import make_session
-from trtune.precision.tune.judge import Judge, gain, is_better, worst
+from trtune.precision.tune.judge import Judge, counted_outputs, gain, is_better, worst
 from trtune.precision.tune.moments import rounded_weights
 from trtune.precision.tune.preparing import (
     Move,
@@ -225,7 +225,7 @@ def _best(
     names = [output.name for output in model.outputs]
     exact = make_session(model.proto, external_dir=model.external_dir)
     references = [exact.run(names, dict(batch.feeds)) for batch in batches]
-    judge = Judge(references, [len(batch) for batch in batches])
+    judge = Judge(references, [len(batch) for batch in batches], counted_outputs(model))
     found: dict[str, list[NDArray[np.float64]]] = {}
     for number, variant in enumerate(variants):
         rounded = with_codes(variant.model, variant.plan, variant.codes or {})

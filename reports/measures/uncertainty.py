@@ -30,6 +30,32 @@ def mean_error(scores: NDArray[np.float64]) -> float | None:
     return float(np.std(scores, ddof=1) / math.sqrt(len(scores)))
 
 
+def sqnr_error(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> float | None:
+    """The standard error of 10 * log10(sum(signal) / sum(noise)) over samples, in decibels.
+
+    One entry a sample; the delta method for a ratio of means. None for fewer than two samples, or
+    where a sum is zero or not finite.
+
+    >>> round(sqnr_error(np.array([4.0, 4.0]), np.array([1.0, 3.0])), 3)
+    2.171
+    """
+    size, total = float(noise.sum()), float(signal.sum())
+    if len(noise) < 2 or not (size > 0 and total > 0 and math.isfinite(size + total)):
+        return None
+    parts = noise / (size / len(noise)) - signal / (total / len(signal))
+    error = mean_error(parts)
+    return None if error is None else 10 / math.log(10) * error
+
+
+def share_error(share: float, samples: int) -> float | None:
+    """The standard error of a share of `samples`; None for fewer than two.
+
+    >>> share_error(0.5, 101)
+    0.05
+    """
+    return math.sqrt(share * (1 - share) / (samples - 1)) if samples > 1 else None
+
+
 def standard_error(measure: Any) -> float | None:
     """The standard error of a measure's value, in its unit; None if it cannot tell.
 

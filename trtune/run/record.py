@@ -171,6 +171,7 @@ def tuning_steps(steps: Sequence[Step], *, sign: int = 1) -> list[TuningStep]:
             sqnr_db=step.score.sqnr_db,
             met=step.score.met,
             cached=step.score.cached,
+            values=dict(step.score.values),
             reason="; ".join(filter(None, (step.reason, step.score.note))),
         )
         for number, step in enumerate(steps)

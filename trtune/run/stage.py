@@ -120,7 +120,8 @@ def content(value: Any) -> Any:
     if isinstance(value, Need):
         return content(value.value)
     if isinstance(value, Model):  # the same file may be cut at other outputs
-        return [value.sha256, [spec.name for spec in value.outputs]]
+        judged = [list(value.judged)] if value.counted else []
+        return [value.sha256, [spec.name for spec in value.outputs], *judged]
     if isinstance(value, PrecisionPlan):
         return content(value.decisions)
     if isinstance(value, CalibrationTable):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trtune.configs.errors import ConfigError, did_you_mean
 from trtune.configs.schema import Config
 from trtune.configs.schema import Precision as PrecisionSection
 from trtune.precision.graph.file import Model, load_model
@@ -38,11 +39,12 @@ class Subject:
 def subject_of(config: Config) -> Subject:
     """The subject that the config names; of a quantized model what it is without quantization.
 
-    Raises ModelError if it cannot be read, or its quantization cannot be taken as it is.
+    Raises ModelError if it cannot be read, or its quantization cannot be taken as it is,
+    ConfigError if it lacks an output that is to be judged.
     """
     section, path = config.precision, Path(config.model.path)
     if section.default != QAT:
-        model = load_model(path, outputs=config.model.outputs)
+        model = judged_by(load_model(path, outputs=config.model.outputs), config)
         return Subject(model, GraphView.of(model))
     imported = import_quantized(
         path,
@@ -50,7 +52,26 @@ def subject_of(config: Config) -> Subject:
         fallback=section.fallback,
         pins=section.pin,
     )
-    return Subject(imported.model, GraphView.of(imported.model), imported)
+    model = judged_by(imported.model, config)
+    return Subject(model, GraphView.of(model), imported)
+
+
+def judged_by(model: Model, config: Config) -> Model:
+    """`model` with the outputs that the config counts: `outputs`, or the target's `output`.
+
+    Raises ConfigError for one that the model has not.
+    """
+    target = config.precision.target
+    one = (target.output,) if target is not None and target.output else ()
+    key, names = ("outputs", config.outputs) if config.outputs else ("precision.target.output", one)
+    known = [spec.name for spec in model.outputs]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"{key}: the model has no output {name!r}{did_you_mean(name, known)} "
+                f"(outputs: {', '.join(map(repr, known))})"
+            )
+    return replace(model, counted=tuple(names))
 
 
 def plan_by_rules(subject: Subject, section: PrecisionSection) -> PrecisionPlan:

@@ -53,6 +53,7 @@ class Scorer:
         """
         builds, met, note = 0, True, ""
         losses: list[float | None] = []
+        values: dict[str, float] = {}
         first: Evaluation | None = None
         for backend in self.backends:
             with watched(backend):
@@ -63,6 +64,7 @@ class Scorer:
             value = self.bench.metric.value_of(found)
             met = self.is_enough(value)
             losses.append(self.loss(value))
+            values |= {} if value is None else {backend.name: value}
             if not met:
                 several = len(self.backends) > 1
                 note = f"missed on {backend.name}: {number(value)}" if several else ""
@@ -72,7 +74,7 @@ class Scorer:
         sign = 1 if self.bench.metric.higher else -1  # the search takes more for better
         reached = float("-inf") if value is None else sign * value
         lost = losses[-1] if not met else max((x for x in losses if x is not None), default=None)
-        return Score(reached, met, first.sqnr_db, not builds, note, builds, lost)
+        return Score(reached, met, first.sqnr_db, not builds, note, builds, lost, values)
 
     def loss(self, value: float | None) -> float | None:
         """What is lost against FP32 as a part of what may be lost; None if that cannot be said.
@@ -91,12 +93,18 @@ class Scorer:
 
     def is_enough(self, value: float | None) -> bool:
         """Whether a value meets the target."""
-        if value is None:
-            return False
-        if self.threshold is None:
-            return True
-        sign = 1 if self.bench.metric.higher else -1
-        return sign * (value - self.threshold) >= -ROUNDING
+        return is_enough(value, self.threshold, higher=self.bench.metric.higher)
+
+
+def is_enough(value: float | None, threshold: float | None, *, higher: bool = True) -> bool:
+    """Whether a value meets the target.
+
+    >>> is_enough(0.84, 0.85), is_enough(0.84, None), is_enough(9.0, 9.5, higher=False)
+    (False, True, True)
+    """
+    if value is None or threshold is None:
+        return value is not None
+    return (value - threshold) * (1 if higher else -1) >= -ROUNDING
 
 
 def threshold_of(target: Target | None, fp32: Evaluation, *, higher: bool = True) -> float | None:

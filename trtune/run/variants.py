@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,9 +14,10 @@ from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.graph.file import Model
 from trtune.precision.graph.proto import tensor_bytes
 from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.runtime.api import UNKNOWN, Backend, BuildInfo
 from trtune.reports.accuracy import Evaluation
-from trtune.reports.record import ORIGINAL, Variant
+from trtune.reports.record import ORIGINAL, Closeness, Variant
 from trtune.run.stages.engines import (
     FP32,
     TUNED,
@@ -27,9 +29,13 @@ from trtune.run.stages.engines import (
 )
 from trtune.run.stages.latency import Speed, speed
 from trtune.run.stages.layers import engine_gated
-from trtune.run.stages.measuring import TOP1, TargetMetric, as_it_stands, baseline, evaluation
+from trtune.run.stages.measuring import CLOSENESS, TOP1, as_it_stands, baseline, evaluation
 from trtune.run.subject import fp32_plan
+from trtune.run.tuning import is_enough, threshold_of
 from trtune.run.work import BackendFailed, RunWork, watched
+
+CONFIDENCE = 1.96
+"""Standard errors to either side that hold 95 %."""
 
 EMULATION_NOTE = "emulation of TensorRT's arithmetic: its CPU time says nothing about speed"
 
@@ -170,7 +176,7 @@ def _as_it_stands(work: RunWork, one: OnBackend, fp32: Evaluation, value: Evalua
     return Variant(
         name=ORIGINAL,
         backend=one.backend.name,
-        **_worth(work.bench.metric, fp32, value),
+        **_worth(work, fp32, value, quantized=True),
         latency_note=EMULATION_NOTE,
         size_bytes=path.stat().st_size,
         nodes=work.setup.planned.counts(),
@@ -184,7 +190,13 @@ def _variant(work: RunWork, one: OnBackend, fp32: Evaluation, name: str) -> Vari
     return Variant(
         name=work.setup.config.precision.default if name == UNTUNED else name,
         backend=one.backend.name,
-        **_worth(work.bench.metric, fp32, one.values.get(name)),
+        **_worth(
+            work,
+            fp32,
+            one.values.get(name),
+            quantized=_is_quantized(work, plan),
+            judged=name != FP32,
+        ),
         latency_ms=one.speed.models.get(name),
         latency_note=EMULATION_NOTE if emulated else None,
         size_bytes=info.size_bytes,
@@ -201,21 +213,64 @@ def _variant(work: RunWork, one: OnBackend, fp32: Evaluation, name: str) -> Vari
     )
 
 
-def _worth(metric: TargetMetric, fp32: Evaluation, value: Evaluation | None) -> dict[str, Any]:
-    """What a variant is worth, and what it lost against FP32."""
+def _worth(
+    work: RunWork,
+    fp32: Evaluation,
+    value: Evaluation | None,
+    *,
+    quantized: bool,
+    judged: bool = True,
+) -> dict[str, Any]:
+    """What a variant is worth, what it lost against FP32, and whether it meets the target.
+
+    One that should be quantized and is not (`quantized`) never does; FP32 itself is not `judged`.
+    """
     if value is None:
         return {"value": None}
+    metric = work.bench.metric
     reached = metric.value_of(value)
     lost = metric.is_fidelity or reached is None or fp32.value is None
+    target = work.setup.config.precision.target
+    threshold = threshold_of(target, fp32, higher=metric.higher)
+    met = is_enough(reached, threshold, higher=metric.higher) and quantized
+    relative = target is not None and target.max_drop is not None
+    interval = interval_of(metric.name, reached, value, relative=relative)
     return {
         "value": reached,
-        "drop": None
-        if lost
-        else ((fp32.value or 0.0) - (reached or 0.0)) * (1 if metric.higher else -1),
+        "drop": None if lost else (fp32.value or 0.0) - (reached or 0.0),
+        "interval": interval,
+        "verdict": None if threshold is None or not judged else "met" if met else "missed",
+        "within_noise": judged
+        and threshold is not None
+        and interval is not None
+        and interval[0] < threshold < interval[1],
+        "samples": value.samples,
+        "outputs": {name: Closeness(**asdict(found)) for name, found in value.outputs.items()},
         "top1": top1_of(value),
         "sqnr_db": value.sqnr_db,
         "agreement": value.agreement,
     }
+
+
+def _is_quantized(work: RunWork, plan: PrecisionPlan) -> bool:
+    return not nothing_in_int8(work.subject.view, plan)
+
+
+def interval_of(
+    metric: str, reached: float | None, found: Evaluation, *, relative: bool
+) -> tuple[float, float] | None:
+    """Where the value lies with 95 % confidence, by the spread over samples.
+
+    `relative` to FP32 on the same samples, where that spread is known.
+    """
+    error = found.error
+    if relative and found.difference_error is not None:
+        error = found.difference_error
+    if metric == CLOSENESS:
+        error = found.sqnr_error
+    if error is None or reached is None or not math.isfinite(reached):
+        return None
+    return reached - CONFIDENCE * error, reached + CONFIDENCE * error
 
 
 def own_calibration(details: Mapping[str, Any] | None) -> list[str]:

@@ -20,9 +20,7 @@ from trtune.configs.system.machine import package_version
 from trtune.precision.backends.ort.readback import read_precisions
 from trtune.precision.graph.file import Model, save_model, tensor_spec
 from trtune.precision.graph.proto import without_weights
-from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.half_on_cpu import in_float32
-from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import MODEL_FILE, BuildInfo, Candidate, Usable
 from trtune.precision.runtime.engine_json import read_engine_json, write_engine_json
 from trtune.precision.runtime.not_honoured import not_honoured
@@ -72,7 +70,6 @@ class OnnxruntimeBackend:
         Raises TrtuneError if the lowered model is invalid, has other inputs or outputs, or cannot
         be written.
         """
-        from trtune.precision.lower.deploy import narrow_reads
         from trtune.precision.lower.emulate import LOWERINGS
 
         start = time.perf_counter()
@@ -83,24 +80,15 @@ class OnnxruntimeBackend:
         path = folder / MODEL_FILE
         save_model(proto, path, model.external_dir)
         planned = {name: plan.precision(name) for name in plan.compute_nodes}
-        precisions, narrow = planned, dict[str, str]()
+        precisions = planned
         if self.lowering == "deploy":
             precisions = read_precisions(model.proto, proto, optimized_graph(path))
-            if isinstance(plan, PrecisionPlan):
-                narrow = narrow_reads(GraphView.of(model), plan)
         info = BuildInfo(
             backend=self.name,
             path=path,
             size_bytes=sum(file.stat().st_size for file in folder.glob(f"{MODEL_FILE}*")),
             precisions=precisions,
-            not_honoured=(
-                *not_honoured(planned, precisions),
-                *(
-                    f"{name}: planned {planned[name]}, reads {tensor!r} in 8 bits, as the integer "
-                    "kernel before it gives it"
-                    for name, tensor in narrow.items()
-                ),
-            ),
+            not_honoured=not_honoured(planned, precisions),
             seconds=time.perf_counter() - start,
             versions=self.versions,
         )

@@ -134,6 +134,7 @@ class Bench:
                 self.data.source,
                 metric=counted,
                 asked=self.metric.asked,
+                outputs=self.model.counted,
                 reference=self.reference,
                 fixed_batch=fixed_batch(self.model),
                 layout=self.layout,
@@ -216,5 +217,10 @@ def evaluation(
 def _replayed(bench: Bench, metric: str | PythonMetric | None) -> Evaluation:
     stored = bench.reference
     return evaluate(
-        stored, bench.data.source, metric=metric, asked=bench.metric.asked, reference=stored
+        stored,
+        bench.data.source,
+        metric=metric,
+        asked=bench.metric.asked,
+        outputs=bench.model.counted,
+        reference=stored,
     )
