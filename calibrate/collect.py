@@ -314,6 +314,15 @@ class _Work:
         return [*self.fed, *(tensor for group in self.groups for tensor in group)]
 
 
+def _with_outputs(work: _Work) -> list[list[str]]:
+    """The groups of `work`. Outputs of the model need no mark, so the first session has them."""
+    outputs = {output.name for output in work.model.graph.output}
+    first, *others = map(list, work.groups)
+    given = [tensor for group in others for tensor in group if tensor in outputs]
+    rest = ([tensor for tensor in group if tensor not in outputs] for group in others)
+    return [[*first, *given], *(group for group in rest if group)]
+
+
 Told = Callable[[int, int | None], None]
 
 
@@ -328,7 +337,7 @@ def _on_cpu(
             threads=1 if work.workers > 1 else usable_cores(),
             external_dir=work.external_dir,
         )
-        for group in work.groups
+        for group in _with_outputs(work)
     ]
     run = _Pass(tapped, work.wanted, work.extents, work.layout, work.workers)
     found, pictures = run.over(source, progress)

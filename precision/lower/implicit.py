@@ -146,6 +146,32 @@ def with_moves(
     return found
 
 
+def _is_read_once(view: GraphView, tensor: str) -> bool:
+    once = len(view.consumers.get(tensor, ())) == 1 and tensor not in view.graph_outputs
+    return once and not view.is_constant(tensor)
+
+
+CLAMPS = ("Relu", "Clip")
+
+
+def with_clamped(view: GraphView, scales: Mapping[str, float]) -> dict[str, float]:
+    """`scales`, those of `with_moves`, and of what only a Relu or Clip reads: its output's.
+
+    The inputs of a Concat keep their own. Nothing is lost by a clamp: what that scale cannot hold,
+    the operator or the output's scale cuts off. TensorRT fuses the two and asks the output's alone.
+    """
+    found = dict(scales)
+    while True:
+        before = len(found)
+        for node in reversed(view.nodes):
+            made, read = node.output[0], node.input[0]
+            if node.op_type in CLAMPS and made in found and _is_read_once(view, read):
+                found.setdefault(read, found[made])
+        found = with_moves(view, found, through_concat=False)
+        if len(found) == before:
+            return found
+
+
 def in_cache_order(view: GraphView, scales: Mapping[str, float]) -> dict[str, float]:
     """`scales` in graph order, those that are no tensor of the graph behind."""
     order: Iterable[str] = (*view.graph_inputs, *view.producer, *scales)

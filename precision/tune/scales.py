@@ -26,7 +26,7 @@ from trtune.datasets.holdout import WholeBatches, Without, hold_out, join
 from trtune.precision.compare.alone import Alone, held_tensors
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.deploy import deploy_tensors
-from trtune.precision.lower.implicit import implicit_tensors, in_cache_order, with_moves
+from trtune.precision.lower.implicit import implicit_tensors, in_cache_order, with_clamped
 from trtune.precision.plan.placement import (
     Edge,
     Placement,
@@ -146,7 +146,7 @@ def calibrate_model(
     held = hold_out(source, holdout) if method == AUTO_METHOD and ranges else ()
     seen = seen_pictures(source, held, batch_size(model.inputs, 1))
     beside = implicit_only(view, plan, lowerings)
-    moved = with_moves(view, dict.fromkeys(tensors, 1.0), through_concat=False)
+    moved = with_clamped(view, dict.fromkeys(tensors, 1.0))
     alone = [tensor for tensor in beside if tensor not in moved]
     wanted = list(dict.fromkeys([*ranges, *also]))
     found = collect(
@@ -190,7 +190,7 @@ def _whole(
     view: GraphView, table: CalibrationTable, more: CalibrationTable, beside: Iterable[str]
 ) -> CalibrationTable:
     """`table`, unchanged, and beside it `more` and what is moved from one of both."""
-    moved = with_moves(view, {**more.scales, **table.scales}, through_concat=False)
+    moved = with_clamped(view, {**more.scales, **table.scales})
     scales = {**{t: moved[t] for t in beside if t in moved}, **table.scales}
     common = Counter(table.methods.values()).most_common(1)
     methods = dict.fromkeys(scales, common[0][0] if common else "") | dict(more.methods)

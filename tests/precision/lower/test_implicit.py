@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 import realdata
 import tinymodels
+from onnx import helper
 from tinyquant import named
 
 from trtune.precision.graph.file import load_model, model_from_proto
@@ -13,6 +15,7 @@ from trtune.precision.lower.implicit import (
     constant_scales,
     implicit_tensors,
     left_in_float,
+    with_clamped,
     with_moves,
 )
 from trtune.precision.plan.placement import place
@@ -105,3 +108,34 @@ def test_no_planned_node_of_the_shared_models_is_left(
     assert len(plan.int8_nodes) == planned
     assert len(left_in_float(view, plan, pairs)) == pairs_alone
     assert left_in_float(view, plan, dict.fromkeys(implicit_tensors(view, plan), 1.0)) == {}
+
+
+@pytest.mark.parametrize(
+    ("made", "kept", "op", "expected"),
+    [
+        pytest.param("y", (), "Relu", {"x": 0.5, "y": 0.5}, id="a Relu"),
+        pytest.param("y", (), "Clip", {"x": 0.5, "y": 0.5}, id="a Clip"),
+        pytest.param("y", ("x",), "Relu", {"y": 0.5}, id="what is an output is read as it is"),
+        pytest.param("y", (), "Sigmoid", {"y": 0.5}, id="what is no clamp needs what it reads"),
+        pytest.param("z", (), "Relu", {"x": 0.5, "y": 0.5, "z": 0.5}, id="behind a move"),
+    ],
+)
+def test_what_only_a_clamp_reads_has_its_outputs_scale(
+    made: str, kept: tuple[str, ...], op: str, expected: dict[str, float]
+) -> None:
+    limits = ["low", "high"] if op == "Clip" else []
+    nodes = [
+        helper.make_node("Abs", ["input"], ["x"], "abs"),
+        helper.make_node(op, ["x", *limits], ["y"], "clamp"),
+        helper.make_node("Flatten", ["y"], ["z"], "move"),
+    ]
+    info = helper.make_tensor_value_info
+    outputs = [info(name, onnx.TensorProto.FLOAT, None) for name in ("z", *kept)]
+    graph = helper.make_graph(
+        nodes, "g", [info("input", onnx.TensorProto.FLOAT, [1, 4])], outputs,
+        [helper.make_tensor(name, onnx.TensorProto.FLOAT, [], [value])
+         for name, value in (("low", 0.0), ("high", 6.0))],
+    )  # fmt: skip
+    view = GraphView.of(model_from_proto(helper.make_model(graph)))
+    found = with_clamped(view, {made: 0.5})
+    assert {t: found[t] for t in ("x", "y", "z") if t in found} == expected | {"z": 0.5}
