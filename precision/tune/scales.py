@@ -368,15 +368,18 @@ def held_batches(
 ) -> list[Batch]:
     """`pictures` in batches, as many as an `Alone` can hold within `memory` bytes, with `also`.
 
-    At least one batch; in a model of fixed batch size the last picture fills the last batch.
+    At least one batch, of one picture if need be; in a model of fixed batch size the last picture
+    fills the last batch.
     """
     size = batch_size(model.inputs, PICTURES_AT_ONCE)
+    first = fit_batch(pictures[0], batch_size(model.inputs, len(pictures[0])))
+    tensors = list(dict.fromkeys([*held_tensors(view, placement), *also]))
+    extents = measure(model.proto, tensors, first, external_dir=model.external_dir)
+    each = max(sum(extent.bytes for extent in extents.values()), 1)
+    size = batch_size(model.inputs, max(1, min(size, memory // each)))
     batches = join(pictures, size)
     batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
-    tensors = list(dict.fromkeys([*held_tensors(view, placement), *also]))
-    extents = measure(model.proto, tensors, batches[0], external_dir=model.external_dir)
-    each = max(sum(extent.bytes for extent in extents.values()), 1) * len(batches[0])
-    count = max(1, min(len(batches), memory // each))
+    count = max(1, min(len(batches), memory // (each * len(batches[0]))))
     if count < len(batches):
         log.info("%d of %d held-out batches, to stay within %d bytes", count, len(batches), memory)
     return batches[:count]

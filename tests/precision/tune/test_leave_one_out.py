@@ -10,8 +10,11 @@ import pytest
 import tinymodels
 from tinyquant import PLACED, Case, case, outputs
 
+from trtune.calibrate.collect import measure
 from trtune.datasets.batches import Batch
+from trtune.precision.compare.alone import held_tensors
 from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.plan.placement import place
 from trtune.precision.runtime.output_groups import output_groups
 from trtune.precision.tune.leave_one_out import (
     LeaveOneOut,
@@ -21,6 +24,7 @@ from trtune.precision.tune.leave_one_out import (
     noise_with,
     pin_path,
 )
+from trtune.precision.tune.scales import held_batches
 
 MODELS = {name: tinymodels.MODELS[name] for name in PLACED}
 
@@ -100,3 +104,18 @@ def test_noise_is_that_of_the_output_that_suffers_most() -> None:
     assert reference.noise(lambda _: tested) == pytest.approx(1.0, rel=1e-6)
     broken = {"a": exact["a"] * np.float32(math.nan), "b": exact["b"]}
     assert reference.noise(lambda _: broken) == math.inf
+
+
+@pytest.mark.parametrize(("share", "held"), [(0, [1]), (1, [1]), (3, [3]), (100, [4, 2])])
+def test_held_pictures_stay_within_memory(share: int, held: list[int]) -> None:
+    prepared = case(MODELS["residual"]())
+    placement = place(prepared.view, prepared.plan)
+    model = prepared.model.proto
+    pictures = tuple(Batch(tinymodels.feeds(model, batch=1, seed=i), (f"p{i}",)) for i in range(6))
+    tensors = held_tensors(prepared.view, placement)
+    extents = measure(model, tensors, pictures[0])
+    each = sum(extent.bytes for extent in extents.values())
+    found = held_batches(
+        prepared.model, prepared.view, placement, pictures, memory=max(share * each, 1)
+    )
+    assert [len(batch) for batch in found] == held
