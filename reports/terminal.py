@@ -23,6 +23,8 @@ from trtune.reports.summary import STATUS, headline, outlier_sentences, verdict
 from trtune.reports.tables import Table, compare_table, result_table
 
 GAP = 3
+VERDICTS = "target"
+"""The column that says of each row whether it meets the target."""
 STATUS_STYLES = {"met": "bold green", "missed": "bold yellow", "failed": "bold red"}
 
 
@@ -58,8 +60,14 @@ class FittedTable:
             drawn.add_column(Text(self.table.columns[index]), justify=justify, overflow="fold")
         for row in self.table.rows:
             style = "bold" if row[0] == "tuned" else None
-            drawn.add_row(*(Text(row[index]) for index in columns), style=style)
+            drawn.add_row(*(self._cell(row, index) for index in columns), style=style)
         return drawn
+
+    def _cell(self, row: tuple[str, ...], index: int) -> Text:
+        """A cell as it is; a verdict in the colour of what it says."""
+        if self.table.columns[index] != VERDICTS:
+            return Text(row[index])
+        return Text(row[index], STATUS_STYLES.get(row[index].split(",")[0], ""))
 
 
 def render_table(table: Table) -> RenderableType:

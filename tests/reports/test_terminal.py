@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 
 import pytest
 from rich.console import Console, RenderableType
 
 from trtune.reports.record import RunRecord
-from trtune.reports.tables import result_table
+from trtune.reports.tables import Table, result_table
 from trtune.reports.terminal import render_result, render_several, render_table
 
 
@@ -62,3 +63,13 @@ def test_several_runs(record: RunRecord) -> None:
     text = shown(render_several(records))
     assert text.count("other") == 3
     assert "emulation of TensorRT arithmetic" in text
+
+
+def test_a_verdict_has_the_colour_of_what_it_says() -> None:
+    rows = (("int8", "a", "missed"), ("tuned", "a", "met, within noise"))
+    table = Table(("variant", "backend", "target"), rows)
+    out = io.StringIO()
+    console = Console(width=100, force_terminal=True, color_system="standard", file=out)
+    console.print(render_table(table))
+    assert re.search("33m *missed", out.getvalue())
+    assert re.search("32m *met, within noise", out.getvalue())
