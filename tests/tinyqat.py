@@ -44,11 +44,8 @@ class QatNet(Net):
 
     def _parameters(self, out: str, scale: Any, zero: Any, dtype: Any) -> list[str]:
         scale = np.asarray(scale)
-        names = [self.const(f"{out}_scale", scale, np.result_type(scale, np.float16))]
-        if scale.dtype == np.float64:
-            self.initializers[-1].CopyFrom(
-                numpy_helper.from_array(scale.astype(np.float32), names[0])
-            )
+        kind = np.float32 if scale.dtype == np.float64 else np.result_type(scale.dtype, np.float16)
+        names = [self.const(f"{out}_scale", scale, kind)]
         if zero is not None:
             shape = scale.shape
             points = np.broadcast_to(np.asarray(zero), shape).astype(dtype)
