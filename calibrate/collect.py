@@ -88,7 +88,7 @@ def collect(
     external_dir: Path | None = None,
     progress: Progress = silent,
 ) -> Collection:
-    """Histograms of |x| of `tensors` over all pictures of `source`, and of inner ones `beside`.
+    """Histograms of |x| of `tensors` over all pictures of `source`, and of those `beside`.
 
     `tensors` are names of float tensors in `model` (inner ones or inputs), in graph order. Marking
     a tensor keeps the runtime from fusing the nodes around it, which moves the last bits of what
@@ -106,6 +106,9 @@ def collect(
     first = next((batch for batch in source if len(batch)), None)
     if first is None:
         raise DataError("calibration data: no picture was read; check path, take and skip")
+    # A session does not write an input that it is asked for into the memory it was given for it.
+    tensors = [*tensors, *(tensor for tensor in beside if tensor in first.feeds)]
+    beside = [tensor for tensor in beside if tensor not in first.feeds]
     gpu = cuda_number(device)
     largest = LARGEST_STEP
     if gpu is not None:

@@ -117,6 +117,9 @@ def tap(
     """
     if not tensors:
         return Tapped(())
+    given = {info.name for info in model.graph.input} & set(tensors)
+    if given:
+        raise ValueError(f"inputs are known without running the model: {sorted(given)}")
     marked = with_outputs(model, tensors)
     try:
         # What onnxruntime writes of a graph within a graph it may not read again.

@@ -18,6 +18,7 @@ from trtune.run.pipeline import run
 
 CONFIGS = Path(__file__).parents[1] / "benchmarks" / "configs"
 QUICK = (
+    "calibration.prepare=none",
     "compare.pictures=4",
     "compare.alone=false",
     "report={formats: [json], latency: null}",

@@ -316,3 +316,14 @@ def test_progress_ends_at_the_number_of_pictures() -> None:
 def test_without_tensors_the_pictures_are_counted() -> None:
     found = collect(tinymodels.conv_relu(), [], rows(tinymodels.conv_relu()))
     assert (found.pictures, dict(found.histograms)) == (11, {})
+
+
+def test_an_input_beside_is_counted_as_it_is_fed() -> None:
+    model = tinymodels.conv_relu()
+    source = rows(model)
+    (name,) = source.feeds
+    found = collect(model, float_tensors(model)[:1], source, beside=[name]).histograms[name]
+    assert found.maximum == np.abs(source.feeds[name]).max()
+    assert found.total == source.feeds[name].size
+    with pytest.raises(ValueError, match="inputs are known"):
+        tap(model, [name])

@@ -97,7 +97,7 @@ def test_a_minimal_file_loads(folder: Path) -> None:
         pytest.param(
             "xyzzy: 1",
             "c.yaml:9: xyzzy: unknown key; there are only version, name, model, data, calibration, "
-            "precision, compare, backends, runtime, report",
+            "precision, outputs, compare, backends, runtime, report",
             id="a key like no other",
         ),
         pytest.param(
@@ -243,8 +243,7 @@ def test_several_problems_come_in_the_order_of_the_file(folder: Path) -> None:
         "c.yaml:9: calibration.holdout: expected at least 1, found -1",
         "c.yaml:9: calibration.metod: unknown key; did you mean 'method'?",
         "c.yaml:10: x: unknown key; there are only version, name, model, data, calibration, "
-        "precision, "
-        "compare, backends, runtime, report",
+        "precision, outputs, compare, backends, runtime, report",
     ]
 
 

@@ -229,6 +229,7 @@ def _worth(
         return {"value": None}
     metric = work.bench.metric
     reached = metric.value_of(value)
+    sign = 1 if metric.higher else -1
     lost = metric.is_fidelity or reached is None or fp32.value is None
     target = work.setup.config.precision.target
     threshold = threshold_of(target, fp32, higher=metric.higher)
@@ -237,7 +238,7 @@ def _worth(
     interval = interval_of(metric.name, reached, value, relative=relative)
     return {
         "value": reached,
-        "drop": None if lost else (fp32.value or 0.0) - (reached or 0.0),
+        "drop": None if lost else sign * ((fp32.value or 0.0) - (reached or 0.0)),
         "interval": interval,
         "verdict": None if threshold is None or not judged else "met" if met else "missed",
         "within_noise": judged
