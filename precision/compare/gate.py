@@ -62,13 +62,7 @@ def fp32_gate(
         OrtEngine(lambda: make_session(normalised, threads=threads, external_dir=external_dir)),
     )
     with engines[0] as exact, engines[1] as tested:
-        sums = {spec.name: ErrorSums() for spec in exact.outputs}
-        seen = 0
-        for batch in limited(source, pictures):
-            sums = add_batch(sums, exact, tested, batch)
-            seen += len(batch)
-    if not seen:
-        raise no_samples()
+        sums, _ = _summed(exact, tested, source, pictures)
     for name, total in sums.items():
         if not (total.mean_relative <= limit or total.relative_l2 <= FLOAT_NOISE):
             raise ModelError(
@@ -132,13 +126,7 @@ def engine_gate(
     Raises TrtuneError, naming the output, if one does not pass; ModelError for NaN or Inf in the
     reference or other shapes, DataError if there are no samples.
     """
-    sums = {spec.name: ErrorSums() for spec in reference.outputs}
-    seen = 0
-    for batch in limited(source, pictures):
-        sums = add_batch(sums, reference, engine, batch)
-        seen += len(batch)
-    if not seen:
-        raise no_samples()
+    sums, seen = _summed(reference, engine, source, pictures)
     for name, total in sums.items():
         if not (total.mean_relative <= limit or total.relative_l2 <= noise):
             raise TrtuneError(
@@ -161,3 +149,17 @@ def gate_limits(settings: Mapping[str, Any]) -> tuple[float, float]:
     (0.001, 1e-05)
     """
     return (TF32_ENGINE, TF32_NOISE) if settings.get("tf32") else (FP32_ENGINE, FLOAT_NOISE)
+
+
+def _summed(
+    reference: Engine, tested: Engine, source: BatchSource, pictures: int
+) -> tuple[dict[str, ErrorSums], int]:
+    """Errors of each output over the first `pictures`, and how many; DataError without any."""
+    sums = {spec.name: ErrorSums() for spec in reference.outputs}
+    seen = 0
+    for batch in limited(source, pictures):
+        sums = add_batch(sums, reference, tested, batch)
+        seen += len(batch)
+    if not seen:
+        raise no_samples()
+    return sums, seen
