@@ -317,10 +317,7 @@ def _is_file(key: Key, value: str, sources: dict[str | int, Any]) -> bool:
 def _file_problems(config: Config) -> Iterator[tuple[Key, str]]:
     yield from _must_be_file(("model", "path"), config.model.path, "an ONNX file", (".onnx",))
     seen: set[tuple[str, str]] = set()
-    for name, section in (
-        ("calibration", config.data.calibration),
-        ("evaluation", config.data.evaluation),
-    ):
+    for name, section in config.data.sections.items():
         for key, text in _data_problems(section):
             if (key, text) not in seen:
                 seen.add((key, text))

@@ -41,7 +41,8 @@ _BOUNDS = {
 def explain(error: ValidationError, root: type[BaseModel], tree: Tree) -> list[Problem]:
     """Every error as a problem: its key path, what was found, what is expected, where it stands.
 
-    What `data.evaluation` has from `data.calibration` is reported once, where it was written.
+    What `data.evaluation` and `data.validation` have from `data.calibration` is reported once,
+    where it was written.
     """
     details = error.errors(include_url=False)
     problems = [_problem(detail, root, tree) for detail in details]
@@ -49,7 +50,7 @@ def explain(error: ValidationError, root: type[BaseModel], tree: Tree) -> list[P
     written = [
         problem
         for problem in problems
-        if problem.key[:2] != ("data", "evaluation")
+        if problem.key[:2] not in (("data", "evaluation"), ("data", "validation"))
         or problem.key in tree.origins
         or (problem.key[2:], problem.message) not in said
     ]

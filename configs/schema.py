@@ -340,12 +340,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         target = self.precision.target
-        if target is not None and target.needs_labels and self.data.evaluation.labels is None:
-            raise key_error(
-                "precision.target.metric",
-                f"{target.metric} needs labels, but data.evaluation.labels is null; "
-                "give labels, or use sqnr_db or cosine with min",
-            )
+        for name in ("evaluation", "validation"):
+            section = self.data.sections.get(name)
+            unlabelled = section is not None and section.labels is None
+            if target is not None and target.needs_labels and unlabelled:
+                raise key_error(
+                    "precision.target.metric",
+                    f"{target.metric} needs labels, but data.{name}.labels is null; "
+                    "give labels, or use sqnr_db or cosine with min",
+                )
         if not self.backends:
             raise key_error("backends", "the list is empty; give at least one")
         seen: set[str] = set()

@@ -262,8 +262,8 @@ def _source(section: Mapping[str, Any], default: Any = "auto") -> Any:
     return default if told == "auto" and "source" not in section else told
 
 
-def inherit(evaluation: Mapping[str, Any], calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """`evaluation` with the keys it leaves out taken from `calibration`.
+def inherit(section: Mapping[str, Any], calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """A `section` (evaluation, validation) with the keys it leaves out taken from `calibration`.
 
     Never take, skip, sample and seed: they say which pictures. What belongs to one source or one
     path is not carried to another: labels of pictures and idx (a file) and args of a function
@@ -272,22 +272,23 @@ def inherit(evaluation: Mapping[str, Any], calibration: Mapping[str, Any]) -> di
     """
     keys = list(_ALWAYS_INHERITED)
     source = _source(calibration)
-    if _source(evaluation, source) == source:
+    if _source(section, source) == source:
         keys += ["source", *_INHERITED_WITH_SOURCE]
-        same_path = evaluation.get("path", calibration.get("path")) == calibration.get("path")
+        same_path = section.get("path", calibration.get("path")) == calibration.get("path")
         if same_path or source in ("arrays", "python"):
             keys.append("labels")
         if same_path:
             keys.append("args")
-    merged = {**{key: calibration[key] for key in keys if key in calibration}, **evaluation}
-    theirs, ours = calibration.get("preprocess"), evaluation.get("preprocess")
+    merged = {**{key: calibration[key] for key in keys if key in calibration}, **section}
+    theirs, ours = calibration.get("preprocess"), section.get("preprocess")
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         merged["preprocess"] = {**theirs, **ours}
     return merged
 
 
 def _split(value: dict[str, Any]) -> dict[str, Any]:
-    """Of a data.yaml, train for calibration and val for evaluation, where `split` is not said."""
+    """Of a data.yaml, train for calibration and validation, and val for evaluation, where `split`
+    is not said."""
     calibration, evaluation = value["calibration"], value.get("evaluation")
     if not isinstance(calibration, dict) or _source(calibration) != "yolo":
         return value
@@ -298,17 +299,34 @@ def _split(value: dict[str, Any]) -> dict[str, Any]:
     if evaluation is None and "split" not in calibration:
         evaluation = {"split": "val"}
     calibration = {"split": "train", **calibration}
-    return {**value, "calibration": calibration, "evaluation": evaluation}
+    value = {**value, "calibration": calibration, "evaluation": evaluation}
+    validation = value.get("validation")
+    if isinstance(validation, dict) and "path" not in validation:
+        value["validation"] = {"split": calibration["split"], **validation}
+    return value
 
 
 class Data(Section):
-    """The pictures: those that set the scales, and those that measure the result."""
+    """The pictures: those that set the scales, those that measure the result, and, if others are
+    to choose pins, those."""
 
     calibration: DataSet = Field(description="what the scales come from")
     evaluation: DataSet = Field(
         description="what accuracy is measured on; keys left out (but take, skip, sample, seed) "
         "come from calibration; without this section, the calibration pictures themselves"
     )
+    validation: DataSet | None = Field(
+        default=None,
+        description="what the tuner chooses pins on, so that the values that are reported, those "
+        "on evaluation, are of pictures that chose nothing; keys left out come from calibration as "
+        "for evaluation; null: pins are chosen on evaluation",
+    )
+
+    @property
+    def sections(self) -> dict[str, DataSet]:
+        """Every section there is, by its name."""
+        found = {"calibration": self.calibration, "evaluation": self.evaluation}
+        return found if self.validation is None else {**found, "validation": self.validation}
 
     @model_validator(mode="before")
     @classmethod
@@ -317,11 +335,15 @@ class Data(Section):
             return value
         value = _split(value)
         calibration = value["calibration"]
-        evaluation = value.get("evaluation")
-        if evaluation is None:
-            return {**value, "evaluation": calibration}
+        if value.get("evaluation") is None:
+            value = {**value, "evaluation": calibration}
         if isinstance(calibration, DataSet):
             calibration = calibration.model_dump(exclude_unset=True)
-        if isinstance(calibration, dict) and isinstance(evaluation, dict):
-            return {**value, "evaluation": inherit(evaluation, calibration)}
-        return value
+        if not isinstance(calibration, dict):
+            return value
+        others = {
+            name: inherit(section, calibration)
+            for name in ("evaluation", "validation")
+            if isinstance(section := value.get(name), dict) and section is not calibration
+        }
+        return {**value, **others}

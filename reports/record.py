@@ -137,6 +137,20 @@ class FrontPoint(_Value):
     met: bool = False
 
 
+class Chosen(_Value):
+    """What the pins were chosen by, where `data.validation` gives pictures of its own for that.
+
+    `baseline` is FP32's value there, `threshold` what the target asks for there, `value` what the
+    tuned plan reaches on the first backend, `met` whether it holds on all of them.
+    """
+
+    samples: int
+    baseline: float | None
+    threshold: float | None
+    value: float
+    met: bool
+
+
 class Outlier(_Value):
     """The picture that sets a tensor's maximum, and how far above the median it is.
 
@@ -195,7 +209,8 @@ class RunRecord(_Value):
 
     `prepared` maps a tensor or node to the moves it was prepared with: scale, shift, round, bias.
     `front` has pins against value; `pins_needed` says how many pins a missed target would take, as
-    far as can be predicted.
+    far as can be predicted. With `validation` the values of `tuning` and `front` are of those
+    pictures, and all others of data.evaluation, which then decides the status.
     """
 
     schema_version: int = Field(1, alias="schema")
@@ -209,6 +224,7 @@ class RunRecord(_Value):
     tuning: list[TuningStep] = Field(default_factory=list)
     front: list[FrontPoint] = Field(default_factory=list)
     pins_needed: int | None = None
+    validation: Chosen | None = None
     calibration: CalibrationRecord | None = None
     histograms: list[HistogramPlot] = Field(default_factory=list)
     prepared: dict[str, list[str]] = Field(default_factory=dict)

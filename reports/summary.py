@@ -285,7 +285,7 @@ def verdict(record: RunRecord) -> str:
         parts.append(f"The target, {needed}, {state[record.status]}{_noise_text(record)}.")
     elif record.status == "failed":
         parts.append("The run failed.")
-    parts += _apart(record)
+    parts += [*_apart(record), *_chosen_elsewhere(record)]
     plain, main, metric = untuned(record), main_variant(record), record.baseline.metric
     if plain is not None and main is not None and main is not plain and main.pinned:
         change = "" if plain.drop is None else f" ({change_text(metric, plain.drop)} points)"
@@ -369,6 +369,18 @@ def _apart(record: RunRecord) -> list[str]:
         if v.value is not None
     )
     return [f"It is met on {met}; {values}."]
+
+
+def _chosen_elsewhere(record: RunRecord) -> list[str]:
+    """A sentence on the pictures that pins were chosen on, where those are others."""
+    chosen, metric = record.validation, record.baseline.metric
+    if chosen is None:
+        return []
+    text = f"Pins were chosen on {plural(chosen.samples, 'picture')} of data.validation"
+    value = exact_text(metric, chosen.value, chosen.threshold)
+    asked = exact_text(metric, chosen.threshold or 0.0, chosen.value)
+    state = "meets" if chosen.met else "misses"
+    return [f"{text}, where the tuned model has {value} and {state} the {asked} asked for there."]
 
 
 def outlier_sentences(record: RunRecord) -> list[str]:

@@ -79,6 +79,13 @@ class Tuned:
     needed: int | None = None
 
     @property
+    def chosen(self) -> Step:
+        """The step that measured the plan that is kept."""
+        plan = self.plan
+        pins = {name for name in plan.compute_nodes if plan.nodes[name].origin == TUNER}
+        return next((step for step in self.steps if set(step.pinned) == pins), self.steps[0])
+
+    @property
     def front(self) -> tuple[Step, ...]:
         """Pins against value: the steps that no other reaches with as few pins, fewest first."""
         best: list[Step] = []

@@ -85,15 +85,24 @@ def threshold_below_zero(metric: str, threshold: float | None) -> list[Oddity]:
     )]  # fmt: skip
 
 
-def same_pictures(calibration: Sequence[str], evaluation: Sequence[str]) -> list[Oddity]:
-    """A finding, if calibration and evaluation share items (their hashes, or their names)."""
-    shared = len(set(calibration) & set(evaluation))
+def same_pictures(
+    earlier: Sequence[str],
+    later: Sequence[str],
+    *,
+    first: str = "data.calibration",
+    second: str = "data.evaluation",
+) -> list[Oddity]:
+    """A finding, if two sections of the data share items (their hashes, or their names).
+
+    `first` and `second` are what the sections are called.
+    """
+    shared = len(set(earlier) & set(later))
     if not shared:
         return []
     return [Oddity(
         "same_pictures",
-        f"{shared} of {len(set(evaluation))} evaluation samples calibrated too: what is measured "
-        "on them is on the bright side; give data.evaluation others (skip, or another path)",
+        f"{shared} of {len(set(later))} samples of {second} are in {first} too: what is measured "
+        f"on them is on the bright side; give {second} others (skip, or another path)",
     )]  # fmt: skip
 
 

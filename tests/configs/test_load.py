@@ -281,10 +281,11 @@ def test_what_is_missing_or_malformed_is_named_once(
 
 
 def test_what_evaluation_inherits_wrongly_is_reported_where_it_was_written(folder: Path) -> None:
-    text = MINIMAL + "    batch: 0\n  evaluation: {skip: -1}\n"
+    text = MINIMAL + "    batch: 0\n  evaluation: {skip: -1}\n  validation: {take: 0}\n"
     assert error(text).splitlines() == [
         "c.yaml:9: data.calibration.batch: expected at least 1, found 0",
         "c.yaml:10: data.evaluation.skip: expected at least 0, found -1",
+        "c.yaml:11: data.validation.take: expected at least 1, found 0",
     ]
 
 

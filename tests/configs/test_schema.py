@@ -442,6 +442,28 @@ def test_evaluation_inherits_what_it_leaves_out(
         {"calibration": DataSet.model_validate(calibration), "evaluation": evaluation}
     )
     assert from_values == data
+    if evaluation is not None:
+        third = Data.model_validate({"calibration": calibration, "validation": evaluation})
+        assert third.validation == data.evaluation
+        assert third.evaluation == third.calibration
+
+
+def test_without_validation_there_are_two_sections() -> None:
+    data = Data.model_validate({"calibration": IMAGES, "evaluation": {"skip": 8}})
+    assert data.validation is None
+    assert list(data.sections) == ["calibration", "evaluation"]
+    more = Data.model_validate({"calibration": IMAGES, "validation": {"skip": 9}})
+    assert list(more.sections) == ["calibration", "evaluation", "validation"]
+
+
+def test_pins_are_chosen_on_the_part_that_calibrates() -> None:
+    data = Data.model_validate(
+        {"calibration": {"path": "/coco/data.yaml", "take": 8}, "validation": {"skip": 8}}
+    )
+    assert data.validation is not None
+    assert (data.validation.split, data.validation.skip, data.evaluation.split) == (
+        "train", 8, "val",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tinyproject import BOTH, config_of, write_project
 
 from trtune.configs.load import load_config
 from trtune.configs.schema import Config
-from trtune.run.naming import UNDECIDED, run_folder, run_key
+from trtune.run.naming import UNDECIDED, config_hash, run_folder, run_key
 
 DEPLOY = "backends=[{{name: onnxruntime, lowering: deploy{}}}]"
 RTX = 'backends=[{{name: tensorrt_rtx, compute_capabilities: ["8.9"]{}}}]'
@@ -59,6 +59,20 @@ def test_what_changes_no_result_does_not_count(project: Path, before: str, after
 )
 def test_everything_else_does(project: Path, override: str) -> None:
     assert run_key(config_of(project)) != run_key(config_of(project, override))
+
+
+def test_the_order_of_pins_counts(project: Path) -> None:
+    """The last pin that names a node holds."""
+    one = "precision.pin={'re:.*': fp32, n_conv1: int8}"
+    other = "precision.pin={n_conv1: int8, 're:.*': fp32}"
+    assert run_key(config_of(project, one)) != run_key(config_of(project, other))
+    assert config_hash(config_of(project, one)) != config_hash(config_of(project, other))
+    assert run_key(config_of(project, one)) == run_key(config_of(project, one))
+
+
+def test_what_pins_are_chosen_on_counts(project: Path) -> None:
+    validation = "data.validation={path: " + str(project / "calibration.npz") + ", skip: 12}"
+    assert run_key(config_of(project, validation)) != run_key(config_of(project))
 
 
 def test_a_project_may_move(project: Path, tmp_path: Path) -> None:

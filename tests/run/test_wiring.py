@@ -40,6 +40,10 @@ needs_rtx = pytest.mark.skipif(
 )
 
 
+CHOOSING = "data.validation={skip: 12, take: 4}"
+"""Validation on rows of the calibration file that do not calibrate."""
+
+
 def nowhere() -> Model:
     """The model of backends that do not look at the data."""
     raise AssertionError("no backend here needs the model")
@@ -119,11 +123,15 @@ class TestChecks:
     def test_labels_are_asked_for_only_if_they_are_needed(self, tmp_path: Path) -> None:
         folder = write_project(tmp_path, labels=False)
         model = load_model(folder / "net.onnx")
-        sources = [d.source for d in data_of(config_of(folder), model)]
-        check_data(config_of(folder), *sources)
-        config = config_of(folder, "precision.target={metric: top5, max_drop: 0}")
+        found = data_of(config_of(folder, CHOOSING), model)
+        assert [data.where for data in found.values()] == [
+            "data.calibration", "data.evaluation", "data.validation",
+        ]  # fmt: skip
+        sources = {name: data.source for name, data in found.items()}
+        check_data(config_of(folder, CHOOSING), sources)
+        config = config_of(folder, CHOOSING, "precision.target={metric: top5, max_drop: 0}")
         with pytest.raises(DataError, match=r"^metric 'top5' needs labels, and the data has none"):
-            check_data(config, *sources)
+            check_data(config, sources)
 
     def test_too_few_for_one_batch_of_the_model(self, tmp_path: Path) -> None:
         folder = write_project(tmp_path, fixed(tinymodels.conv_relu(), 4), calibration=3)

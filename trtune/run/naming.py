@@ -27,7 +27,7 @@ PATHS = (
     ("precision", "target", "metric"),
     *(
         ("data", part, name)
-        for part in ("calibration", "evaluation")
+        for part in ("calibration", "evaluation", "validation")
         for name in ("path", "labels")
     ),
 )
@@ -45,7 +45,7 @@ def run_key(config: Config) -> str:
     That is all but `UNDECIDED`, and `PATHS` without the place of the project. What the files hold
     is in the keys of the stages: a folder whose model was edited is worked through again.
     """
-    value = config.model_dump(mode="json")
+    value = _decided(config)
     for path in UNDECIDED:
         _remove(value, path)
     home = os.path.dirname(config.model.path)
@@ -54,6 +54,26 @@ def run_key(config: Config) -> str:
         if isinstance(section.get(name), str):
             section[name] = _seen_from(home, section[name])
     return hash_json(value)[:10]
+
+
+def config_hash(config: Config) -> str:
+    """The hash of everything in the config."""
+    return hash_json(_decided(config))
+
+
+def _decided(config: Config) -> dict[str, Any]:
+    """The config as JSON; what it did not have when it was first hashed is there if it is set.
+
+    Of several pins the last that names a node wins, and a hash knows no order of keys: a list
+    does.
+    """
+    value = config.model_dump(mode="json")
+    pins = value["precision"]["pin"]
+    if len(pins) > 1:
+        value["precision"]["pin"] = [[pattern, precision] for pattern, precision in pins.items()]
+    if value["data"]["validation"] is None:
+        del value["data"]["validation"]
+    return value
 
 
 def _section(value: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from trtune.reports.html import several_html
 from trtune.reports.markdown import several_markdown
 from trtune.reports.measures.recognise import task_of
 from trtune.reports.measures.sense import (
+    Oddity,
     near_chance,
     odd_inputs,
     same_pictures,
@@ -123,8 +124,7 @@ def check_sense(work: RunWork, fp32: Evaluation, *, force: bool = False) -> None
     if target is not None and not metric.is_fidelity:
         threshold = threshold_of(target, fp32, higher=metric.higher)
         found += threshold_below_zero(metric.name, threshold)
-    if setup.config.data.evaluation != setup.config.data.calibration:
-        found += same_pictures(_names(setup.calibration), _names(setup.evaluation))
+    found += _shared(setup)
     found += odd_inputs(list(islice(setup.calibration.source, SENSED)))
     work.findings[:] = found
     for finding in found:
@@ -132,6 +132,22 @@ def check_sense(work: RunWork, fp32: Evaluation, *, force: bool = False) -> None
     stops = [finding for finding in found if finding.stops]
     if stops and not force:
         raise DataError("; ".join(finding.text for finding in stops))
+
+
+def _shared(setup: Setup) -> list[Oddity]:
+    """Findings about pictures in more than one section of the data."""
+    calibration, evaluation = setup.calibration, setup.evaluation
+    pairs = [(calibration, evaluation)]
+    if setup.validation is not None:
+        pairs += [(calibration, setup.validation), (setup.validation, evaluation)]
+    return [
+        finding
+        for first, second in pairs
+        if first.section != second.section or setup.validation in (first, second)
+        for finding in same_pictures(
+            _names(first), _names(second), first=first.where, second=second.where
+        )
+    ]
 
 
 def _names(data: RunData) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from trtune.calibrate.outliers import dominant, outliers
-from trtune.configs.files import hash_json
 from trtune.configs.schema import Config
 from trtune.configs.system.machine import peak_rss
 from trtune.precision.graph.macs import macs
@@ -26,8 +25,10 @@ from trtune.precision.tune.ladder import Step, Tuned
 from trtune.precision.tune.scales import Calibrated, carried_tensors
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.record import (
+    ORIGINAL,
     Baseline,
     CalibrationRecord,
+    Chosen,
     DominantPicture,
     FrontPoint,
     Outlier,
@@ -37,11 +38,12 @@ from trtune.reports.record import (
 )
 from trtune.reports.summary import metric_label, metric_text, plural
 from trtune.run.layer_table import compared, histogram_plots
-from trtune.run.naming import run_key
+from trtune.run.naming import config_hash, run_key
 from trtune.run.stage import versions
 from trtune.run.stages.calibration import CACHE_FILE
 from trtune.run.stages.measuring import CLOSENESS, TargetMetric, baseline
 from trtune.run.stages.preparing import PREPARED_CACHE, PREPARED_MODEL
+from trtune.run.tuning import threshold_of
 from trtune.run.work import RunWork
 
 SHOWN_OUTLIERS = 60
@@ -64,11 +66,12 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
         baseline(work.bench)
     )  # fmt: skip
     left_out = [work.left_out(data) for data in (setup.calibration, setup.evaluation)]
+    chosen = setup.validation
     return RunRecord(
         schema=1,
         name=setup.config.name,
         key=run_key(setup.config),
-        status=_status(work, tuned),
+        status=_status(work, tuned, variants),
         model={
             "path": Path(setup.config.model.path).name,
             "opset": subject.model.opset,
@@ -86,6 +89,7 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
         tuning=tuning_steps(tuned.steps, sign=1 if metric.higher else -1) if target else [],
         front=front_points(tuned, sign=1 if metric.higher else -1) if target else [],
         pins_needed=tuned.needed,
+        validation=chosen_by(work, tuned),
         calibration=_calibration(work, left_out[0]) if work.is_lowered else None,
         histograms=histogram_plots(
             work.subject.view,
@@ -110,16 +114,39 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
             "model": subject.model.sha256,
             "calibration_data": setup.calibration.source.identity,
             "evaluation_data": setup.evaluation.source.identity,
-            "config": hash_json(setup.config.model_dump(mode="json")),
+            **({} if chosen is None else {"validation_data": chosen.source.identity}),
+            "config": config_hash(setup.config),
         },
     )
 
 
-def _status(work: RunWork, tuned: Tuned) -> Literal["met", "missed", "failed"]:
+def _status(
+    work: RunWork, tuned: Tuned, variants: Sequence[Variant]
+) -> Literal["met", "missed", "failed"]:
+    """Whether the target holds: on the pictures that the result is reported on, and if no engine
+    runs here, or there are no others, on those that pins were chosen on."""
     if work.failed:
         return "failed"
     nothing = nothing_in_int8(work.subject.view, tuned.plan)
+    reported = {v.backend: v.verdict for v in variants if v.verdict and v.name != ORIGINAL}
+    if work.setup.validation is not None and reported:
+        return "met" if set(reported.values()) == {"met"} else "missed"
     return "met" if tuned.met and not nothing else "missed"
+
+
+def chosen_by(work: RunWork, tuned: Tuned) -> Chosen | None:
+    """What the pins were chosen by, if data.validation was there for that."""
+    target, bench = work.setup.config.precision.target, work.choosing
+    if work.setup.validation is None or target is None:
+        return None
+    fp32 = work.workspace.get(baseline(bench))
+    return Chosen(
+        samples=fp32.samples,
+        baseline=None if bench.metric.is_fidelity else fp32.value,
+        threshold=threshold_of(target, fp32, higher=bench.metric.higher),
+        value=tuned.chosen.score.value * (1 if bench.metric.higher else -1),
+        met=tuned.met,
+    )
 
 
 def _calibration(work: RunWork, left_out: list[str]) -> CalibrationRecord:
@@ -198,7 +225,7 @@ def _notes(work: RunWork, left_out: list[str]) -> list[str]:
     if setup.subject.imported is not None:
         notes += summary(setup.subject.imported.findings)
     notes += [finding.text for finding in work.findings]
-    for section in (setup.calibration, setup.evaluation):
+    for section in filter(None, (setup.calibration, setup.evaluation, setup.validation)):
         notes += [f"{section.where}: {note}" for note in getattr(section.source, "notes", ())]
     notes += flushed(work.subject.view, untuned)
     notes += prepared_notes(work)

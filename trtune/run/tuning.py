@@ -186,9 +186,10 @@ def tuning(work: RunWork) -> Stage[Tuned]:
     section, candidate = work.setup.config.precision, work.candidate(work.untuned)
 
     def make(folder: Path) -> Tuned:
-        fp32 = work.workspace.get(baseline(work.bench))
-        threshold = threshold_of(section.target, fp32, higher=work.bench.metric.higher)
-        judge = Scorer(work.workspace, work.bench, judges, fp32, threshold, work.candidate)
+        bench = work.choosing
+        fp32 = work.workspace.get(baseline(bench))
+        threshold = threshold_of(section.target, fp32, higher=bench.metric.higher)
+        judge = Scorer(work.workspace, bench, judges, fp32, threshold, work.candidate)
         tunable = threshold is not None and work.is_lowered
         return tune(
             work.untuned,
@@ -207,7 +208,7 @@ def tuning(work: RunWork) -> Stage[Tuned]:
         needs[f"judge {judge.name}"] = own
     setup = work.setup
     needs |= {
-        **work.bench.needs(),
+        **work.choosing.needs(),
         "plan": candidate.plan,
         "scales": candidate.table,
         setup.calibration.where: setup.calibration.need,

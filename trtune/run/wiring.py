@@ -109,22 +109,18 @@ class Backends:
             raise ConfigError(_refusal(self.absent, "add one that does, as {name: onnxruntime}"))
 
 
-def data_of(config: Config, model: Model) -> tuple[RunData, RunData]:
-    """Calibration and evaluation data, looked into: see `check_data`."""
-    sections = config.data
-    calibration, evaluation = (
-        RunData(f"data.{name}", section, open_section(section, model.inputs))
-        for name, section in (
-            ("calibration", sections.calibration),
-            ("evaluation", sections.evaluation),
-        )
-    )
+def data_of(config: Config, model: Model) -> dict[str, RunData]:
+    """The data of every section by its name, looked into: see `check_data`."""
+    found = {
+        name: RunData(f"data.{name}", section, open_section(section, model.inputs))
+        for name, section in config.data.sections.items()
+    }
     fixed = fixed_batch(model)
-    check_data(config, calibration.source, evaluation.source, fixed_batch=fixed)
+    check_data(config, {name: data.source for name, data in found.items()}, fixed_batch=fixed)
     shapes = {name: shape.model_dump() for name, shape in config.model.shapes.items()}
-    for data in (calibration, evaluation):
+    for data in found.values():
         check_shapes_of(data, model.inputs, shapes, fixed=fixed)
-    return calibration, evaluation
+    return found
 
 
 def left_out(data: RunData) -> Stage[list[str]]:
@@ -207,29 +203,27 @@ def first_batch(source: BatchSource, where: str) -> Batch:
 
 
 def check_data(
-    config: Config,
-    calibration: BatchSource,
-    evaluation: BatchSource,
-    *,
-    fixed_batch: int | None = None,
+    config: Config, sources: Mapping[str, BatchSource], *, fixed_batch: int | None = None
 ) -> None:
-    """Read the first batch of both sources, so that what is wrong shows before long work.
+    """Read the first batch of every section's source, so that what is wrong shows before long work.
 
     `fixed_batch` is how many samples the model takes at a time, if it fixes that. Raises DataError
     for empty data, arrays that do not fit the model, too few to fill one batch of calibration, or
     labels that the target needs and that are not there.
     """
-    first = first_batch(calibration, "data.calibration")
+    first = first_batch(sources["calibration"], "data.calibration")
     if fixed_batch and len(first) < fixed_batch:
         raise DataError(
             f"data.calibration: the model takes {fixed_batch} samples at a time, and there are "
             f"only {len(first)}; give more, or export the model with a free batch dimension"
         )
-    if config.data.evaluation != config.data.calibration:
-        first_batch(evaluation, "data.evaluation")
-    target = config.precision.target
-    if target is not None and target.needs_labels:
-        require_labels(evaluation, target.metric)
+    others = {name: source for name, source in sources.items() if name != "calibration"}
+    sections, target = config.data.sections, config.precision.target
+    for name, source in others.items():
+        if sections[name] != sections["calibration"]:
+            first_batch(source, f"data.{name}")
+        if target is not None and target.needs_labels:
+            require_labels(source, target.metric)
 
 
 def backends_of(

@@ -72,6 +72,7 @@ class Setup:
     planned: PrecisionPlan
     calibration: RunData
     evaluation: RunData
+    validation: RunData | None
     backends: Backends
     progress: Progress
 
@@ -104,9 +105,18 @@ class Setup:
         backends = backends_of(config, model, progress, probe=probe).chosen(only)
         if must_build:
             backends.require()
-        calibration, evaluation = data_of(config, subject().model)
+        data = data_of(config, subject().model)
         planned = plan_by_rules(subject(), config.precision)
-        return cls(config, subject(), planned, calibration, evaluation, backends, progress)
+        return cls(
+            config,
+            subject(),
+            planned,
+            data["calibration"],
+            data["evaluation"],
+            data.get("validation"),
+            backends,
+            progress,
+        )
 
 
 @dataclass(frozen=True)
@@ -202,11 +212,20 @@ class RunWork:
 
     @cached_property
     def bench(self) -> Bench:
-        """What candidates are measured on."""
+        """What is reported is measured here: on data.evaluation."""
+        return self._bench(self.setup.evaluation)
+
+    @cached_property
+    def choosing(self) -> Bench:
+        """Pins are chosen here: on data.validation, or where there is none on data.evaluation."""
+        validation = self.setup.validation
+        return self.bench if validation is None else self._bench(validation)
+
+    def _bench(self, data: RunData) -> Bench:
         setup = self.setup
         metric = metric_of(setup.config.precision.target, setup.subject.model)
         device = device_of(setup.config.runtime.device)
-        return Bench(setup.subject.model, metric, setup.evaluation, setup.progress, device)
+        return Bench(setup.subject.model, metric, data, setup.progress, device)
 
     @property
     def alive(self) -> list[Backend]:

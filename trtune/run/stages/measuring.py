@@ -168,7 +168,9 @@ def baseline(bench: Bench) -> Stage[Evaluation]:
             log.info("top-1 is not measured beside the target: %s", error)
             return _replayed(bench, None)
 
-    return Stage("baseline", bench.needs(), make, EVALUATION)
+    part = bench.data.where.rpartition(".")[2]
+    name = "baseline" if part == "evaluation" else f"baseline-{part}"
+    return Stage(name, bench.needs(), make, EVALUATION)
 
 
 def counted(bench: Bench, fp32: Evaluation) -> str | PythonMetric | None:
