@@ -12,13 +12,14 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 DIGITS := examples/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format wheel bench conformance constraints clean
+.PHONY: help demo test test-fast lint format docs wheel bench conformance constraints clean
 
 help:
 	@echo 'make demo         quantize, tune and report the handwritten-digits example; report in runs/'
 	@echo 'make test         all tests, with coverage   (ARGS="-k cache" and the like go to pytest)'
 	@echo 'make test-fast    the tests that take seconds'
 	@echo 'make lint         ruff and mypy              make format   let ruff rewrite'
+	@echo 'make docs         the documentation as a site in build/site; a warning is an error'
 	@echo 'make wheel        dist/*.whl                 make bench    benchmarks (ARGS="--help")'
 	@echo 'make constraints  write constraints.txt anew: the newest versions that fit together'
 	@echo 'make clean        remove .venv, runs and all that was built'
@@ -78,6 +79,11 @@ format:
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs:
+	$(call install,docs)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'build/site/index.html'
+
 wheel:
 	$(call install,dev)
 	rm -rf build dist
@@ -97,7 +103,7 @@ conformance:
 constraints:
 	$(call venv)
 	$(PIP) install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra examples --upgrade --quiet \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra docs --extra examples --upgrade --quiet \
 	  --universal --python-version 3.10 --resolution $(RESOLUTION) --no-annotate \
 	  --no-emit-index-url --custom-compile-command 'make constraints' --output-file '$(CONSTRAINTS)'
 

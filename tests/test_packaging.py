@@ -54,10 +54,10 @@ def test_a_folder_imported_by_its_bare_name_is_loud(folder: str) -> None:
 
 
 def required() -> set[str]:
-    """The distributions that `make demo`, `make test` and `make lint` ask for."""
+    """The distributions that `make demo`, `make test`, `make lint` and `make docs` ask for."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     lists = re.findall(
-        r"^(?:dependencies|detection|examples|rtx|dev) = \[(.*?)\]$", text, re.M | re.S
+        r"^(?:dependencies|detection|docs|examples|rtx|dev) = \[(.*?)\]$", text, re.M | re.S
     )
     names = {name for part in lists for name in re.findall(r'"([A-Za-z0-9_.-]+)', part)}
     return {re.sub(r"[-_.]+", "-", name).lower() for name in names} - {"trtune"}
