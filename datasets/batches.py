@@ -242,6 +242,21 @@ def rebatch(pieces: Iterable[Batch], size: int) -> Iterator[Batch]:
         yield _joined(held)
 
 
+def first_batch(source: BatchSource, where: str) -> Batch:
+    """The first batch; DataError if there is none."""
+    batch = next(iter(source), None)
+    if batch is None or not len(batch):
+        raise DataError(f"{where}: the data is empty; check path, take and skip")
+    return batch
+
+
+def repeat_to(batch: Batch, size: int) -> dict[str, Any]:
+    """Feeds of exactly `size` samples, those of `batch` again and again."""
+    rows = (np.arange(size) % len(batch)).tolist()
+    feeds = take_rows(batch, rows).feeds
+    return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+
+
 def sample_shapes(batch: Batch) -> dict[str, tuple[int, ...]]:
     """The shape of one sample of each feed: the array's without the axis of the samples."""
     shapes = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trtune.configs.errors import DataError, did_you_mean
 from trtune.configs.files import write_text
+from trtune.reports.differences import Difference, read_files, run_differences
 from trtune.reports.html import report_html
 from trtune.reports.markdown import report_markdown
 from trtune.reports.record import LayerRow, RunRecord
@@ -77,3 +78,30 @@ def read_record(path: Path) -> RunRecord:
         raise DataError(f"{file}: no such file; give a run's folder or its run.json") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: not a run record: {error}") from error
+
+
+def runs_among(places: Sequence[Path | str]) -> list[tuple[Path, RunRecord]]:
+    """The run folders among `places` (or their run.json), each with its record.
+
+    What is no run is left out, and the log says so. Raises DataError if nothing else is there.
+    """
+    found: list[tuple[Path, RunRecord]] = []
+    wrong: list[DataError] = []
+    for place in map(Path, places):
+        try:
+            found.append((place if place.is_dir() else place.parent, read_record(place)))
+        except DataError as error:
+            wrong.append(error)
+    if wrong and not found:
+        raise wrong[0]
+    for refused in wrong:
+        log.warning("left out: %s", refused)
+    return found
+
+
+def differences_of(runs: Sequence[tuple[Path, RunRecord]]) -> list[Difference]:
+    """What differs between two runs; of more, nothing: their tables stand side by side."""
+    if len(runs) != 2:
+        return []
+    first, second = (read_files(record, folder) for folder, record in runs)
+    return run_differences(first, second)

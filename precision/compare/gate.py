@@ -19,7 +19,7 @@ from trtune.datasets.batches import BatchSource
 from trtune.precision.compare.batches import add_batch, limited, no_samples
 from trtune.precision.graph.file import Model, comparable
 from trtune.precision.graph.proto import copy_model
-from trtune.precision.runtime.api import Engine
+from trtune.precision.runtime.api import Backend, Engine
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
 
@@ -149,6 +149,27 @@ def gate_limits(settings: Mapping[str, Any]) -> tuple[float, float]:
     (0.001, 1e-05)
     """
     return (TF32_ENGINE, TF32_NOISE) if settings.get("tf32") else (FP32_ENGINE, FLOAT_NOISE)
+
+
+def gate_errors(
+    model: Model, backend: Backend, folder: Path, source: BatchSource, *, pictures: int
+) -> dict[str, ErrorSums]:
+    """Errors of the FP32 engine that `backend` built in `folder` against onnxruntime, by output.
+
+    Raises TrtuneError if it is not the FP32 model.
+    """
+    limit, noise = gate_limits(backend.settings)
+    reference = OrtEngine(lambda: make_session(model.proto, external_dir=model.external_dir))
+    with reference as exact, backend.load(folder) as engine:
+        return engine_gate(
+            exact,
+            engine,
+            source,
+            pictures=pictures,
+            backend=backend.name,
+            limit=limit,
+            noise=noise,
+        )
 
 
 def _summed(

@@ -93,6 +93,9 @@ def agreement(sums: Fidelity) -> float:
     return sums.agreeing / sums.compared
 
 
+CLOSENESS = "sqnr_db"
+"""What is measured where there is no target."""
+
 FIDELITY_METRICS: dict[str, Callable[[Fidelity], float]] = {
     "sqnr_db": sqnr_db,
     "cosine": cosine,

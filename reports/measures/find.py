@@ -85,6 +85,7 @@ TASK_MEASURES: Mapping[str, About] = {
     ),
     "token_agreement": About(lambda asked: TokenAgreement(asked.output), "text", labels=False),
 }
+TOP1 = "top1"
 METRICS = (*TASK_MEASURES, *FIDELITY_METRICS)
 
 

@@ -23,12 +23,13 @@ from trtune.precision.runtime.api import BuildInfo, Candidate, Usable
 from trtune.precision.runtime.engine_json import write_engine_json
 from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.reports.accuracy import Evaluation
+from trtune.reports.entries.variants import fp32_bytes, top1_of
 from trtune.reports.record import Latency
 from trtune.reports.tables import read_layers
 from trtune.run.pipeline import run
 from trtune.run.stages.engines import cpu_model
 from trtune.run.stages.latency import Speed, on_gpu
-from trtune.run.variants import finished, fp32_bytes, top1_of
+from trtune.run.variants import finished
 from trtune.run.wiring import Backends
 
 needs_rtx = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from tinyproject import BOTH, config_of, fixed, work_of, write_project
 
 from trtune.configs.errors import ConfigError, DataError
 from trtune.configs.progress import silent
-from trtune.datasets.batches import Batch, InputSpec
+from trtune.datasets.batches import Batch, InputSpec, first_batch, repeat_to
 from trtune.datasets.open import open_section
 from trtune.precision.backends.rtx.backend import RtxBackend
 from trtune.precision.graph.file import Model, load_model
@@ -28,8 +28,6 @@ from trtune.run.wiring import (
     check_precisions,
     check_shapes_of,
     data_of,
-    first_batch,
-    repeat_to,
 )
 
 needs_no_tensorrt = pytest.mark.skipif(

@@ -22,9 +22,9 @@ from trtune.configs.files import write_text
 from trtune.configs.load import dump_config
 from trtune.configs.progress import Progress, announce, enter, silent
 from trtune.configs.schema import Config
+from trtune.configs.system.journal import working_in
 from trtune.precision.runtime.api import BuildInfo
 from trtune.reports.accuracy import Evaluation
-from trtune.reports.differences import Difference, read_files, run_differences
 from trtune.reports.html import several_html
 from trtune.reports.markdown import several_markdown
 from trtune.reports.measures.recognise import task_of
@@ -37,9 +37,8 @@ from trtune.reports.measures.sense import (
 )
 from trtune.reports.record import LayerRow, RunRecord
 from trtune.reports.tables import read_layers, write_layers
-from trtune.reports.writer import read_record, write_report
-from trtune.run.folder import working_in
-from trtune.run.layer_table import compared, layer_rows
+from trtune.reports.writer import differences_of, runs_among, write_report
+from trtune.run.comparing import compared, layer_rows
 from trtune.run.naming import run_folder
 from trtune.run.record import Started, run_record
 from trtune.run.stages.engines import engine_of
@@ -268,33 +267,6 @@ def _others(folder: Path, name: str) -> list[Path]:
     return sorted(beside, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
-def _runs_among(places: Sequence[Path | str]) -> list[tuple[Path, RunRecord]]:
-    """The run folders among `places` (or their run.json), each with its record.
-
-    What is no run is left out, and the log says so. Raises DataError if nothing else is there.
-    """
-    found: list[tuple[Path, RunRecord]] = []
-    wrong: list[DataError] = []
-    for place in map(Path, places):
-        try:
-            found.append((place if place.is_dir() else place.parent, read_record(place)))
-        except DataError as error:
-            wrong.append(error)
-    if wrong and not found:
-        raise wrong[0]
-    for refused in wrong:
-        log.warning("left out: %s", refused)
-    return found
-
-
-def _differences(runs: Sequence[tuple[Path, RunRecord]]) -> list[Difference]:
-    """What differs between two runs; of more, nothing: their tables stand side by side."""
-    if len(runs) != 2:
-        return []
-    first, second = (read_files(record, folder) for folder, record in runs)
-    return run_differences(first, second)
-
-
 def report(
     runs: Sequence[Path | str],
     *,
@@ -309,7 +281,7 @@ def report(
 
     >>> report(["runs/mobilenet-0123456789"])[0].status     # doctest: +SKIP
     """
-    found = _runs_among(runs)
+    found = runs_among(runs)
     for folder, record in found:
         layers = folder / "layers.csv"
         rows = read_layers(layers) if layers.is_file() else []
@@ -319,6 +291,6 @@ def report(
         if Path(together).suffix == ".md":
             text = several_markdown(records)
         else:
-            text = several_html(records, _differences(found))
+            text = several_html(records, differences_of(found))
         write_text(Path(together), text)
     return records

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import platform
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trtune.calibrate.outliers import dominant, outliers
 from trtune.configs.schema import Config
-from trtune.configs.system.machine import peak_rss
 from trtune.precision.graph.macs import macs
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_rules import flushed_weights
@@ -21,32 +18,24 @@ from trtune.precision.prepare.codes import readers_of
 from trtune.precision.prepare.values import ROUND_CODES, sentence
 from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.quantized.findings import summary
-from trtune.precision.tune.ladder import Step, Tuned
-from trtune.precision.tune.scales import Calibrated, carried_tensors
+from trtune.precision.tune.ladder import Tuned
+from trtune.precision.tune.scales import carried_tensors
 from trtune.reports.accuracy import Evaluation
-from trtune.reports.record import (
-    ORIGINAL,
-    Baseline,
-    CalibrationRecord,
-    Chosen,
-    DominantPicture,
-    FrontPoint,
-    Outlier,
-    RunRecord,
-    TuningStep,
-    Variant,
-)
+from trtune.reports.entries.calibration import calibration_record
+from trtune.reports.entries.histograms import histogram_plots
+from trtune.reports.entries.tuning import front_points, tuning_steps
+from trtune.reports.measures.fidelity import CLOSENESS
+from trtune.reports.record import ORIGINAL, Baseline, CalibrationRecord, Chosen, RunRecord, Variant
 from trtune.reports.summary import metric_label, metric_text, plural
-from trtune.run.layer_table import compared, histogram_plots
+from trtune.run.comparing import compared
 from trtune.run.naming import config_hash, run_key
 from trtune.run.stage import versions
 from trtune.run.stages.calibration import CACHE_FILE
-from trtune.run.stages.measuring import CLOSENESS, TargetMetric, baseline
+from trtune.run.stages.measuring import TargetMetric, baseline
 from trtune.run.stages.preparing import PREPARED_CACHE, PREPARED_MODEL
 from trtune.run.tuning import threshold_of
 from trtune.run.work import RunWork
 
-SHOWN_OUTLIERS = 60
 PACKAGES = ("trtune", "onnx", "onnxruntime", "numpy", "numba", "pillow", "polygraphy")
 
 
@@ -155,67 +144,12 @@ def _calibration(work: RunWork, left_out: list[str]) -> CalibrationRecord:
     )
 
 
-def calibration_record(
-    found: Calibrated, method: str, *, reused: bool, left_out: Sequence[str]
-) -> CalibrationRecord:
-    """What calibration did, and which pictures set its ranges."""
-    ranked = outliers(found.histograms)
-    return CalibrationRecord(
-        method=method,
-        pictures=found.pictures,
-        seconds=found.seconds,
-        inference_seconds=found.inference_seconds,
-        peak_rss_bytes=peak_rss(),
-        tensors=len(found.table.scales),
-        passes=found.passes,
-        reused=reused,
-        search_seconds=found.search_seconds,
-        skipped=list(left_out),
-        dominant=[DominantPicture(**asdict(d)) for d in dominant(ranked)],
-        outliers=[Outlier(**asdict(o)) for o in ranked[:SHOWN_OUTLIERS]],
-        methods=dict(Counter(found.table.methods.values())),
-    )
-
-
 def _method(work: RunWork) -> str:
     """Where the scales come from, in words."""
     if work.setup.subject.imported is not None:
         return "Q/DQ in the model"
     section = work.setup.config.calibration
     return section.method if section.cache is None else f"cache {Path(section.cache).name}"
-
-
-def tuning_steps(steps: Sequence[Step], *, sign: int = 1) -> list[TuningStep]:
-    """Every evaluated set of pins, in order; `sign` -1 where less is better, as the search's."""
-    return [
-        TuningStep(
-            step=number,
-            action=step.action,
-            pinned=list(step.pinned),
-            value=sign * step.score.value,
-            builds=step.score.builds,
-            seconds=round(step.seconds, 3),
-            sqnr_db=step.score.sqnr_db,
-            met=step.score.met,
-            cached=step.score.cached,
-            values=dict(step.score.values),
-            reason="; ".join(filter(None, (step.reason, step.score.note))),
-        )
-        for number, step in enumerate(steps)
-    ]
-
-
-def front_points(tuned: Tuned, *, sign: int = 1) -> list[FrontPoint]:
-    """Pins against value, the fewest first."""
-    return [
-        FrontPoint(
-            pins=len(step.pinned),
-            pinned=list(step.pinned),
-            value=sign * step.score.value,
-            met=step.score.met,
-        )
-        for step in tuned.front
-    ]
 
 
 def _notes(work: RunWork, left_out: list[str]) -> list[str]:

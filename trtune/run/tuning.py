@@ -18,11 +18,12 @@ from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.tune.ladder import Ranked, Score, Step, Tuned, tune
 from trtune.precision.tune.leave_one_out import PathStep
 from trtune.reports.accuracy import Evaluation
+from trtune.reports.measures.fidelity import CLOSENESS
 from trtune.reports.summary import number
 from trtune.run.stage import Form, Stage, as_json
 from trtune.run.stages.engines import measured_with
 from trtune.run.stages.layers import alone
-from trtune.run.stages.measuring import CLOSENESS, Bench, baseline, evaluation
+from trtune.run.stages.measuring import Bench, baseline, evaluation
 from trtune.run.stages.pins import HeldOut
 from trtune.run.work import BackendFailed, RunWork, watched
 from trtune.run.workspace import Workspace

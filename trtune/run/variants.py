@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
-from trtune.precision.graph.file import Model
-from trtune.precision.graph.proto import tensor_bytes
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.quantized.describe import nothing_in_int8
-from trtune.precision.runtime.api import UNKNOWN, Backend, BuildInfo
+from trtune.precision.runtime.api import Backend, BuildInfo
 from trtune.reports.accuracy import Evaluation
+from trtune.reports.entries.variants import (
+    accounted,
+    fp32_bytes,
+    interval_of,
+    own_calibration,
+    top1_of,
+)
 from trtune.reports.record import ORIGINAL, Closeness, Variant
 from trtune.run.stages.engines import (
     FP32,
@@ -29,13 +32,10 @@ from trtune.run.stages.engines import (
 )
 from trtune.run.stages.latency import Speed, speed
 from trtune.run.stages.layers import engine_gated
-from trtune.run.stages.measuring import CLOSENESS, TOP1, as_it_stands, baseline, evaluation
+from trtune.run.stages.measuring import as_it_stands, baseline, evaluation
 from trtune.run.subject import fp32_plan
 from trtune.run.tuning import is_enough, threshold_of
 from trtune.run.work import BackendFailed, RunWork, watched
-
-CONFIDENCE = 1.96
-"""Standard errors to either side that hold 95 %."""
 
 EMULATION_NOTE = "emulation of TensorRT's arithmetic: its CPU time says nothing about speed"
 
@@ -255,56 +255,3 @@ def _worth(
 
 def _is_quantized(work: RunWork, plan: PrecisionPlan) -> bool:
     return not nothing_in_int8(work.subject.view, plan)
-
-
-def interval_of(
-    metric: str, reached: float | None, found: Evaluation, *, relative: bool
-) -> tuple[float, float] | None:
-    """Where the value lies with 95 % confidence, by the spread over samples.
-
-    `relative` to FP32 on the same samples, where that spread is known.
-    """
-    error = found.error
-    if relative and found.difference_error is not None:
-        error = found.difference_error
-    if metric == CLOSENESS:
-        error = found.sqnr_error
-    if error is None or reached is None or not math.isfinite(reached):
-        return None
-    return reached - CONFIDENCE * error, reached + CONFIDENCE * error
-
-
-def own_calibration(details: Mapping[str, Any] | None) -> list[str]:
-    """How far TensorRT's own calibration is from the table, if it made one.
-
-    >>> own_calibration({"calibrator": "minmax", "tensors": 3, "log2_ratios": {"a": 1.0, "b": 0}})
-    ["TensorRT's own calibration (minmax) gave 3 scales; ours differ by a factor of 1.41 in the \
-median and 2 at most (a)"]
-    """
-    ratios = (details or {}).get("log2_ratios")
-    if not details or not ratios:
-        return []
-    apart = {tensor: abs(ratio) for tensor, ratio in ratios.items()}
-    worst = max(apart, key=lambda tensor: apart[tensor])
-    return [
-        f"TensorRT's own calibration ({details['calibrator']}) gave {details['tensors']} scales; "
-        f"ours differ by a factor of {2 ** median(apart.values()):.3g} in the median and "
-        f"{2 ** apart[worst]:.3g} at most ({worst})"
-    ]
-
-
-def accounted(plan: PrecisionPlan, info: BuildInfo) -> dict[str, int]:
-    """How many compute nodes run in each precision by the runtime's own account."""
-    found = [info.precisions.get(name, UNKNOWN) for name in plan.compute_nodes]
-    return {precision: found.count(precision) for precision in sorted(set(found))}
-
-
-def fp32_bytes(model: Model, path: Path) -> int:
-    """Size of the user's model at `path`, whose weights may lie in files beside it."""
-    weights = sum(tensor_bytes(tensor) for tensor in model.proto.graph.initializer)
-    return max(path.stat().st_size, weights)
-
-
-def top1_of(found: Evaluation) -> float | None:
-    """top-1 if that is what was counted."""
-    return found.value if found.metric == TOP1 else None

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from trtune.calibrate.sessions import device_of
 from trtune.configs.errors import ConfigError, DataError, did_you_mean
 from trtune.configs.progress import Progress
@@ -22,6 +20,7 @@ from trtune.datasets.batches import (
     BatchSource,
     InputSpec,
     batch_size,
+    first_batch,
     require_labels,
     take_rows,
 )
@@ -194,14 +193,6 @@ def _check_shape(where: str, name: str, shape: Sequence[int], profile: Profile, 
         )
 
 
-def first_batch(source: BatchSource, where: str) -> Batch:
-    """The first batch; DataError if there is none."""
-    batch = next(iter(source), None)
-    if batch is None or not len(batch):
-        raise DataError(f"{where}: the data is empty; check path, take and skip")
-    return batch
-
-
 def check_data(
     config: Config, sources: Mapping[str, BatchSource], *, fixed_batch: int | None = None
 ) -> None:
@@ -347,10 +338,3 @@ def check_precisions(config: Config) -> None:
                 f"backends.{index}.lowering: deploy runs in int8 and fp32 alone, and {half} is "
                 f"{chosen[half]}; use emulate, or fp32 there"
             )
-
-
-def repeat_to(batch: Batch, size: int) -> dict[str, Any]:
-    """Feeds of exactly `size` samples, those of `batch` again and again."""
-    rows = (np.arange(size) % len(batch)).tolist()
-    feeds = take_rows(batch, rows).feeds
-    return {name: np.ascontiguousarray(array) for name, array in feeds.items()}

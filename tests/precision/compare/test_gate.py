@@ -18,11 +18,10 @@ from tinyquant import Rows, case
 from trtune.configs.errors import DataError, ModelError, TrtuneError
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.backends.trt.backend import Settings
-from trtune.precision.compare.gate import engine_gate, fp32_gate, gate_limits
+from trtune.precision.compare.gate import engine_gate, fp32_gate, gate_errors, gate_limits
 from trtune.precision.graph.view import load_model
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.api import Candidate
-from trtune.run.stages.layers import gate_errors
 
 
 def gate(reference: onnx.ModelProto, engine: Any, source: Any, **options: Any) -> Any:

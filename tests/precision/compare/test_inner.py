@@ -30,6 +30,7 @@ from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.backends.rtx.backend import RtxBackend
 from trtune.precision.backends.trt.backend import Settings, TensorRTBackend
 from trtune.precision.backends.trt.engine_file import Cuda
+from trtune.precision.compare.by_node import compared_tensors
 from trtune.precision.compare.inner import (
     DEBUG_TENSORS,
     MARKED_OUTPUTS,
@@ -45,7 +46,6 @@ from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.lower.half_on_cpu import in_float32
 from trtune.precision.runtime.api import BuildInfo
 from trtune.precision.runtime.engine_json import read_engine_json, reusable
-from trtune.run.stages.layers import compared_tensors
 
 ADA = DeviceProperties(0, "NVIDIA L4", "8.9", "580.95.05", "13.0", "13.0", 24 << 30, 20 << 30)
 

@@ -19,11 +19,11 @@ from tinyquant import Rows, named
 from trtune.configs.errors import DataError, TrtuneError
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.compare.batches import batch_bytes
+from trtune.precision.compare.by_node import compared_tensors, engine_errors
 from trtune.precision.compare.layers import compare_layers
 from trtune.precision.compare.runtime_errors import RuntimeErrors, runtime_errors
 from trtune.precision.runtime.api import Engine
 from trtune.precision.runtime.session import OrtEngine
-from trtune.run.stages.layers import compared_tensors, engine_errors
 
 
 def errors_between(

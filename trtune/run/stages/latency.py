@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Latency as Section
+from trtune.datasets.batches import first_batch, repeat_to
 from trtune.precision.backends.gpu.timing import GpuTiming
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.backends.trt.backend import LAYERS_FILE
@@ -27,7 +28,7 @@ from trtune.run.stage import Stage, as_json
 from trtune.run.stages.engines import FP32, TUNED, cpu_model, engine_needs, label
 from trtune.run.stages.measuring import session_of
 from trtune.run.subject import Subject
-from trtune.run.wiring import RunData, first_batch, fixed_batch, repeat_to
+from trtune.run.wiring import RunData, fixed_batch
 
 
 @runtime_checkable

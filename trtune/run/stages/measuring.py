@@ -19,8 +19,8 @@ from trtune.precision.runtime.api import Backend, Candidate, Engine
 from trtune.precision.runtime.session import OrtEngine, make_session
 from trtune.reports.accuracy import Evaluation, OutputCloseness, evaluate
 from trtune.reports.measures.base import PythonMetric
-from trtune.reports.measures.fidelity import FIDELITY_METRICS
-from trtune.reports.measures.find import METRICS, Asked, find_metric, higher_is_better
+from trtune.reports.measures.fidelity import CLOSENESS, FIDELITY_METRICS
+from trtune.reports.measures.find import METRICS, TOP1, Asked, find_metric, higher_is_better
 from trtune.reports.measures.recognise import task_of
 from trtune.reports.outputs import Layout, StoredOutputs, collect_outputs
 from trtune.run.stage import Need, Stage, as_json, device_needs, flat, versions
@@ -28,10 +28,6 @@ from trtune.run.stages.engines import build, measured_with
 from trtune.run.wiring import RunData, fixed_batch
 
 log = logging.getLogger(__name__)
-
-CLOSENESS = "sqnr_db"
-"""What is measured where there is no target."""
-TOP1 = "top1"
 
 
 def _load(value: dict[str, Any]) -> Evaluation:

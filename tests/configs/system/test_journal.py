@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from trtune.configs.errors import DataError, TrtuneError
-from trtune.run.folder import RunFolder, working_in
+from trtune.configs.system.journal import RunFolder, working_in
 
 log = logging.getLogger("trtune.tests")
 
@@ -102,7 +102,7 @@ class TestLog:
         def no_locks(file: object) -> bool:
             raise OSError(37, "No locks available")
 
-        monkeypatch.setattr("trtune.run.folder.try_lock", no_locks)
+        monkeypatch.setattr("trtune.configs.system.journal.try_lock", no_locks)
         with logged_to(tmp_path):
             log.info("all the same")
         assert "all the same" in (tmp_path / "log.txt").read_text()
@@ -197,7 +197,7 @@ def test_a_python_without_the_modules_of_posix_can_run(tmp_path: Path) -> None:
         "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
         "import trtune.run.pipeline, trtune.tools, trtune.doctor, trtune.cli\n"
         "from pathlib import Path\n"
-        "from trtune.run.folder import working_in\n"
+        "from trtune.configs.system.journal import working_in\n"
         "with working_in(Path('run')) as run:\n"
         "    run.open()\n"
     )

@@ -13,14 +13,9 @@ from tinyproject import work_of, write_project
 
 from trtune.calibrate.histogram import Counter, Histogram
 from trtune.precision.tune.scales import carried_tensors
+from trtune.reports.entries.histograms import PLOTTED, histogram_plot, histogram_plots
 from trtune.reports.record import HistogramPlot
-from trtune.run.layer_table import (
-    PLOTTED,
-    compared,
-    histogram_plot,
-    histogram_plots,
-    layer_rows,
-)
+from trtune.run.comparing import compared, layer_rows
 from trtune.run.work import RunWork
 
 
