@@ -194,6 +194,11 @@ class DataSet(Section):
     inputs: Mapping[str, str] = Field(
         default={}, description="model input -> name of the array (arrays and python)"
     )
+    feed: Mapping[str, Any] = Field(
+        default={},
+        description="model input -> its values, the same for every sample, beside what the source "
+        "feeds: {im_shape: [640, 640], scale_factor: 1}; a list is one sample's",
+    )
     args: Mapping[str, Any] = Field(
         default={}, description="keyword arguments for the function (python)"
     )
@@ -249,7 +254,7 @@ class DataSet(Section):
         return self
 
 
-_ALWAYS_INHERITED = ("batch", "preprocess", "label_offset", "on_error", "axis", "classes")
+_ALWAYS_INHERITED = ("batch", "preprocess", "label_offset", "on_error", "axis", "classes", "feed")
 _INHERITED_WITH_SOURCE = ("path", "inputs", "images")
 
 
@@ -267,8 +272,8 @@ def inherit(section: Mapping[str, Any], calibration: Mapping[str, Any]) -> dict[
 
     Never take, skip, sample and seed: they say which pictures. What belongs to one source or one
     path is not carried to another: labels of pictures and idx (a file) and args of a function
-    stay behind when `path` differs, all but batch, preprocess, label_offset, on_error, axis and
-    classes when `source` does.
+    stay behind when `path` differs, all but batch, preprocess, label_offset, on_error, axis,
+    classes and feed when `source` does.
     """
     keys = list(_ALWAYS_INHERITED)
     source = _source(calibration)

@@ -66,13 +66,15 @@ def init_text(
 
     `model_path` and `data_path` are written as given, so they are relative to where the text will
     be saved. `inputs` are `(name, shape, numpy dtype name)`; a str or None in a shape is a free
-    dimension. One float or uint8 input of 1 or 3 channels reads pictures, anything else arrays.
+    dimension. One float or uint8 input of 1 or 3 channels, alone or beside a few numbers a sample
+    (the picture's size, say), reads pictures, anything else arrays.
     `load_config` accepts the text once `data_path` is there. `default` is that of `precision`: qat
     for a model that is quantized already. `hints` are what else is known of model and data.
     """
     hints = hints or Hints()
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(model_path).stem).strip("-._") or "model"
-    picture = _as_picture(inputs)
+    pictured, beside = _beside(inputs)
+    picture = None if pictured is None else _as_picture(pictured)
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         "# What each key means: trtune schema, or an editor that reads the file named above.",
@@ -94,7 +96,8 @@ def init_text(
         ),
         *_share_lines(hints, known=picture is not None),
         f"    batch: {_batch(inputs)}",
-        *(_preprocessing(picture, inputs[0][2], hints) if picture else ()),
+        *(_feed_lines(picture, beside) if picture and hints.source in _PICTURE_SOURCES else ()),
+        *(_preprocessing(picture, pictured[2], hints) if picture and pictured else ()),
         *_evaluation_lines(hints, known=picture is not None),
         *_SETTINGS,
     ]
@@ -192,10 +195,40 @@ _SETTINGS = (
 )
 
 
-def _as_picture(inputs: Sequence[ModelInput]) -> _Picture | None:
-    if len(inputs) != 1:
-        return None
-    _, shape, dtype = inputs[0]
+def _beside(inputs: Sequence[ModelInput]) -> tuple[ModelInput | None, Sequence[ModelInput]]:
+    """The one input that takes pictures, and the others; None if these are not a few numbers."""
+    pictured = [given for given in inputs if _as_picture(given)]
+    others = [given for given in inputs if given not in pictured]
+    if len(pictured) != 1 or any(_numbers_a_sample(shape) is None for _, shape, _ in others):
+        return None, ()
+    return pictured[0], others
+
+
+def _numbers_a_sample(shape: Sequence[int | str | None]) -> int | None:
+    """How many numbers a sample has in an input N, or N x 1 to 4, or None for another shape."""
+    if len(shape) == 1 and (not isinstance(shape[0], int) or shape[0] <= 1):
+        return 1
+    last = shape[-1] if len(shape) == 2 else None
+    return last if isinstance(last, int) and 1 <= last <= 4 else None
+
+
+def _feed_lines(picture: _Picture, beside: Sequence[ModelInput]) -> list[str]:
+    """`feed` for what goes beside a picture: its size where the name says so, else ones."""
+    if not beside:
+        return []
+    size = [picture.height or _SIDE[1], picture.width or _SIDE[1]]
+    values = {
+        name: size if _numbers_a_sample(shape) == 2 and re.search("shape|size", name) else 1
+        for name, shape, _ in beside
+    }
+    return [
+        "    feed:                          # the same for every picture; a guess, check it",
+        *(f"      {inline_yaml(name)}: {inline_yaml(value)}" for name, value in values.items()),
+    ]
+
+
+def _as_picture(given: ModelInput) -> _Picture | None:
+    _, shape, dtype = given
     if len(shape) != 4 or dtype not in ("float32", "float16", "uint8"):
         return None
     for layout, channel, sides in (("NCHW", 1, (2, 3)), ("NHWC", 3, (1, 2))):
@@ -222,10 +255,10 @@ def _input_comments(inputs: Sequence[ModelInput]) -> list[str]:
 def _shape_lines(inputs: Sequence[ModelInput]) -> list[str]:
     ranges: dict[str, tuple[int, int, int]] = {}
     lines = []
-    for name, shape, _ in inputs:
+    for name, shape, dtype in inputs:
         if all(isinstance(dim, int) and dim > 0 for dim in shape):
             continue
-        picture = _as_picture(inputs) is not None
+        picture = _as_picture((name, shape, dtype)) is not None
         dims = [_range(axis, dim, picture, ranges) for axis, dim in enumerate(shape)]
         low, mid, high = (list(column) for column in zip(*dims, strict=True))
         lines.append(f"    {inline_yaml(name)}: {{min: {low}, opt: {mid}, max: {high}}}")

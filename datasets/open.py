@@ -13,7 +13,6 @@ from trtune.datasets.arrays import ArraySource, load_arrays
 from trtune.datasets.batches import BatchSource, InputSpec
 from trtune.datasets.feeds import AUTO
 from trtune.datasets.idx import read_idx
-from trtune.datasets.labels import Shifted
 from trtune.datasets.pictures.detection import list_coco, list_yolo
 from trtune.datasets.pictures.images import ImageSource
 from trtune.datasets.pictures.listing import Listing, list_folder, read_classes
@@ -22,6 +21,7 @@ from trtune.datasets.pictures.preprocess import Preprocess, preprocess_of
 from trtune.datasets.python import PythonSource
 from trtune.datasets.samples import NpyFolder
 from trtune.datasets.selection import Selection
+from trtune.datasets.wrapped import Shifted, WithValues, same_for_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +119,11 @@ def open_source(
 def open_section(data: DataSet, inputs: Sequence[InputSpec]) -> BatchSource:
     """The batches that a `data` section of a config describes; see `open_source`."""
     section = data.preprocess
+    values = same_for_all(data.feed, inputs, data.axis)
     source = open_source(
         data.source,
         data.path,
-        inputs=inputs,
+        inputs=[spec for spec in inputs if spec.name not in values],
         preprocess=None if section is None else preprocess_of(section.model_dump()),
         labels=data.labels,
         take=data.take,
@@ -133,11 +134,13 @@ def open_section(data: DataSet, inputs: Sequence[InputSpec]) -> BatchSource:
         on_error=data.on_error,
         input_names=data.inputs,
         args=data.args,
-        axes=data.axis,
+        axes={name: axis for name, axis in data.axis.items() if name not in values},
         split=data.split,
         classes=data.classes,
         images=data.images,
     )
+    if values:
+        source = WithValues(source, values)
     return Shifted(source, data.label_offset) if data.label_offset else source
 
 
@@ -179,7 +182,8 @@ def _open_coco(request: _Request) -> BatchSource:
 
 def _pictures(request: _Request, listing: Listing) -> BatchSource:
     if request.labels is None:
-        listing = replace(listing, files=dict.fromkeys(listing.files), notes=(), named={})
+        files = dict.fromkeys(listing.files)
+        listing = replace(listing, files=files, notes=(), named={}, sorted_classes=None)
     return ImageSource(
         request.place,
         request.inputs,

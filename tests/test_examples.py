@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,26 @@ def test_an_example_meets_its_target(example: Path) -> None:
     sign = -1 if target.metric == "perplexity" else 1
     assert int8.drop == pytest.approx(sign * (fp32.value - int8.value))
     assert int8.drop <= target.max_drop
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"), [("hugging_face", "datasets"), ("torch_loader", "torch")]
+)
+def test_loaders_of_training_code(name: str, needs: str, tmp_path: Path) -> None:
+    found = find_spec(needs)
+    ours = EXAMPLES.parent / "datasets"
+    if found is None or (found.origin and Path(found.origin).is_relative_to(ours)):
+        pytest.skip(f"{needs} is not installed (extra `loaders`)")
+    folder = tmp_path / "loaders"
+    shutil.copytree(EXAMPLES / "loaders", folder)
+    runpy.run_path(str(folder / "make.py"), run_name="__main__")
+    record = run(load_config(folder / f"{name}.yaml"), out=folder / "runs")
+    assert record.status == "met"
+    assert record.calibration is not None
+    assert 32 <= record.calibration.pictures <= 64  # some of the 64 are held out
+    assert record.baseline.samples == 96
+    assert record.baseline.value is not None
+    assert record.baseline.value > 0.95
 
 
 def test_a_wrong_set_up_stops_unless_forced(tmp_path: Path) -> None:

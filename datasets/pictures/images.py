@@ -92,7 +92,8 @@ class ImageSource:
             names = ", ".join(repr(spec.name) for spec in inputs)
             raise DataError(
                 f"pictures feed one input, and the model has {len(inputs)}: {names}; "
-                "use `source: arrays` or `source: python`"
+                "give the others in `feed: {INPUT: values}`, or use `source: arrays` or "
+                "`source: python`"
             )
         if on_error not in ("error", "skip"):
             raise ValueError(f"on_error must be 'error' or 'skip', found {on_error!r}")
@@ -145,6 +146,11 @@ class ImageSource:
         """
         mapping = self.listing.mapping
         return (*self.listing.notes, *([f"classes: {mapping}"] if mapping else ()))
+
+    @property
+    def sorted_classes(self) -> int | None:
+        """See `Listing.sorted_classes`."""
+        return self.listing.sorted_classes
 
     @functools.cached_property
     def identity(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -18,6 +18,8 @@ from trtune.configs.errors import DataError, did_you_mean
 log = logging.getLogger(__name__)
 
 AUTO_LABELS = "auto"
+CLASS_FILE = "classes.txt"
+"""Beside class folders: their names in the model's order, one a line."""
 SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
     *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
@@ -50,7 +52,9 @@ class Listing:
     """Pictures in `folder`: file (relative to it, forward slashes) -> what is known, sorted.
 
     `classes` are the names of the classes by index, where they are known; `notes` say what a
-    reader of the result should know.
+    reader of the result should know. `sorted_classes` is how many names (of folders, in a CSV)
+    were counted in their sorted order, which is right only if the model has exactly these; None
+    where the indices were given.
     """
 
     folder: Path
@@ -58,6 +62,7 @@ class Listing:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     named: Mapping[str, int] = field(default_factory=dict)
+    sorted_classes: int | None = None
 
     @property
     def mapping(self) -> str:
@@ -94,7 +99,14 @@ def list_folder(
         return Listing(folder, dict.fromkeys(files), tuple(classes))
     named = class_folders(folder, classes)
     found = {file: named[file.partition("/")[0]] for file in files}
-    return Listing(folder, found, tuple(classes), named=named)
+    by_order = not classes and not (folder / CLASS_FILE).is_file() and not _are_numbers(named)
+    return Listing(
+        folder,
+        found,
+        tuple(classes),
+        named=named,
+        sorted_classes=len(named) if by_order else None,
+    )
 
 
 def walk(folder: Path) -> Iterator[str]:
@@ -119,14 +131,18 @@ def class_folders(folder: Path, classes: Sequence[str] = ()) -> dict[str, int]:
     places among the sorted names, or those of a classes.txt beside them.
     """
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    beside = folder / "classes.txt"
+    beside = folder / CLASS_FILE
     if not classes and beside.is_file():
         classes = read_classes(beside)
     if classes:
         return {name: class_index(name, classes, f"folder {folder / name}") for name in names}
-    if all(name.isascii() and name.isdigit() for name in names):
+    if _are_numbers(names):
         return {name: int(name) for name in names}
     return {name: index for index, name in enumerate(names)}
+
+
+def _are_numbers(names: Iterable[str]) -> bool:
+    return all(name.isascii() and name.isdigit() for name in names)
 
 
 def class_index(name: str, classes: Sequence[str], what: str) -> int:
@@ -249,7 +265,8 @@ def _from_csv(folder: Path, path: Path, classes: Sequence[str]) -> Listing:
         )
     notes = _partly(len(labels), len(there), folder, path)
     ordered = {file: labels[file] for file in sorted(labels)}
-    return Listing(folder, ordered, tuple(classes) or tuple(named), notes, named)
+    by_order = len(named) if named and not classes else None
+    return Listing(folder, ordered, tuple(classes) or tuple(named), notes, named, by_order)
 
 
 def _labels_of(

@@ -10,10 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trtune.datasets.batches import Batch
 from trtune.reports.measures.find import TASK_MEASURES
@@ -21,6 +19,7 @@ from trtune.reports.measures.find import TASK_MEASURES
 _NEAR_CHANCE = 3.0
 _LEAST_AP = 0.01
 _LARGEST_INPUT = 1000.0
+_FAR = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,31 +141,36 @@ def odd_inputs(batches: Sequence[Batch]) -> list[Oddity]:
     return found
 
 
-def unlike_range(
-    feeds: Mapping[str, NDArray[Any]], expected: Mapping[str, tuple[float, float]]
-) -> list[Oddity]:
-    """A finding for an input whose values lie far outside `expected` (low, high): by ten times."""
+def unlike_range(batches: Sequence[Batch], expected: Mapping[str, float]) -> list[Oddity]:
+    """A finding for each input whose largest magnitude is not within ten times of `expected`.
+
+    `expected` maps input name -> amax, as a calibration cache or a quantized model has it: pixels
+    of 0 to 255 for a model made for 0 to 1 show here, and the other way round.
+    """
     found = []
-    for name, (low, high) in expected.items():
-        if name not in feeds or not feeds[name].size:
+    for name, amax in expected.items():
+        arrays = [batch.feeds[name] for batch in batches if name in batch.feeds]
+        most = max((float(np.abs(a).max()) for a in arrays if a.size), default=0.0)
+        if not 0 < amax < math.inf or most <= 0 or amax / _FAR <= most <= amax * _FAR:
             continue
-        least, most = float(feeds[name].min()), float(feeds[name].max())
-        limit = 10 * max(abs(low), abs(high), 1e-12)
-        if max(abs(least), abs(most)) > limit:
-            found.append(Oddity(
-                "unlike_range",
-                f"input {name!r} is fed {least:.4g} to {most:.4g}, and {low:.4g} to {high:.4g} is "
-                "what the model was made for",
-            ))  # fmt: skip
+        found.append(Oddity(
+            "unlike_range",
+            f"input {name!r} reaches {most:.4g} in magnitude, and {amax:.4g} where its scale was "
+            "made; is preprocess.scale right?",
+        ))  # fmt: skip
     return found
 
 
-def unlike_classes(folders: int, classes: int | None) -> list[Oddity]:
-    """A finding that stops, if there are more or fewer classes in the data than in the model."""
-    if not folders or not classes or folders == classes:
+def unlike_classes(found: int | None, classes: int | None) -> list[Oddity]:
+    """A finding that stops, if names counted in sorted order are not as many as `classes`.
+
+    Their places are then not those of the model's. `found` None: the indices were given.
+    """
+    if not found or not classes or found == classes:
         return []
     return [Oddity(
         "unlike_classes",
-        f"the data has {folders} classes and the model {classes}: say which of the model's they "
-        "are with `classes` (a list, or a file with the model's classes, one a line)", True,
+        f"the data has {found} classes, counted in the order of their names, and the model "
+        f"{classes}: say which of the model's they are with `classes` (a list of the model's "
+        "classes in its order, or a file with one a line)", True,
     )]  # fmt: skip

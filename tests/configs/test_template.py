@@ -65,7 +65,7 @@ def test_bytes_stay_bytes(tmp_path: Path) -> None:
         pytest.param([("ids", (1, 128), "int64")], id="rank 2"),
         pytest.param([("x", (1, 4, 32, 32), "float32")], id="four channels"),
         pytest.param([("x", (1, 3, 32, 32), "int64")], id="integers"),
-        pytest.param([("a", (1, 3, 8, 8), "float32"), ("b", (1,), "float32")], id="two inputs"),
+        pytest.param([("a", (1, 3, 8, 8), "float32"), ("b", (1, 9), "float32")], id="two inputs"),
         pytest.param([("s", (), "float32")], id="a scalar"),
         pytest.param([], id="no input"),
     ],
@@ -136,3 +136,28 @@ def test_without_data_it_says_what_to_fill_in(tmp_path: Path) -> None:
         ConfigError, match=r"data\.calibration\.path: no such folder: .*PATH/TO/YOUR"
     ):
         load_config(tmp_path / "c.yaml")
+
+
+def test_a_picture_beside_its_size_reads_pictures(tmp_path: Path) -> None:
+    inputs: list[ModelInput] = [
+        ("im_shape", ("N", 2), "float32"),
+        ("image", ("N", 3, 640, 480), "float32"),
+        ("scale_factor", ("N", 2), "float32"),
+    ]
+    section = load(tmp_path, inputs).data.calibration
+    assert section.source == "images"
+    assert section.feed == {"im_shape": [640, 480], "scale_factor": 1}
+    assert section.preprocess is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(("tokens", ("N", 77), "int64"), id="tokens"),
+        pytest.param(("second", ("N", 3, 64, 64), "float32"), id="a second picture"),
+    ],
+)
+def test_what_is_more_than_a_few_numbers_reads_arrays(tmp_path: Path, other: ModelInput) -> None:
+    section = load(tmp_path, [("image", ("N", 3, 64, 64), "float32"), other]).data.calibration
+    assert section.source == "arrays"
+    assert section.feed == {}

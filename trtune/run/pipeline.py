@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+from trtune.calibrate.cache import load_table
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import ConfigError, DataError
 from trtune.configs.files import write_text
@@ -34,6 +35,8 @@ from trtune.reports.measures.sense import (
     odd_inputs,
     same_pictures,
     threshold_below_zero,
+    unlike_classes,
+    unlike_range,
 )
 from trtune.reports.record import LayerRow, RunRecord
 from trtune.reports.tables import read_layers, write_layers
@@ -123,8 +126,12 @@ def check_sense(work: RunWork, fp32: Evaluation, *, force: bool = False) -> None
     if target is not None and not metric.is_fidelity:
         threshold = threshold_of(target, fp32, higher=metric.higher)
         found += threshold_below_zero(metric.name, threshold)
+    if not metric.is_fidelity and task is not None and task.kind == "classification":
+        counted = getattr(setup.evaluation.source, "sorted_classes", None)
+        found += unlike_classes(counted, classes)
     found += _shared(setup)
-    found += odd_inputs(list(islice(setup.calibration.source, SENSED)))
+    first = list(islice(setup.calibration.source, SENSED))
+    found += odd_inputs(first) + unlike_range(first, known_ranges(setup))
     work.findings[:] = found
     for finding in found:
         log.warning("%s", finding.text)
@@ -147,6 +154,19 @@ def _shared(setup: Setup) -> list[Oddity]:
             _names(first), _names(second), first=first.where, second=second.where
         )
     ]
+
+
+def known_ranges(setup: Setup) -> dict[str, float]:
+    """Input -> amax, where a quantized model or a cache that the config names has one."""
+    named, imported = setup.config.calibration.cache, setup.subject.imported
+    if imported is not None:
+        scales = imported.table.scales
+    elif named is not None:
+        scales = load_table(Path(named), allow_unkeyed=True).scales
+    else:
+        return {}
+    inputs = [spec.name for spec in setup.subject.model.inputs]
+    return {name: 127 * scales[name] for name in inputs if name in scales}
 
 
 def _names(data: RunData) -> list[str]:

@@ -219,7 +219,7 @@ def test_pictures_of_different_sizes_are_batches_of_their_own(folder: Path) -> N
 
 
 def test_a_model_with_two_inputs_needs_other_data(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"the model has 2: 'input', 'input'; use `source: arr"):
+    with pytest.raises(DataError, match=r"the model has 2: 'input', 'input'; give"):
         ImageSource(folder, SPEC * 2)
 
 

@@ -70,15 +70,26 @@ def test_odd_inputs(values: tuple[float, ...], found: list[tuple[str, bool]]) ->
     assert [(o.what, o.stops) for o in odd_inputs([batch(*values)])] == found
 
 
-def test_values_far_outside_what_is_expected() -> None:
-    assert unlike_range({"x": np.array([0, 255.0])}, {"x": (0, 1)})[0].what == "unlike_range"
-    assert not unlike_range({"x": np.array([0, 1.5])}, {"x": (0, 1)})
+@pytest.mark.parametrize(
+    ("values", "amax", "odd"),
+    [
+        pytest.param((255.0, 0.0), 1.0, True, id="pixels that were to be divided"),
+        pytest.param((0.5, 1.0), 255.0, True, id="divided pixels for a model of bytes"),
+        pytest.param((0.0, 1.5), 1.0, False, id="near"),
+        pytest.param((0.0, 0.0), 1.0, False, id="black is another finding"),
+        pytest.param((3.0, 0.0), 0.0, False, id="no range"),
+        pytest.param((3.0, 0.0), math.inf, False, id="an infinite one"),
+    ],
+)
+def test_values_far_from_the_scale(values: tuple[float, ...], amax: float, odd: bool) -> None:
+    fed = Batch({"x": np.array(values)[:, np.newaxis]}, ("a", "b"))
+    assert [o.what for o in unlike_range([fed], {"x": amax, "y": 1.0})] == ["unlike_range"] * odd
 
 
 def test_folders_unlike_classes() -> None:
     assert unlike_classes(3, 10)[0].stops
     assert not unlike_classes(10, 10)
-    assert not unlike_classes(0, 10)
+    assert not unlike_classes(None, 10)
 
 
 Shape = tuple[int | str | None, ...]

@@ -1,0 +1,171 @@
+"""Sources around a source: other labels, or the same values for further inputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtune.configs.errors import DataError, did_you_mean
+from trtune.configs.files import hash_json
+from trtune.datasets.batches import Batch, BatchSource, InputSpec, Labels, batch_axes, is_free
+from trtune.datasets.feeds import cast, check_finite, check_shape, show_shape
+
+
+class _Around:
+    """What a wrapper passes on of its `source`."""
+
+    source: BatchSource
+
+    @property
+    def count(self) -> int | None:
+        """Samples a pass yields, as far as the source knows."""
+        return self.source.count
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What the source skipped."""
+        return self.source.skipped
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the source reads, where it can tell without reading."""
+        return tuple(getattr(self.source, "names", ()))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the result should know of the source."""
+        return tuple(getattr(self.source, "notes", ()))
+
+    @property
+    def sorted_classes(self) -> int | None:
+        """See `Listing.sorted_classes`."""
+        found: int | None = getattr(self.source, "sorted_classes", None)
+        return found
+
+
+@dataclass(frozen=True)
+class Shifted(_Around):
+    """`source` with `offset` added to every label; of boxes, to their class. A `BatchSource`."""
+
+    source: BatchSource
+    offset: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.source:
+            yield replace(batch, labels=_shifted(batch.labels, self.offset))
+
+    @property
+    def identity(self) -> str:
+        """The source's identity with the offset."""
+        return hash_json([self.source.identity, self.offset])
+
+    @property
+    def sorted_classes(self) -> int | None:
+        """None: who gives an offset knows how the classes are counted."""
+        return None
+
+
+@dataclass(frozen=True)
+class WithValues(_Around):
+    """`source` with further inputs fed the same for every sample: `values`. A `BatchSource`.
+
+    `values` maps input name -> (array, axis): one sample's slice along the axis of the samples,
+    repeated; or with None the whole input. See `same_for_all`.
+    """
+
+    source: BatchSource
+    values: Mapping[str, tuple[NDArray[Any], int | None]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.source:
+            feeds, axes = dict(batch.feeds), dict(batch.axes)
+            for name, (array, axis) in self.values.items():
+                feeds[name] = array if axis is None else np.repeat(array, len(batch), axis)
+                if axis != 0:
+                    axes[name] = axis
+            yield replace(batch, feeds=feeds, axes=axes)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The source's identity with the values."""
+        told = {
+            name: [array.tolist(), str(array.dtype), axis]
+            for name, (array, axis) in sorted(self.values.items())
+        }
+        return hash_json([self.source.identity, told])
+
+
+def same_for_all(
+    given: Mapping[str, Any],
+    inputs: Sequence[InputSpec],
+    axes: Mapping[str, int] | None = None,
+) -> dict[str, tuple[NDArray[Any], int | None]]:
+    """The values that a config gives for inputs, as `WithValues` takes them.
+
+    A number fills the input; a list without the axis of the samples is one sample's; one with it
+    is one sample's if it has one row there, else the input as it is. `axes` as in `open_source`.
+
+    >>> spec = InputSpec("im_shape", ("N", 2), "float32")
+    >>> array, axis = same_for_all({"im_shape": [640, 480]}, [spec])["im_shape"]
+    >>> array, axis
+    (array([[640., 480.]], dtype=float32), 0)
+
+    Raises DataError for what is no input of the model, and for values that do not fit it.
+    """
+    specs = {spec.name: spec for spec in inputs}
+    along = batch_axes(inputs, axes)
+    found: dict[str, tuple[NDArray[Any], int | None]] = {}
+    for name, value in given.items():
+        if name not in specs:
+            raise DataError(
+                f"`feed` names {name!r}, which is no input of the model"
+                f"{did_you_mean(name, specs)}; its inputs are {', '.join(map(repr, specs))}"
+            )
+        array, axis = _one_sample(value, specs[name], along[name])
+        check_shape(array.shape, specs[name], where="`feed`", axis=axis)
+        check_finite(array, specs[name], items=["given"], where="`feed`", axis=axis)
+        found[name] = array, axis
+    return found
+
+
+def _one_sample(value: Any, spec: InputSpec, axis: int | None) -> tuple[NDArray[Any], int | None]:
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "fiub" or not array.size:
+        raise DataError(f"`feed` gives {value!r} for input {spec.name!r}: numbers are expected")
+    if array.dtype.kind in "iu" and np.dtype(spec.dtype).kind == "f":
+        array = array.astype(np.float64)
+    array = cast(array, spec, where="`feed`")
+    if not array.ndim and spec.shape:
+        array = np.full(_sample_shape(spec, axis), array)
+    if axis is not None and array.ndim == len(spec.shape) - 1:
+        return np.expand_dims(array, axis), axis
+    if axis is not None and array.ndim == len(spec.shape) and array.shape[axis] == 1:
+        return array, axis
+    return array, None
+
+
+def _sample_shape(spec: InputSpec, axis: int | None) -> tuple[int, ...]:
+    """The shape of one sample's slice. Raises DataError if it is not fixed."""
+    shape = [1 if place == axis else dim for place, dim in enumerate(spec.shape)]
+    if any(is_free(dim) for dim in shape):
+        raise DataError(
+            f"`feed` gives one number for input {spec.name!r}, which takes "
+            f"{show_shape(spec.shape)}: give a list of the shape that one sample has"
+        )
+    return tuple(int(dim or 0) for dim in shape)
+
+
+def _shifted(labels: Labels | None, offset: int) -> Labels | None:
+    if labels is None:
+        return None
+    if isinstance(labels, tuple):
+        return tuple(row + np.eye(1, row.shape[1]) * offset for row in labels)
+    return labels + offset
