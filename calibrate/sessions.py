@@ -33,6 +33,10 @@ ORT_ERRORS: tuple[type[Exception], ...] = tuple(
 )
 """onnxruntime's own exceptions, which have no common base."""
 
+NOT_FOR_FLOAT8 = ("ClipQuantFusion", "ClipQuantRewrite", "ReluQuantFusion", "ReluQuantRewrite")
+"""onnxruntime's optimizations that fail on a model with float8 zero points. For symmetric int8
+they find nothing to do, and what has integer kernels is no float8. Two versions, two names."""
+
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 OPTIMIZED_WEIGHTS = "weights.bin"
 
@@ -75,7 +79,12 @@ def open_session(
         options.add_session_config_entry(key, OPTIMIZED_WEIGHTS)
     argument = str(model) if isinstance(model, Path) else model
     try:
-        return ort.InferenceSession(argument, options, providers=providers)
+        return ort.InferenceSession(
+            argument,
+            options,
+            providers=providers,
+            disabled_optimizers=[] if integer_kernels else [*NOT_FOR_FLOAT8],
+        )
     except ORT_ERRORS as error:
         what = str(model) if isinstance(model, Path) else "the model"
         raise ModelError(

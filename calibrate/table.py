@@ -12,6 +12,9 @@ import numpy as np
 
 from trtune.configs.errors import TrtuneError, did_you_mean
 
+FLOAT8_MAX = 448.0
+"""The largest number of float8 E4M3."""
+
 
 class MissingScaleError(TrtuneError):
     """A tensor that should be quantized has no scale."""
@@ -39,6 +42,9 @@ class CalibrationTable:
     are not max|w| / 127; `reads` maps a tensor to the (node, input index) pairs that read it
     quantized, where the model and not the rules of this package says so. `axes` names the axis of a
     weight's scales where that is not the one of the output channels.
+
+    `float8` holds a tensor's scale for float8, amax / 448, where its amax for that is another than
+    for int8; `float8_weights` those of an initializer as `weights` does for int8.
     """
 
     scales: Mapping[str, float]
@@ -48,23 +54,20 @@ class CalibrationTable:
     reads: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
     axes: Mapping[str, int] = field(default_factory=dict)
+    float8: Mapping[str, float] = field(default_factory=dict)
+    float8_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        with np.errstate(over="ignore"):  # infinity is refused below, by name
-            scales = {name: float(np.float32(scale)) for name, scale in self.scales.items()}
-        for name, scale in scales.items():
-            if not np.isfinite(scale) or scale < 0:
-                raise ValueError(
-                    f"scale of {name!r} is {scale}; it must be finite and not negative"
-                )
-        object.__setattr__(self, "scales", MappingProxyType(scales))
+        for kind in ("scales", "float8"):
+            object.__setattr__(self, kind, MappingProxyType(_scales(getattr(self, kind))))
         object.__setattr__(self, "methods", MappingProxyType(dict(self.methods)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
         factors = {tensor: float(factor) for tensor, factor in self.factors.items()}
         axes = {weight: int(axis) for weight, axis in self.axes.items()}
         object.__setattr__(self, "axes", MappingProxyType(axes))
         object.__setattr__(self, "factors", MappingProxyType(factors))
-        object.__setattr__(self, "weights", MappingProxyType(_weights(self.weights)))
+        for kind in ("weights", "float8_weights"):
+            object.__setattr__(self, kind, MappingProxyType(_weights(getattr(self, kind))))
         object.__setattr__(self, "reads", MappingProxyType(_reads(self.reads)))
 
     @classmethod
@@ -105,6 +108,18 @@ class CalibrationTable:
         """127 times the scale of `tensor`."""
         return float(np.float32(self.scale(tensor)) * np.float32(127))
 
+    def float8_scale(self, tensor: str) -> float:
+        """The scale of `tensor` for float8: its own, or the amax of int8 / 448.
+
+        Raises MissingScaleError with the nearest name.
+
+        >>> CalibrationTable({"x": 448.0, "y": 1.0}, float8={"y": 3.0}).float8_scale("x")
+        127.0
+        """
+        if tensor in self.float8:
+            return self.float8[tensor]
+        return float(np.float32(self.amax(tensor)) / np.float32(FLOAT8_MAX))
+
     def to_json(self) -> str:
         """The table as JSON text; `from_json` reads it back to an equal table."""
         return json.dumps(
@@ -120,11 +135,16 @@ class CalibrationTable:
         )
 
     def imported(self) -> dict[str, Any]:
-        """`weights`, `reads` and `axes` as values for JSON; those that are empty are left out."""
+        """What there is beside one scale a tensor, as values for JSON; what is empty is left out.
+
+        Those are `weights`, `reads`, `axes`, `float8` and `float8_weights`.
+        """
         parts: dict[str, Any] = {
             "weights": {name: list(scales) for name, scales in self.weights.items()},
             "reads": {t: [list(edge) for edge in edges] for t, edges in self.reads.items()},
             "axes": dict(self.axes),
+            "float8": dict(self.float8),
+            "float8_weights": {n: list(scales) for n, scales in self.float8_weights.items()},
         }
         return {name: value for name, value in parts.items() if value}
 
@@ -145,7 +165,19 @@ class CalibrationTable:
             value.get("reads", {}),
             value.get("factors", {}),
             value.get("axes", {}),
+            value.get("float8", {}),
+            value.get("float8_weights", {}),
         )
+
+
+def _scales(given: Mapping[str, float]) -> dict[str, float]:
+    """The scales as float32 values. Raises ValueError unless all are finite and not negative."""
+    with np.errstate(over="ignore"):  # infinity is refused below, by name
+        scales = {name: float(np.float32(scale)) for name, scale in given.items()}
+    for name, scale in scales.items():
+        if not np.isfinite(scale) or scale < 0:
+            raise ValueError(f"scale of {name!r} is {scale}; it must be finite and not negative")
+    return scales
 
 
 def _weights(given: Mapping[str, Iterable[float]]) -> dict[str, tuple[float, ...]]:

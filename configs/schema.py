@@ -44,8 +44,8 @@ KNOWN_METRICS = (*LABELLED_METRICS, *UNLABELLED_METRICS, *OWN_METRICS)
 
 PrepareMove = Literal["scale", "shift", "round", "bias"]
 Method = Literal["entropy", "entropy-s7310", "percentile", "mse", "max", "auto"]
-PrecisionName = Literal["int8", "fp16", "bf16", "fp32"]
-Default = Literal["int8", "fp16", "bf16", "fp32", "qat"]
+PrecisionName = Literal["int8", "fp8", "fp16", "bf16", "fp32"]
+Default = Literal["int8", "fp8", "fp16", "bf16", "fp32", "qat"]
 ReportFormat = Literal["md", "html", "csv", "json"]
 
 

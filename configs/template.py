@@ -179,7 +179,7 @@ _SETTINGS = (
     "  # cache: calibration.cache       # read this TensorRT cache instead of calibrating",
     "",
     "precision:",
-    f"{_DEFAULT}# int8, fp16, bf16, fp32, qat (Q/DQ in the model)",
+    f"{_DEFAULT}# int8, fp8, fp16, bf16, fp32, qat (Q/DQ in the model)",
     "  fallback: fp32                   # what is not int8: fp32, fp16, bf16",
     '  # pin: {"conv_2": fp32, "op:Softmax": fp32, "re:.*/se/.*": fp16}',
     _TARGETS,

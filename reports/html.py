@@ -209,7 +209,7 @@ def _facts(record: RunRecord) -> list[Fact]:
         text = metric_text("agreement", variant.agreement)
         facts.append(Fact("same answer as FP32", text, plural(record.baseline.samples, "sample")))
     total = sum(variant.nodes.values())
-    low = next((p for p in PRECISIONS[:3] if variant.nodes.get(p)), None)
+    low = next((p for p in PRECISIONS[:4] if variant.nodes.get(p)), None)
     if total and low:
         share = f"{100 * variant.nodes[low] / total:.0f} % of the layers"
         facts.append(Fact(f"layers in {low.upper()}", f"{variant.nodes[low]} / {total}", share))

@@ -39,6 +39,7 @@ COLOURS = {
     "fp16": "#0a0b0c",
     "bf16": "#0b0c0d",
     "fp32": "#0c0d0e",
+    "fp8": "#0d0e0f",
 }
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",

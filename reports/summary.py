@@ -28,7 +28,7 @@ LABELS = {
     "sqnr_db": "SQNR",
     "cosine": "cosine",
 }
-PRECISIONS = ("int8", "fp16", "bf16", "fp32")
+PRECISIONS = ("int8", "fp8", "fp16", "bf16", "fp32")
 STATUS = {"met": "target met", "missed": "target missed", "failed": "failed"}
 
 
@@ -254,7 +254,7 @@ def nodes_text(variant: Variant) -> str:
     total = sum(variant.nodes.values())
     if not total:
         return ""
-    low = next((p for p in PRECISIONS[:3] if variant.nodes.get(p)), None)
+    low = next((p for p in PRECISIONS[:4] if variant.nodes.get(p)), None)
     if low is None:
         return f"all {plural(total, 'layer')} FP32"
     return f"{variant.nodes[low]} of {plural(total, 'layer')} {low.upper()}"
@@ -401,5 +401,5 @@ def _title(variant: Variant) -> str:
     """The precision in capitals: of the variant's name, or of most of its nodes if tuned."""
     if variant.name in PRECISIONS:
         return variant.name.upper()
-    low = next((p for p in PRECISIONS[:3] if variant.nodes.get(p)), "int8")
+    low = next((p for p in PRECISIONS[:4] if variant.nodes.get(p)), "int8")
     return low.upper() if variant.name == "tuned" else variant.name.upper()

@@ -27,6 +27,12 @@ from trtune.datasets.batches import Batch
 from trtune.precision.graph.proto import copy_of, inputs_of
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.rewrite import quantize_weights, weight_scales
+from trtune.precision.plan.float8 import (
+    FP8,
+    float8_codes,
+    float8_weight_scales,
+    through_float8,
+)
 from trtune.precision.plan.placement import Edge, Placement, edges_of, place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
@@ -57,35 +63,60 @@ def _fake_quantize(values: Any, step: Any, result: Any) -> None:
         result[i] = min(max(np.rint(values[i] / step), low), high) * step
 
 
-def fake_quantize_weights(
-    weights: NDArray[Any], axis: int, given: Sequence[float] | None = None
+def read_in(
+    codes: str, values: NDArray[np.floating[Any]], tensor: str, table: CalibrationTable
 ) -> NDArray[np.float32]:
-    """`weights` as their int8 codes say, per channel along `axis`; same shape, float32.
+    """What a node reads of the `values` of `tensor` that is quantized as int8 or fp8 `codes`."""
+    if codes == FP8:
+        return through_float8(values, table.float8_scale(tensor))
+    return fake_quantize(values, table.scale(tensor))
 
-    `given` are the scales, one a channel or one for all; by default max|w| / 127.
+
+def fake_quantize_weights(
+    weights: NDArray[Any], axis: int, given: Sequence[float] | None = None, codes: str = "int8"
+) -> NDArray[np.float32]:
+    """`weights` as their int8 or fp8 `codes` say, per channel along `axis`; same shape, float32.
+
+    `given` are the scales, one a channel or one for all; by default max|w| / 127 or 448.
     """
+    if codes == FP8:
+        return _through_float8(weights, axis, given)
     lowest = -127 if given is None else -128
     scales = weight_scales(weights, axis)
     if given is not None:
         scales = np.broadcast_to(np.asarray(given, np.float32), scales.shape)
     shape = [1] * weights.ndim
     shape[axis] = -1
-    codes = quantize_weights(weights, scales, axis, lowest=lowest).astype(np.float32)
-    return codes * scales.reshape(shape)
+    found = quantize_weights(weights, scales, axis, lowest=lowest).astype(np.float32)
+    return found * scales.reshape(shape)
+
+
+def _through_float8(
+    weights: NDArray[Any], axis: int, given: Sequence[float] | None
+) -> NDArray[np.float32]:
+    scales = float8_weight_scales(weights, axis)
+    if given is not None:
+        scales = np.broadcast_to(np.asarray(given, np.float32), scales.shape)
+    shape = [1] * weights.ndim
+    shape[axis] = -1
+    steps = scales.reshape(shape)
+    found: NDArray[np.float32] = float8_codes(weights / steps).astype(np.float32) * steps
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """What is quantized: `edges` read their tensor quantized, `weights` are replaced.
 
-    `scales` are those of weights that have others than max|w| / 127. `values` are constants that
-    stand at an input instead of the model's.
+    `codes` is what the weights become, int8 or fp8. `scales` are those of weights that have others
+    than max|w| / 127 or 448. `values` are constants that stand at an input instead of the model's.
     """
 
     edges: tuple[Edge, ...]
     weights: tuple[tuple[Edge, str, int], ...] = ()
     scales: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     values: Mapping[Edge, NDArray[Any]] = field(default_factory=dict)
+    codes: str = "int8"
 
 
 class Alone:
@@ -134,7 +165,7 @@ class Alone:
         weights = {}
         for (name, index), weight, axis in change.weights:
             given = change.scales.get(weight)
-            value = fake_quantize_weights(self._view.constant(weight), axis, given)
+            value = fake_quantize_weights(self._view.constant(weight), axis, given, change.codes)
             weights[f"{weight}/changed"] = value
             copies[name].input[index] = f"{weight}/changed"
         for number, ((name, index), value) in enumerate(change.values.items()):
@@ -277,7 +308,7 @@ def alone_errors(
     *,
     progress: Progress = silent,
 ) -> dict[str, ErrorSums]:
-    """What quantizing each int8 node of `plan` alone, weights, input and skip input, does.
+    """What quantizing each int8 or fp8 node of `plan` alone, weights, input and skip input, does.
 
     Node -> errors of the output that suffers most, against FP32 over the pictures that `alone`
     holds; channels of another magnitude are an output of their own.
@@ -288,14 +319,16 @@ def alone_errors(
     def measure(name: str) -> ErrorSums:
         edges = edges_of(view, plan, view.by_name[name])
         own = (weights[name],) if name in weights else ()  # a product of data has none
-        run = alone.session(Change(edges, own, table.weights))
+        codes = plan.precision(name)
+        scales = table.float8_weights if codes == FP8 else table.weights
+        run = alone.session(Change(edges, own, scales, codes=codes))
         tensors = {view.by_name[n].input[i] for n, i in edges}
         sums: dict[str, ErrorSums] = {}
         for batch in range(alone.batches):
-            changed = {t: fake_quantize(alone.stored(batch, t), table.scale(t)) for t in tensors}
+            changed = {t: read_in(codes, alone.stored(batch, t), t, table) for t in tensors}
             sums = alone.compared(sums, batch, run(batch, changed))
         return worst(sums)
 
-    nodes = list(plan.int8_nodes)
+    nodes = list(plan.quantized_nodes)
     found = in_parallel(measure, nodes, what="rank layers", progress=progress)
     return dict(zip(nodes, found, strict=True))

@@ -33,6 +33,7 @@ from trtune.precision.graph.proto import (
     without_weights,
 )
 from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.plan import float8
 from trtune.precision.plan.half_types import HALVES, QDQ, Half, Slots, half_slots, to_half
 from trtune.precision.plan.plan import PrecisionPlan
 
@@ -52,8 +53,9 @@ def needed_opset(view: GraphView, plan: PrecisionPlan) -> int:
     opset = default_opset(view.proto)
     assert opset is not None
     halves = plan.halves
-    quantized = bool(plan.int8_nodes) or any(node.op_type in QDQ for node in view.nodes)
+    quantized = bool(plan.quantized_nodes) or any(node.op_type in QDQ for node in view.nodes)
     least = [HALVES[name].opset for name in halves] + [QDQ_HALF_OPSET] * bool(halves and quantized)
+    least += [float8.OPSET] * bool(plan.fp8_nodes)
     return max([opset, *least])
 
 

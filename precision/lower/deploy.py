@@ -27,7 +27,7 @@ from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.rewrite import Rewrite, weight_scales
 from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.plan.placement import MOVES, Edge, place
-from trtune.precision.plan.plan import COMPUTE, PrecisionPlan
+from trtune.precision.plan.plan import COMPUTE, USER, PrecisionPlan
 
 KEEPS_SIGN = {
     *("MaxPool", "GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceMax", "Concat", "Add"),
@@ -37,6 +37,8 @@ NEVER_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Sqrt", "E
 PASSED_THROUGH = MOVES | {"Slice", "Split", "Gather"}
 """Operators behind which onnxruntime still sees the DequantizeLinear before them."""
 
+NO_FLOAT8 = "onnxruntime has no float8 kernels for a CPU, so it stays float here"
+
 LARGEST_BIAS = 2**30
 """Codes of a bias stay below this: int32 has to hold the sum of the products as well."""
 
@@ -44,9 +46,15 @@ LARGEST_BIAS = 2**30
 def deploy_tensors(view: GraphView, plan: PrecisionPlan) -> tuple[str, ...]:
     """Tensors that `lower_deploy` needs scales for, in graph order: those of `place`, and the
     outputs of int8 convolutions (behind an activation that is absorbed)."""
+    plan = with_integers(plan)
     wanted = set(place(view, plan).activations) | set(_quantized_outputs(view, plan))
     order = [*view.graph_inputs, *(name for node in view.nodes for name in node.output)]
     return tuple(tensor for tensor in order if tensor in wanted)
+
+
+def with_integers(plan: PrecisionPlan) -> PrecisionPlan:
+    """`plan` with its fp8 nodes pinned to float32: onnxruntime's CPU kernels multiply no float8."""
+    return plan.pin(plan.fp8_nodes, "fp32", NO_FLOAT8, origin=USER)
 
 
 def lower_deploy(model: Model, plan: PrecisionPlan, table: CalibrationTable) -> onnx.ModelProto:
@@ -57,6 +65,7 @@ def lower_deploy(model: Model, plan: PrecisionPlan, table: CalibrationTable) -> 
     """
     if isinstance(plan, ImportedPlan):
         plan = plan.by_rules()
+    plan = with_integers(plan)
     lowering = _Deploy(model, GraphView.of(model), plan, table)
     lowering.quantize_activations()
     lowering.quantize_weights()

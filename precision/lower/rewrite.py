@@ -14,8 +14,11 @@ from onnx import helper, numpy_helper
 from trtune.configs.errors import ModelError
 from trtune.precision.graph.proto import FreshNames, copy_fields, copy_of, names_in, used_tensors
 from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.plan.float8 import float8_codes, float8_dtype, float8_weight_scales
 
 QMAX = 127
+FLOAT8_IR = 9
+"""The first version of the file format that holds float8."""
 
 
 def weight_scales(
@@ -61,7 +64,7 @@ class Rewrite:
 
     New tensors and nodes are named after what they belong to, so that the same plan and table give
     the same bytes; a name that the model has already gets a number. `weights` are the scales of
-    `CalibrationTable.weights`.
+    `CalibrationTable.weights`, `float8` those of its `float8_weights`.
     """
 
     def __init__(
@@ -69,17 +72,18 @@ class Rewrite:
         model: Model,
         view: GraphView,
         weights: Mapping[str, Sequence[float]] = MappingProxyType({}),
+        float8: Mapping[str, Sequence[float]] = MappingProxyType({}),
     ) -> None:
         self.view = view
-        self._given = weights
+        self._given, self._float8 = weights, float8
         self._model = model
         self._nodes = {node.name: copy_of(node) for node in view.nodes}
         self._fresh = FreshNames(names_in(model.proto.graph)).new
         self._first: list[onnx.NodeProto] = []
         self._after: dict[str, list[onnx.NodeProto]] = {}
         self._initializers: dict[str, onnx.TensorProto] = {}
-        self._pairs: dict[str, str] = {}
-        self._weights: dict[tuple[str, int, bytes], str] = {}
+        self._pairs: dict[tuple[str, str], str] = {}
+        self._weights: dict[tuple[str, int, str, bytes], str] = {}
         self._removed: set[str] = set()
         self._shields: dict[str, list[onnx.NodeProto]] = {}
 
@@ -101,25 +105,29 @@ class Rewrite:
         self._initializers[name] = numpy_helper.from_array(value, name)
         return name
 
-    def quantize_pair(self, tensor: str, scale: float, zero_point: int, dtype: type[Any]) -> str:
-        """QuantizeLinear and DequantizeLinear behind `tensor`, once; the name of the result.
+    def quantize_pair(
+        self, tensor: str, scale: float, zero_point: int, dtype: type[Any] | np.dtype[Any]
+    ) -> str:
+        """QuantizeLinear and DequantizeLinear behind `tensor`, once a type; the name of the result.
 
         The scale is a 0-d float32: one of shape [1] makes TensorRT compute everything in float
         without a word. Raises ValueError unless it is above zero.
         """
-        if tensor in self._pairs:
-            return self._pairs[tensor]
+        key = (tensor, np.dtype(dtype).name)
+        if key in self._pairs:
+            return self._pairs[key]
         if not scale > 0:
             raise ValueError(f"scale of {tensor!r} is {scale}; `without_zero_ranges` was not used")
+        base = f"{tensor}/fp8" if dtype == float8_dtype() else tensor
         parameters = [
-            self.constant(f"{tensor}/scale", np.array(scale, np.float32)),
-            self.constant(f"{tensor}/zero_point", np.array(zero_point, dtype)),
+            self.constant(f"{base}/scale", np.array(scale, np.float32)),
+            self.constant(f"{base}/zero_point", np.array(zero_point, dtype)),
         ]
-        quantize = self._make("QuantizeLinear", [tensor, *parameters], tensor, "quantized")
-        dequantize = self._dequantize([quantize.output[0], *parameters], tensor)
-        self._after[tensor] = [quantize, dequantize]
-        self._pairs[tensor] = dequantize.output[0]
-        return self._pairs[tensor]
+        quantize = self._make("QuantizeLinear", [tensor, *parameters], base, "quantized")
+        dequantize = self._dequantize([quantize.output[0], *parameters], base)
+        self._after.setdefault(tensor, []).extend([quantize, dequantize])
+        self._pairs[key] = dequantize.output[0]
+        return self._pairs[key]
 
     def is_dequantized(self, tensor: str) -> bool:
         """Whether `tensor` is the result of a pair made here."""
@@ -135,12 +143,36 @@ class Rewrite:
         """
         value = self.view.constant(name)
         scales = self.weight_scales(name, axis) if scales is None else scales
-        key = (name, axis, scales.tobytes())
+        key = (name, axis, "int8", scales.tobytes())
         if key not in self._weights:
             lowest = -QMAX - 1 if name in self._given else -QMAX
             codes = quantize_weights(value, scales, axis, lowest=lowest)
             self._weights[key] = self._constant_behind(name, "int8", codes, scales, axis)
         return self._weights[key]
+
+    def float8_weight(self, name: str, axis: int, scales: NDArray[np.float32]) -> str:
+        """The initializer `name` as float8 codes behind a DequantizeLinear; the result's name.
+
+        The same weight with the same axis and scales is stored once.
+        """
+        key = (name, axis, "fp8", scales.tobytes())
+        if key not in self._weights:
+            value = self.view.constant(name).astype(np.float32)
+            shape = [1] * value.ndim
+            shape[axis] = -1
+            codes = float8_codes(value / scales.reshape(shape))
+            self._weights[key] = self._constant_behind(name, "fp8", codes, scales, axis)
+        return self._weights[key]
+
+    def float8_scales(self, name: str, axis: int) -> NDArray[np.float32]:
+        """The float8 scales of the initializer `name` along `axis`: the table's, or max|w| / 448.
+
+        Raises ModelError if the table gives another number of scales than there are channels.
+        """
+        value = self.view.constant(name)
+        if name not in self._float8:
+            return float8_weight_scales(value, axis)
+        return _for_channels(name, self._float8[name], value.shape[axis])
 
     def weight_scales(self, name: str, axis: int) -> NDArray[np.float32]:
         """The scales of the initializer `name` along `axis`: the table's, or max|w| / 127.
@@ -150,13 +182,7 @@ class Rewrite:
         value = self.view.constant(name)
         if name not in self._given:
             return weight_scales(value, axis)
-        given, channels = np.asarray(self._given[name], np.float32), value.shape[axis]
-        if given.size not in (1, channels):
-            raise ModelError(
-                f"the table has {given.size} scales for the weights {name!r}, which have "
-                f"{channels} output channels: it belongs to another model"
-            )
-        return np.ascontiguousarray(np.broadcast_to(given, (channels,)))
+        return _for_channels(name, self._given[name], value.shape[axis])
 
     def dequantized_constant(
         self, name: str, codes: NDArray[Any], scales: NDArray[np.float32]
@@ -198,6 +224,8 @@ class Rewrite:
         model, source = onnx.ModelProto(producer_name="trtune"), self._model.proto
         other = {"graph", "producer_name", "producer_version", "training_info"}
         copy_fields(source, model, leave_out=other)
+        if any(key[1] == float8_dtype().name for key in self._pairs):
+            model.ir_version = max(model.ir_version, FLOAT8_IR)
         graph, old = model.graph, source.graph
         copy_fields(old, graph, leave_out={"node", "initializer", "value_info"})
         graph.node.extend(self._sorted_nodes())
@@ -219,3 +247,14 @@ class Rewrite:
             for name in old.output:
                 nodes.extend(self._after.get(name, ()))
         return nodes
+
+
+def _for_channels(name: str, given: Sequence[float], channels: int) -> NDArray[np.float32]:
+    """`given` scales of the weights `name`, one for all or one a channel, as one a channel."""
+    scales = np.asarray(given, np.float32)
+    if scales.size not in (1, channels):
+        raise ModelError(
+            f"the table has {scales.size} scales for the weights {name!r}, which have "
+            f"{channels} output channels: it belongs to another model"
+        )
+    return np.ascontiguousarray(np.broadcast_to(scales, (channels,)))

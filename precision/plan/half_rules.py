@@ -12,7 +12,7 @@
   definition does not put their statistics into float32.
 - Constants beyond the range, or a scalar (the epsilon of a division) that would become zero.
 
-An int8 node gives its result in FP32 where the range demands it (`Assignment.around`).
+A quantized node gives its result in FP32 where the range demands it (`Assignment.around`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ from trtune.precision.plan.patterns import (
     internals,
     summands,
 )
-from trtune.precision.plan.plan import COMPUTE, FOLLOWS, RANGE, SHAPE, Assignment, PrecisionPlan
+from trtune.precision.plan.plan import (
+    COMPUTE,
+    FOLLOWS,
+    QUANTIZED,
+    RANGE,
+    SHAPE,
+    Assignment,
+    PrecisionPlan,
+)
 
 __all__ = [
     "Flushed",
@@ -89,10 +97,10 @@ def keep_fp32(view: GraphView, plan: PrecisionPlan, ranges: Mapping[str, Range])
     `ranges` maps tensors (those of `tensors_for_ranges`) to histograms of |x|, or to their largest
     magnitude; what it lacks is not judged. Pins stay. What is fused with a node that stays FP32,
     and what stands between such nodes only, does so too. The plan then also refuses these halves
-    to nodes that are int8 now (`may`): a tuner that takes them out of int8 has to ask.
+    to nodes that are quantized now (`may`): a tuner that takes them out of that has to ask.
 
     Raises ModelError if the model is half already, or if nothing is left in half (a warning for a
-    plan with int8 nodes, which are worth something without).
+    plan with quantized nodes, which are worth something without).
     """
     if not plan.halves:
         return plan
@@ -123,7 +131,7 @@ def _warn_of_pins(plan: PrecisionPlan, precision: str, forbidden: Mapping[str, s
 def _is_half(plan: PrecisionPlan, name: str) -> bool:
     """Whether the node's floats are half, and not because somebody pinned it."""
     found = plan.nodes[name]
-    pinned = found.precision != "int8" and found.is_pinned
+    pinned = found.precision not in QUANTIZED and found.is_pinned
     return found.role != SHAPE and not pinned and plan.float_type(name) in HALVES
 
 
@@ -135,7 +143,7 @@ def _with_reasons(plan: PrecisionPlan, reasons: Mapping[str, str]) -> PrecisionP
 
 
 def _in_fp32(found: Assignment, reason: str) -> Assignment:
-    if found.precision == "int8":
+    if found.precision in QUANTIZED:
         return replace(found, around="fp32", reason=f"{found.reason}; its result in fp32: {reason}")
     return replace(found, precision="fp32", reason=reason, origin=RANGE)
 
@@ -203,7 +211,7 @@ def _require_some(plan: PrecisionPlan, kept: PrecisionPlan) -> None:
         f"nothing in this model can run in {' or '.join(plan.halves)}: "
         f"{', '.join(reasons[:3])}{more}"
     )
-    if not kept.int8_nodes:
+    if not kept.quantized_nodes:
         raise ModelError(f"{message}; use precision.default fp32, or pin nodes to it yourself")
     log.warning("%s; what is not int8 runs in fp32", message)
 
@@ -224,8 +232,8 @@ class _Judge:
         for node in self._view.nodes:
             if _is_half(self._plan, node.name) and node.op_type not in QDQ:
                 half = HALVES[self._plan.float_type(node.name)]
-                int8 = self._plan.is_int8(node.name)
-                reason = self._of_node(node, half, int8=int8) or self._of_tensors(node, half)
+                codes = self._plan.is_quantized(node.name)
+                reason = self._of_node(node, half, codes=codes) or self._of_tensors(node, half)
                 if reason:
                     found[node.name] = reason
         for name, reason in self._coarse(HALVES.values(), everywhere=False).items():
@@ -238,14 +246,14 @@ class _Judge:
         for node in self._view.nodes:
             if self._plan.nodes[node.name].role == SHAPE or node.op_type in QDQ:
                 continue
-            reason = self._of_node(node, half, int8=False) or self._of_tensors(node, half)
+            reason = self._of_node(node, half, codes=False) or self._of_tensors(node, half)
             if reason:
                 found[node.name] = reason
         for name, reason in self._coarse([half], everywhere=True).items():
             found.setdefault(name, reason)
         return found
 
-    def _of_node(self, node: onnx.NodeProto, half: Half, *, int8: bool) -> str:
+    def _of_node(self, node: onnx.NodeProto, half: Half, *, codes: bool) -> str:
         """What speaks against half in the node itself: what it is, how much it sums, constants."""
         if node.name in self._internal:
             return self._internal[node.name]
@@ -254,7 +262,7 @@ class _Judge:
         if node.op_type in OWN_STATISTICS and not float32_statistics(node, self._opset):
             return f"{node.op_type} computes its statistics in the type of its input"
         count = summands(self._view, node)
-        if not int8 and count > (LONG_SUM if node.op_type in SUMS else LONG_PRODUCT):
+        if not codes and count > (LONG_SUM if node.op_type in SUMS else LONG_PRODUCT):
             return f"it sums {count} values"
         if node.op_type in AVERAGES:
             total = count * self._bound.get(node.output[0], 0.0)
@@ -355,7 +363,7 @@ def float_constants(view: GraphView, node: onnx.NodeProto) -> tuple[str, ...]:
 def flushed_weights(view: GraphView, plan: PrecisionPlan) -> dict[str, Flushed]:
     """For each node in half whose constants lose something below the normal numbers: how much.
 
-    Of int8 nodes only the bias counts: their weights are codes. Nodes without such a loss are
+    Of quantized nodes only the bias counts: their weights are codes. Nodes without such a loss are
     left out.
     """
     found: dict[str, Flushed] = {}
@@ -364,7 +372,7 @@ def flushed_weights(view: GraphView, plan: PrecisionPlan) -> dict[str, Flushed]:
         half = HALVES.get(plan.float_type(node.name))
         if half is None or assignment.role == SHAPE or node.op_type in QDQ:
             continue
-        quantized = {node.input[1]} if plan.is_int8(node.name) else set()
+        quantized = {node.input[1]} if plan.is_quantized(node.name) else set()
         counts = [0, 0, 0]
         for tensor in float_constants(view, node):
             if tensor not in quantized:

@@ -1,4 +1,4 @@
-"""The plan of a model that brings its own quantization: int8 where the file says so."""
+"""The plan of a model that brings its own quantization: int8 or fp8 where the file says so."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ FLOAT_IN_FILE = "float in the QAT model"
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One input that reads its tensor quantized, as long as one of the `owners` is int8.
+    """One input that reads its tensor quantized, as long as one of the `owners` is.
 
-    Without owners it does so always, unless its own node is pinned.
+    Without owners it does so always, unless its own node is pinned; `codes` is then what it reads:
+    int8 or fp8. With owners it is what they are computed in.
     """
 
     tensor: str
     node: str
     index: int
     owners: tuple[str, ...] = ()
+    codes: str = "int8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class ImportedPlan(PrecisionPlan):
         if (read.node, read.index) in self.float_reads:
             return False
         if read.owners:
-            return any(self.is_int8(owner) for owner in read.owners)
+            return any(self.is_quantized(owner) for owner in read.owners)
         return not self.nodes[read.node].is_pinned
 
     def reads_quantized(self, node: str, index: int) -> bool:
@@ -66,7 +68,9 @@ class ImportedPlan(PrecisionPlan):
         `lower_deploy` needs; they may stand on tensors that the imported table has no scale for.
         """
         why = {name: "products of data are float here" for name in self.products}
-        ruled = self.without_int8({n: w for n, w in why.items() if self.is_int8(n)}, origin=RULE)
+        ruled = self.without_int8(
+            {n: w for n, w in why.items() if self.is_quantized(n)}, origin=RULE
+        )
         return PrecisionPlan(
             self.default, self.fallback, ruled.nodes, self.groups, ruled.refusals, self.float_reads
         )
@@ -74,7 +78,7 @@ class ImportedPlan(PrecisionPlan):
     @property
     def decisions(self) -> dict[str, Any]:
         """Everything that decides what is written for the plan: its key."""
-        reads = [[r.tensor, r.node, r.index, list(r.owners)] for r in self.reads]
+        reads = [_as_list(read) for read in self.reads]
         found: dict[str, Any] = PrecisionPlan.decisions.fget(self)  # type: ignore[attr-defined]
         return {
             **found,
@@ -86,7 +90,7 @@ class ImportedPlan(PrecisionPlan):
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back to an equal plan."""
         value = json.loads(PrecisionPlan.to_json(self))
-        value["reads"] = [[r.tensor, r.node, r.index, list(r.owners)] for r in self.reads]
+        value["reads"] = [_as_list(read) for read in self.reads]
         if self.axes:
             value["axes"] = dict(self.axes)
         if self.products:
@@ -98,8 +102,8 @@ class ImportedPlan(PrecisionPlan):
         """Read what `to_json` wrote."""
         base, value = PrecisionPlan.from_json(text), json.loads(text)
         reads = tuple(
-            Read(tensor, node, index, tuple(owners))
-            for tensor, node, index, owners in value["reads"]
+            Read(tensor, node, index, tuple(owners), *codes)
+            for tensor, node, index, owners, *codes in value["reads"]
         )
         return cls(
             base.default,
@@ -111,3 +115,9 @@ class ImportedPlan(PrecisionPlan):
             axes=value.get("axes", {}),
             products=tuple(value.get("products", ())),
         )
+
+
+def _as_list(read: Read) -> list[Any]:
+    """`read` as values for JSON; the codes only where they are not int8."""
+    codes = [read.codes] if read.codes != "int8" else []
+    return [read.tensor, read.node, read.index, list(read.owners), *codes]

@@ -49,7 +49,7 @@ def place(view: GraphView, plan: PrecisionPlan) -> Placement:
     edges: dict[str, list[Edge]] = {}
     weights: dict[Edge, tuple[str, int]] = {}
     for node in view.nodes:
-        if not plan.is_int8(node.name):
+        if not plan.is_quantized(node.name):
             continue
         edges.setdefault(node.input[0], []).append((node.name, 0))
         weights[(node.name, 1)] = (node.input[1], weight_axis(node))
@@ -63,7 +63,7 @@ def _as_read(view: GraphView, plan: ImportedPlan) -> Placement:
     edges: dict[str, list[Edge]] = {}
     for read in plan.active_reads:
         edges.setdefault(read.tensor, []).append((read.node, read.index))
-    weighted = [name for name in plan.int8_nodes if name not in plan.products]
+    weighted = [name for name in plan.quantized_nodes if name not in plan.products]
     nodes = [view.by_name[name] for name in weighted]
     weights = {
         (node.name, 1): (node.input[1], plan.axes.get(node.input[1], weight_axis(node)))
@@ -100,7 +100,7 @@ def skip_edge(view: GraphView, plan: PrecisionPlan, node: onnx.NodeProto) -> Edg
 
 
 def edges_of(view: GraphView, plan: PrecisionPlan, node: onnx.NodeProto) -> tuple[Edge, ...]:
-    """What is read quantized for the sake of an int8 node: its data, and the skip input behind it.
+    """What a quantized node has read quantized: its data, and the skip input behind it.
 
     In an imported plan that may be the input of a moving operator before it.
     """
@@ -111,11 +111,21 @@ def edges_of(view: GraphView, plan: PrecisionPlan, node: onnx.NodeProto) -> tupl
 
 
 def served_by(plan: PrecisionPlan, edge: Edge) -> tuple[str, ...]:
-    """The int8 nodes for whose sake the input `edge` is read quantized."""
+    """The quantized nodes for whose sake the input `edge` is read quantized."""
     if isinstance(plan, ImportedPlan):
         owners = [r.owners for r in plan.active_reads if (r.node, r.index) == edge]
-        return tuple(o for found in owners for o in found if plan.is_int8(o))
+        return tuple(o for found in owners for o in found if plan.is_quantized(o))
     return (plan.leader(edge[0]),)
+
+
+def codes_read(plan: PrecisionPlan, edge: Edge) -> str:
+    """int8 or fp8: what the input `edge`, which is read quantized, is read in."""
+    for owner in served_by(plan, edge):
+        if plan.is_quantized(owner):
+            return plan.precision(owner)
+    if isinstance(plan, ImportedPlan):
+        return next(r.codes for r in plan.reads if (r.node, r.index) == edge)
+    return "int8"
 
 
 def shared_ranges(view: GraphView, tensors: Mapping[str, object] | set[str]) -> dict[str, str]:

@@ -13,6 +13,9 @@ from trtune.precision.plan.half_types import HALVES
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators with integer kernels of their own; the others follow what surrounds them."""
 
+QUANTIZED = ("int8", "fp8")
+"""The precisions that Q/DQ pairs stand for."""
+
 COMPUTE, FOLLOWS, SHAPE = "compute", "follows", "shape"
 
 DEFAULT, RULE, USER, TUNER = "default", "rule", "user", "tuner"
@@ -26,13 +29,13 @@ PINS = (USER, TUNER)
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One node's precision (int8, fp16, bf16, fp32), the reason, and its part in the network.
+    """One node's precision (int8, fp8, fp16, bf16, fp32), the reason, and its part in the network.
 
     `origin` is one of `ORIGINS`, and what code decides by; `reason` is for people.
 
     `role` is compute (a Conv, Gemm or MatMul, which runs in the precision named), follows (runs in
     whatever its neighbours give it) or shape (index computation, never quantized). `around` is the
-    float type that an int8 node gives its result in, where that is not the plan's.
+    float type that a quantized node gives its result in, where that is not the plan's.
     """
 
     precision: str
@@ -96,8 +99,9 @@ class PrecisionPlan:
         if role == SHAPE:
             return "it computes shapes"
         refused = self.refusals.get(precision, {})
-        if precision == "int8":
-            return refused.get(leader, "") if role == COMPUTE else "it has no integer kernel"
+        if precision in QUANTIZED:
+            kind = "integer" if precision == "int8" else "float8"
+            return refused.get(leader, "") if role == COMPUTE else f"it has no {kind} kernel"
         for member in (leader, *self.groups.get(leader, ())):
             if member in refused:
                 return refused[member] if member == leader else f"{member!r}: {refused[member]}"
@@ -112,15 +116,20 @@ class PrecisionPlan:
         assignment = self.nodes[node]
         return assignment.role == COMPUTE and assignment.precision == "int8"
 
+    def is_quantized(self, node: str) -> bool:
+        """Whether `node` is to be computed in int8 or fp8."""
+        assignment = self.nodes[node]
+        return assignment.role == COMPUTE and assignment.precision in QUANTIZED
+
     @property
     def around(self) -> str:
-        """The float type that int8 nodes give their results in."""
+        """The float type that quantized nodes give their results in."""
         return self.default if self.default in HALVES else self.fallback
 
     def float_type(self, node: str) -> str:
         """fp32, fp16 or bf16: what the floats are that `node` reads and writes."""
         assignment = self.nodes[node]
-        if assignment.precision != "int8":
+        if assignment.precision not in QUANTIZED:
             return assignment.precision
         return assignment.around or self.around
 
@@ -139,6 +148,16 @@ class PrecisionPlan:
     def int8_nodes(self) -> tuple[str, ...]:
         """The nodes to be computed in int8, in graph order."""
         return tuple(name for name in self.nodes if self.is_int8(name))
+
+    @property
+    def fp8_nodes(self) -> tuple[str, ...]:
+        """The nodes to be computed in float8, in graph order."""
+        return tuple(n for n in self.quantized_nodes if self.nodes[n].precision == "fp8")
+
+    @property
+    def quantized_nodes(self) -> tuple[str, ...]:
+        """The nodes to be computed in int8 or fp8, in graph order."""
+        return tuple(name for name in self.nodes if self.is_quantized(name))
 
     @property
     def pinned(self) -> tuple[str, ...]:
@@ -170,15 +189,15 @@ class PrecisionPlan:
     def without_int8(self, reasons: Mapping[str, str], *, origin: str) -> Self:
         """The plan with the nodes in `reasons` in its fallback, or in FP32 where that is forbidden.
 
-        What is fused with them keeps its float type. `origin` says who found that they cannot run
-        in int8, and `reasons` why.
+        Neither int8 nor fp8 is left to them. What is fused with them keeps its float type. `origin`
+        says who found that they cannot be quantized, and `reasons` why.
         """
-        changed, refused = dict(self.nodes), dict(self.refusals.get("int8", {}))
+        changed = dict(self.nodes)
         for node, reason in reasons.items():
             floats = "fp32" if self.may(node, self.fallback) else self.fallback
             changed[node] = replace(changed[node], precision=floats, reason=reason, origin=origin)
-            refused[node] = reason
-        return replace(self, nodes=changed, refusals={**self.refusals, "int8": refused})
+        refused = {p: {**self.refusals.get(p, {}), **reasons} for p in QUANTIZED}
+        return replace(self, nodes=changed, refusals={**self.refusals, **refused})
 
     def reading_float(self, edges: Iterable[tuple[str, int]]) -> Self:
         """The plan in which the inputs `edges` are read in float."""

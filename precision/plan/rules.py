@@ -15,6 +15,7 @@ from trtune.precision.plan.plan import (
     COMPUTE_OPS,
     DEFAULT,
     FOLLOWS,
+    QUANTIZED,
     SHAPE,
     Assignment,
     PrecisionPlan,
@@ -32,10 +33,10 @@ def make_plan(
 
     `pins` maps a node name, `op:TYPE` or `re:EXPRESSION` (matched against the whole node name) to
     a precision; of several that match a node the last one counts. A pin holds for the whole group
-    of the node. Pinned to int8, fp16 or bf16, a node that cannot run in it stays what it was, and
-    the log says so. `fallback` is for what an int8 plan does not quantize; in a plan of another
-    default the nodes without weights run in that default too. What ONNX does not define in a half
-    type stays fp32. Raises ConfigError for a pin that matches nothing.
+    of the node. Pinned to anything but fp32, a node that cannot run in it stays what it was, and
+    the log says so. `fallback` is for what an int8 or fp8 plan does not quantize; in a plan of
+    another default the nodes without weights run in that default too. What ONNX does not define in
+    a half type stays fp32. Raises ConfigError for a pin that matches nothing.
     """
     nodes = {node.name: _assignment(view, node, default, fallback) for node in view.nodes}
     plan = PrecisionPlan(default, fallback, nodes, fusion_groups(view), refusals(view))
@@ -44,13 +45,13 @@ def make_plan(
 
 def refusals(view: GraphView) -> dict[str, dict[str, str]]:
     """Precision -> node -> why it cannot run in it, as far as types and operators tell."""
-    found: dict[str, dict[str, str]] = {name: {} for name in ("int8", *HALVES)}
+    found: dict[str, dict[str, str]] = {name: {} for name in (*QUANTIZED, *HALVES)}
     for node in view.nodes:
         if node.name in view.shape_nodes:
             continue
         reasons = {name: half_refusal(view, node, name) for name in HALVES}
         if node.op_type in COMPUTE_OPS:
-            reasons["int8"] = refusal_of(view, node)
+            reasons |= dict.fromkeys(QUANTIZED, refusal_of(view, node))
         for precision, reason in reasons.items():
             if reason:
                 found[precision][node.name] = reason
@@ -60,18 +61,18 @@ def refusals(view: GraphView) -> dict[str, dict[str, str]]:
 def _assignment(view: GraphView, node: onnx.NodeProto, default: str, fallback: str) -> Assignment:
     if node.name in view.shape_nodes:
         return Assignment("fp32", "shape computation", SHAPE)
-    floats = fallback if default == "int8" else default
+    floats = fallback if default in QUANTIZED else default
     against = half_refusal(view, node, floats)
     if node.op_type not in COMPUTE_OPS:
         wanted = Assignment(floats, "follows its neighbours", FOLLOWS, origin=DEFAULT)
         return Assignment("fp32", against, FOLLOWS) if against else wanted
-    if default != "int8":
+    if default not in QUANTIZED:
         if against:
             return Assignment("fp32", against)
         return Assignment(default, "default", origin=DEFAULT)
     refusal = refusal_of(view, node)
     if not refusal:
-        return Assignment("int8", "default", around="fp32" if against else "", origin=DEFAULT)
+        return Assignment(default, "default", around="fp32" if against else "", origin=DEFAULT)
     return Assignment("fp32", f"{refusal}; {against}") if against else Assignment(floats, refusal)
 
 

@@ -13,6 +13,7 @@ PRECISION_OF_DTYPE = MappingProxyType(
         "bfloat16": "bf16",
         "int8": "int8",
         "uint8": "int8",
+        "float8_e4m3fn": "fp8",
     }
 )
 """The precision that a node on this type runs in."""

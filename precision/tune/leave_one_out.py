@@ -105,7 +105,7 @@ def held_reference(
     within = GraphView.of(network)
     read, exact = read_quantized(quantizing.view, within, plan)
     held = held_batches(network, within, Placement(read, {}), pictures, memory=memory, also=exact)
-    floats = plan.pin(plan.int8_nodes, "fp32", "", origin=TUNER)
+    floats = plan.pin(plan.quantized_nodes, "fp32", "", origin=TUNER)
     return Reference.of(quantizing.model_for(floats), held)
 
 
@@ -127,7 +127,7 @@ class LeaveOneOut:
         self.noise = reference.noise(lambda batch: self._named(self._alone.reference(batch)))
 
     def without(self, node: str) -> float:
-        """Noise by signal of the output that suffers most when the int8 `node` is float."""
+        """Noise by signal of the output that suffers most when the quantized `node` is float."""
         edges = edges_of(self._view, self._plan, self._view.by_name[node])
         run = self._alone.session(Change(edges, values=self._floats(node)))
         exact = {self._within.by_name[n].input[i]: self._view.by_name[n].input[i] for n, i in edges}
@@ -163,7 +163,7 @@ def read_quantized(
     the same tensors before they were quantized."""
     read: dict[str, tuple[Edge, ...]] = {}
     exact: dict[str, None] = {}
-    for name in plan.int8_nodes:
+    for name in plan.quantized_nodes:
         for node, index in dict.fromkeys([*edges_of(view, plan, view.by_name[name]), (name, 0)]):
             tensor = quantized.by_name[node].input[index]
             read[tensor] = (*read.get(tensor, ()), (node, index))
@@ -223,7 +223,7 @@ def pin_path(
     enough: float = 0.0,
     progress: Progress = silent,
 ) -> PinPath:
-    """The order in which to pin the int8 nodes of `plan`, on the pictures of `reference`.
+    """The order in which to pin the quantized nodes of `plan`, on the pictures of `reference`.
 
     Greedy: the first pin is the one that leaves the least noise in the quantized network, the next
     that which leaves the least behind it, and so on, `limit` of them or until no more than `enough`
@@ -232,7 +232,7 @@ def pin_path(
     quantized alone), until none that was not asked again promises more (Minoux, Accelerated greedy
     algorithms, 1978). The nodes behind them follow as their gains add up, in noise energy.
     """
-    order = sorted((n for n in plan.int8_nodes if not plan.nodes[n].is_pinned),
+    order = sorted((n for n in plan.quantized_nodes if not plan.nodes[n].is_pinned),
                    key=lambda n: (-alone.get(n, 0.0), n))  # fmt: skip
     if not order:
         return PinPath(0.0)

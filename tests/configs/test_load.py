@@ -158,7 +158,7 @@ def test_a_minimal_file_loads(folder: Path) -> None:
         ),
         pytest.param(
             "precision: {pin: {features.0: fp31}}",
-            "c.yaml:9: precision.pin.\"features.0\": 'fp31' is not one of int8, fp16, bf16, "
+            "c.yaml:9: precision.pin.\"features.0\": 'fp31' is not one of int8, fp8, fp16, bf16, "
             "fp32; did "
             "you mean 'fp32'?",
             id="no such precision",
@@ -815,7 +815,7 @@ def test_the_schema_takes(value: object) -> None:
         pytest.param({"compare": {"pictures": "3"}}, id="text for a number"),
         pytest.param({"backends": [{"lowering": "deploy"}]}, id="a backend without a name"),
         pytest.param({"backends": []}, id="no backend"),
-        pytest.param({"precision": {"pin": {"a": "fp8"}}}, id="an unknown precision"),
+        pytest.param({"precision": {"pin": {"a": "fp4"}}}, id="an unknown precision"),
         pytest.param(
             {"precision": {"target": {"metric": "top2", "min": 3}}}, id="an unknown metric"
         ),

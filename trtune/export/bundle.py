@@ -67,7 +67,7 @@ class Bundle:
         prepared = bool(record.prepared)
         model = _model(run, config, record, prepared=prepared)
         cache = run / (PREPARED_CACHE if prepared else CACHE_FILE)
-        table = load_table(cache, allow_unkeyed=True) if plan.int8_nodes else None
+        table = load_table(cache, allow_unkeyed=True) if plan.quantized_nodes else None
         shapes = {name: shape.model_dump() for name, shape in config.model.shapes.items()}
         profiles = make_profiles(model.inputs, shapes, batch=config.data.evaluation.batch)
         return cls(run, record, config, model, plan, table, profiles)

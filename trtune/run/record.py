@@ -13,7 +13,7 @@ from trtune.configs.schema import Config
 from trtune.precision.graph.macs import macs
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_rules import flushed_weights
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import QUANTIZED, PrecisionPlan
 from trtune.precision.prepare.codes import readers_of
 from trtune.precision.prepare.values import ROUND_CODES, sentence
 from trtune.precision.quantized.describe import nothing_in_int8
@@ -167,8 +167,8 @@ def _notes(work: RunWork, left_out: list[str]) -> list[str]:
         notes.append("accuracy was measured on the calibration pictures: name data.evaluation")
     for name in untuned.compute_nodes:
         assignment = untuned.nodes[name]
-        unplanned = assignment.precision != "int8" and not assignment.is_pinned
-        if untuned.default == "int8" and unplanned:
+        unplanned = assignment.precision not in QUANTIZED and not assignment.is_pinned
+        if untuned.default in QUANTIZED and unplanned:
             notes.append(f"{name} stays {assignment.precision}: {assignment.reason}")
     if left_out and data.evaluation != data.calibration:
         shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
@@ -226,7 +226,7 @@ def target_notes(
     notes = [nothing] if nothing else []
     if target is None or tuned.met:
         return notes
-    if not nothing and not work.untuned.int8_nodes:
+    if not nothing and not work.untuned.quantized_nodes:
         notes.append("the target cannot be met by tuning: no node is quantized")
     if tuned.needed is not None:
         notes.append(

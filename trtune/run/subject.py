@@ -13,7 +13,7 @@ from trtune.precision.graph.file import Model, load_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_rules import keep_fp32, refuse_half_model
 from trtune.precision.plan.imported import QAT
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import QUANTIZED, PrecisionPlan
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.describe import refuse_quantized
 from trtune.precision.quantized.importing import Imported, import_quantized
@@ -85,9 +85,9 @@ def plan_by_rules(subject: Subject, section: PrecisionSection) -> PrecisionPlan:
     plan = make_plan(
         subject.view, default=section.default, fallback=section.fallback, pins=section.pin
     )
-    if plan.int8_nodes or plan.halves:
+    if plan.quantized_nodes or plan.halves:
         refuse_half_model(subject.view)
-    elif section.default == "int8":
+    elif section.default in QUANTIZED:
         log.warning("nothing is quantizable in this model with these pins: it stays fp32")
     return plan
 
@@ -97,7 +97,7 @@ def plan_by_ranges(
 ) -> PrecisionPlan:
     """`planned` less what the measured ranges forbid: the plan before tuning."""
     plan = planned
-    if plan.int8_nodes:
+    if plan.quantized_nodes:
         plan = without_zero_ranges(subject.view, plan, calibrated.table)
     if plan.halves:
         plan = keep_fp32(subject.view, plan, calibrated.histograms)

@@ -137,7 +137,7 @@ def pin_order(work: RunWork, score: Score) -> Ranked:
     errors = work.workspace.get(alone_of(work))
     worst_first = ranked(errors)
     alone = dict(worst_first)
-    if not work.untuned.int8_nodes:
+    if not work.untuned.quantized_nodes:
         return Ranked(tuple(worst_first))
     setup, section = work.setup, work.setup.config.calibration
     held = HeldOut(
@@ -198,7 +198,7 @@ def tuning(work: RunWork) -> Stage[Tuned]:
             judge.score,
             max_pins=section.max_pins,
             evaluations=section.max_evaluations,
-            patience=PATIENCE if work.untuned.int8_nodes else None,
+            patience=PATIENCE if work.untuned.quantized_nodes else None,
             precisions=("fp32",) if section.default in HALVES else (section.fallback, "fp32"),
         )
 

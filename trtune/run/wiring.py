@@ -29,6 +29,7 @@ from trtune.precision.backends.gpu.profiles import Profile, make_profiles
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.graph.file import Model
 from trtune.precision.plan.half_types import HALVES
+from trtune.precision.plan.plan import QUANTIZED
 from trtune.precision.runtime.api import Backend
 from trtune.precision.tune.scales import IMPLICIT
 from trtune.run.stage import Need, Stage, flat, versions
@@ -328,7 +329,7 @@ def check_precisions(config: Config) -> None:
     section = config.precision
     chosen = {
         "precision.default": section.default,
-        **({"precision.fallback": section.fallback} if section.default == "int8" else {}),
+        **({"precision.fallback": section.fallback} if section.default in QUANTIZED else {}),
         **{f"precision.pin.{name}": precision for name, precision in section.pin.items()},
     }
     half = next((key for key, precision in chosen.items() if precision in HALVES), None)

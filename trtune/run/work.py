@@ -199,7 +199,7 @@ class RunWork:
     def untuned(self) -> PrecisionPlan:
         """The plan before tuning: by the rules, less what the measured ranges forbid."""
         planned = self.setup.planned
-        if not planned.int8_nodes and not planned.halves:
+        if not planned.quantized_nodes and not planned.halves:
             return planned
         if self.subject.model is not self.setup.subject.model:
             planned = extended_plan(planned, self.subject.view)
@@ -208,7 +208,7 @@ class RunWork:
     @property
     def is_lowered(self) -> bool:
         """Whether anything in the untuned plan is not FP32."""
-        return bool(self.untuned.int8_nodes or self.untuned.halves)
+        return bool(self.untuned.quantized_nodes or self.untuned.halves)
 
     @cached_property
     def bench(self) -> Bench:
@@ -249,7 +249,7 @@ class RunWork:
     def candidate(self, plan: PrecisionPlan) -> Candidate:
         """`plan` with this run's model and table; what is all float is the model as it was."""
         given = self.setup.subject
-        if not plan.int8_nodes and plan.nodes.keys() == given.view.by_name.keys():
+        if not plan.quantized_nodes and plan.nodes.keys() == given.view.by_name.keys():
             return candidate_of(given, plan, None)
         if self.ready is None:
             return candidate_of(given, plan, self.calibrated.table)

@@ -20,6 +20,7 @@ from trtune.configs.system.machine import package_version
 from trtune.precision.backends.ort.readback import read_precisions
 from trtune.precision.graph.file import Model, save_model, tensor_spec
 from trtune.precision.graph.proto import without_weights
+from trtune.precision.lower.deploy import NO_FLOAT8
 from trtune.precision.lower.half_on_cpu import in_float32
 from trtune.precision.runtime.api import MODEL_FILE, BuildInfo, Candidate, Usable
 from trtune.precision.runtime.engine_json import read_engine_json, write_engine_json
@@ -88,7 +89,9 @@ class OnnxruntimeBackend:
             path=path,
             size_bytes=sum(file.stat().st_size for file in folder.glob(f"{MODEL_FILE}*")),
             precisions=precisions,
-            not_honoured=not_honoured(planned, precisions),
+            not_honoured=not_honoured(
+                planned, precisions, dict.fromkeys(plan.fp8_nodes, NO_FLOAT8)
+            ),
             seconds=time.perf_counter() - start,
             versions=self.versions,
         )

@@ -26,7 +26,7 @@ class AsItIs:
     accounts: Mapping[str, Account] = field(default_factory=lambda: MappingProxyType({}))
 
     def precision(self, node: str) -> str:
-        """int8, fp16, bf16, fp32 or unknown; "" for a node that is not in the file, and for every
+        """int8, fp8, fp16, bf16, fp32 or unknown; "" for a node not in the file, and for every
         one of a file that was refused."""
         found = self.accounts.get(node)
         return found.precision if found is not None else ""

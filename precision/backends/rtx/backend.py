@@ -52,6 +52,7 @@ from trtune.precision.graph.file import Model
 from trtune.precision.graph.proto import default_opset
 from trtune.precision.graph.view import save_model
 from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.plan.float8 import without_float8
 from trtune.precision.plan.plan import SHAPE, PrecisionPlan
 from trtune.precision.runtime.api import (
     LOG_FILE,
@@ -190,11 +191,17 @@ class RtxBackend:
             raise TrtuneError(f"backend {NAME!r} needs {DISTRIBUTION}, not installed: {REMEDY}")
         targets, plan = self.targets(), candidate.plan
         old = [found for found in targets if found in WITHOUT_INT8]
-        if old and plan.int8_nodes:
+        if old and plan.quantized_nodes:
             raise ConfigError(
                 f"backends: {NAME}: compute_capabilities: TensorRT-RTX has no INT8 for {old[0]}, "
                 "and an engine that includes it would be float for every GPU; take it out, or "
                 "set precision.default: fp16"
+            )
+        none = without_float8(targets)
+        if none and plan.fp8_nodes:
+            raise ConfigError(
+                f"backends: {NAME}: compute_capabilities: GPUs of {none[0]} have no FP8 "
+                "(8.9 and up do); take it out, or pin those nodes to int8"
             )
         profiles = make_profiles(candidate.model.inputs, self.shapes, batch=self.batch)
         with scratch(folder) as place:
@@ -216,7 +223,7 @@ class RtxBackend:
         profiles: Mapping[str, Profile],
         place: Path,
     ) -> tuple[_Built, dict[str, str]]:
-        """The build that has most in INT8, and node -> words of the compiler that refused it."""
+        """The build that has most as planned, and node -> words of the compiler that refused it."""
         plan = without_float_only(candidate.model.proto, candidate.plan)
         guards: tuple[str, ...] = ()
         refused: dict[str, str] = {}
@@ -231,12 +238,12 @@ class RtxBackend:
                     return best, refused
                 if not nodes:
                     raise
-                log.warning("%s refuses %s in int8: built again without", NAME, ", ".join(nodes))
+                log.warning("%s refuses %s as planned: built again without", NAME, ", ".join(nodes))
                 refused.update(nodes)
                 plan = unquantized(plan, nodes)
                 continue
             if best is not None:
-                return max(best, built, key=_int8_count), refused
+                return max(best, built, key=_as_planned), refused
             guards = torn_apart(candidate.model.proto, plan, built.precisions)
             if not guards:
                 return built, refused
@@ -396,8 +403,9 @@ class RtxBackend:
         )
 
 
-def _int8_count(built: _Built) -> int:
-    return sum(built.accounts[node].precision == "int8" for node in built.plan.int8_nodes)
+def _as_planned(built: _Built) -> int:
+    plan = built.plan
+    return sum(built.accounts[n].precision == plan.precision(n) for n in plan.quantized_nodes)
 
 
 @contextmanager

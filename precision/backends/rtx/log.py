@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from trtune.precision.plan.plan import COMPUTE, SHAPE, PrecisionPlan
+from trtune.precision.plan.plan import COMPUTE, QUANTIZED, SHAPE, PrecisionPlan
 from trtune.precision.runtime.api import UNKNOWN
 from trtune.precision.runtime.not_honoured import not_honoured
 
@@ -28,7 +28,7 @@ TENSOR_TEXT = re.compile(
 )
 NODE = re.compile(r"\[ONNX Layer: (.*?)\][\w.+-]*(?=[\x1e\x1f]|$)")
 PRECISION_OF_DATATYPE = MappingProxyType(
-    {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8"}
+    {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"}
 )
 GENERATED = "kgen"
 """The type of the kernels that the compiler writes itself: pointwise work, moves, reductions."""
@@ -42,7 +42,7 @@ WITH_WEIGHTS = frozenset({"correlation", "deconv", "gemm"})
 """Library kernels, whose first constant is the weights (or a scalar, if both are inputs)."""
 PRODUCT_LAYERS = WITH_WEIGHTS | {"runtime_fusion"}
 FLOATS = ("fp32", "bf16", "fp16")
-WIDEST_FIRST = (*FLOATS, "int8")
+WIDEST_FIRST = (*FLOATS, *QUANTIZED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Operand:
 
     @property
     def precision(self) -> str:
-        """int8, fp16, bf16, fp32, or "unknown" for every other type."""
+        """int8, fp8, fp16, bf16, fp32, or "unknown" for every other type."""
         return PRECISION_OF_DATATYPE.get(self.dtype, UNKNOWN)
 
     @property
@@ -79,18 +79,18 @@ class Kernel:
     def precision(self) -> str:
         """What the kernel computes in; "unknown" if that cannot be told.
 
-        A kernel that multiplies runs in int8 only if both factors are, else in the float's type:
-        it may read int8 data, cast it, and multiply it with float weights. A generated one runs in
-        the only float type that it touches, unless its name tells of a cast to another.
+        A kernel that multiplies runs in int8 or fp8 only if both factors are, else in the float's
+        type: it may read int8 data, cast it, and multiply it with float weights. A generated one
+        runs in the only float type that it touches, unless its name tells of a cast to another.
         """
         if self.kind == GENERATED:
             return self._generated
         factors = self.factors
         found = {factor.precision for factor in factors}
-        floats = found - {"int8"}
-        if not factors or UNKNOWN in found or len(floats) > 1:
+        floats = found - {*QUANTIZED}
+        if not factors or UNKNOWN in found or len(floats or found) > 1:
             return UNKNOWN
-        return floats.pop() if floats else "int8"
+        return (floats or found).pop()
 
     @property
     def factors(self) -> tuple[Operand, ...]:
@@ -109,10 +109,10 @@ class Kernel:
         touched = {o.precision for o in (*self.inputs, *self.constants, *self.outputs)}
         floats = touched & set(FLOATS)
         if len(floats) != 1:
-            return "int8" if touched == {"int8"} else UNKNOWN
+            return touched.pop() if touched in ({"int8"}, {"fp8"}) else UNKNOWN
         only = floats.pop()
         casts = "Cast" in self.name or not self.name.startswith(COMPOSED)
-        if casts and not (only == "fp32" and "int8" in touched):
+        if casts and not (only == "fp32" and touched & {*QUANTIZED}):
             return UNKNOWN
         return only
 
@@ -174,7 +174,7 @@ def accounts(
 
     `compute` are the nodes that multiply. A node of several kernels runs in the widest type among
     them. Generated kernels count only where nothing else does a node's work; whether one that
-    reads int8 multiplies in int8 cannot be seen.
+    reads int8 or fp8 multiplies in that cannot be seen.
     """
     found: dict[str, list[Kernel]] = {}
     for kernel in kernels or ():
@@ -196,15 +196,15 @@ def _share(kernel: Kernel, is_compute: bool) -> str:
     """What `kernel` does a node's work in: of a product, or of what is fused with one."""
     if kernel.kind != GENERATED:
         fused = kernel.kind in PRODUCT_LAYERS and not is_compute
-        return UNKNOWN if fused and kernel.precision == "int8" else kernel.precision
+        return UNKNOWN if fused and kernel.precision in QUANTIZED else kernel.precision
     read = {operand.precision for operand in (*kernel.inputs, *kernel.constants)}
     if not is_compute:
         return kernel.precision
-    if "int8" in read:
+    if read & {*QUANTIZED}:
         operands = (*kernel.inputs, *kernel.constants)
         matrices = {operand.precision for operand in operands if operand.is_matrix}
-        fused = kernel.name.startswith(ATTENTION) and matrices == {"int8"}
-        return "int8" if fused else UNKNOWN
+        fused = kernel.name.startswith(ATTENTION) and matrices in ({"int8"}, {"fp8"})
+        return matrices.pop() if fused else UNKNOWN
     if kernel.name.startswith(COMPOSED) or len(read) != 1:
         return kernel.precision
     return read.pop()  # fused attention, whose products are of what it reads
@@ -254,7 +254,7 @@ def complaints(
             )
         elif words:
             sentences.append(f"{words[0]}: {where(account)}")
-        elif account.precision == UNKNOWN and plan.is_int8(node):
+        elif account.precision == UNKNOWN and plan.is_quantized(node):
             sentences.append(
                 f"{node}: planned {wanted}, what it runs in is unknown: {where(account)}"
             )

@@ -32,12 +32,12 @@ LARGEST: Mapping[int, float] = MappingProxyType(
 
 
 def refused_nodes(problems: Sequence[str], plan: PrecisionPlan) -> dict[str, str]:
-    """The int8 nodes that the compiler says it cannot build -> its words."""
+    """The quantized nodes that the compiler says it cannot build -> its words."""
     found: dict[str, str] = {}
     for problem in problems:
         if not REFUSAL.search(problem):
             continue
-        for node in plan.int8_nodes:
+        for node in plan.quantized_nodes:
             if re.search(rf"(?<![\w/.]){re.escape(node)}(?![\w/])", problem):
                 found.setdefault(node, " ".join(problem.split())[:300])
     return found
@@ -58,7 +58,7 @@ def without_float_only(
     ops = {node.name: node.op_type for node in model.graph.node}
     reasons = {
         node: f"TensorRT-RTX computes every {ops[node]} in float"
-        for node in plan.int8_nodes
+        for node in plan.quantized_nodes
         if ops[node] in operators
     }
     return plan.without_int8(reasons, origin=COMPILER)
@@ -75,7 +75,7 @@ def torn_apart(
     operators = {node.name: node.op_type for node in model.graph.node}
     return tuple(
         node
-        for node in plan.int8_nodes
+        for node in plan.quantized_nodes
         if operators[node] in PRODUCTS and precisions[node] in FLOATS
     )
 

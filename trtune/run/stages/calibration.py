@@ -129,7 +129,7 @@ def calibration(
 
 
 def _wanted(subject: Subject, planned: PrecisionPlan, lowerings: tuple[str, ...]) -> _Wanted:
-    plan = make_plan(subject.view, default="int8" if planned.int8_nodes else "fp32")
+    plan = make_plan(subject.view, default="int8" if planned.quantized_nodes else "fp32")
     tensors = tuple(carried_tensors(subject.view, plan, lowerings))
     ranges = tuple(tensors_for_ranges(subject.view)) if planned.halves else ()
     if not tensors and not ranges:

@@ -41,7 +41,7 @@ def candidate_of(
     subject: Subject, plan: PrecisionPlan, table: CalibrationTable | None
 ) -> Candidate:
     """`plan` with the model, and the table if anything in it is int8."""
-    return Candidate(subject.model, plan, table if plan.int8_nodes else None)
+    return Candidate(subject.model, plan, table if plan.quantized_nodes else None)
 
 
 def engine_needs(candidate: Candidate, backend: Backend) -> dict[str, Any]:

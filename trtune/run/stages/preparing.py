@@ -38,7 +38,7 @@ HISTOGRAMS = "prepared_histograms.npz"
 def is_prepared(section: Section, subject: Subject, planned: PrecisionPlan) -> bool:
     """Whether there is anything to prepare: not where scales come from a cache or a QAT model."""
     given = subject.imported is not None or section.cache is not None
-    return section.prepare != "none" and bool(planned.int8_nodes) and not given
+    return section.prepare != "none" and bool(planned.quantized_nodes) and not given
 
 
 def preparation(
