@@ -36,7 +36,7 @@ def layer_rows(
     measured = Measured(
         found.accumulated, found.alone, runtime, how, runtime_account(work, plan), times or {}
     )
-    table = work.calibrated.table if work.untuned.int8_nodes else None
+    table = work.calibrated.table if work.untuned.quantized_nodes else None
     return rows_of(work.subject.view, plan, work.untuned, table, measured)
 
 
