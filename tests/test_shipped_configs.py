@@ -13,7 +13,7 @@ from trtune.configs.errors import ConfigError
 from trtune.configs.load import json_schema, load_config
 from trtune.configs.progress import silent
 from trtune.precision.graph.file import Model
-from trtune.run.wiring import backends_of, check_precisions
+from trtune.run.backends import backends_of, check_precisions
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted([*ROOT.glob("benchmarks/configs/*.yaml"), *ROOT.glob("examples/**/*.yaml")])

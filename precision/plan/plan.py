@@ -258,3 +258,8 @@ class PrecisionPlan:
             {name: tuple(members) for name, members in value["groups"].items()},
             float_reads=tuple((name, index) for name, index in value.get("float_reads", ())),
         )
+
+
+def is_lowered(plan: PrecisionPlan) -> bool:
+    """Whether anything in `plan` runs in less than FP32."""
+    return bool(plan.quantized_nodes or plan.halves)

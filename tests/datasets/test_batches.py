@@ -16,6 +16,7 @@ from trtune.datasets.batches import (
     fit_batch,
     labels_of,
     rebatch,
+    repeat_to,
     require_labels,
     take_rows,
 )
@@ -195,3 +196,18 @@ def test_missing_labels_are_named_with_the_metric() -> None:
 
 def test_labels_of_a_batch() -> None:
     assert labels_of(numbers(0, 2), "top1").tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [
+        pytest.param(2, [0, 1], id="fewer"),
+        pytest.param(3, [0, 1, 2], id="as many"),
+        pytest.param(7, [0, 1, 2, 0, 1, 2, 0], id="more: again from the first"),
+    ],
+)
+def test_repeat_to(size: int, rows: list[int]) -> None:
+    batch = Batch({"x": np.arange(6, dtype=np.float32).reshape(3, 2)}, ("a", "b", "c"))
+    feeds = repeat_to(batch, size)
+    np.testing.assert_array_equal(feeds["x"], batch.feeds["x"][rows])
+    assert feeds["x"].flags.c_contiguous

@@ -1,4 +1,4 @@
-"""The run record's parts, each from a work that measured them."""
+"""The comparison of a run, and the parts of the record that are made of it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tinymodels
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tinyproject import work_of, write_project
 
-from trtune.calibrate.histogram import Counter, Histogram
 from trtune.precision.tune.scales import carried_tensors
-from trtune.reports.entries.histograms import PLOTTED, histogram_plot, histogram_plots
+from trtune.reports.entries.histograms import PLOTTED, histogram_plots
 from trtune.reports.record import HistogramPlot
 from trtune.run.comparing import compared, layer_rows
 from trtune.run.work import RunWork
@@ -26,34 +23,6 @@ def plots_of(work: RunWork) -> list[HistogramPlot]:
     view = work.setup.subject.view
     carried = carried_tensors(view, work.untuned, ("emulate",))
     return histogram_plots(view, found.table, found.histograms, alone, carried)
-
-
-def histogram_of(values: list[float]) -> Histogram:
-    counter = Counter()
-    counter.add(("a",), np.array([values], np.float32))
-    return counter.histogram()
-
-
-class TestHistogramPlot:
-    def test_four_decades_in_eighty_bins(self) -> None:
-        plot = histogram_plot("x", histogram_of([0.0, 0.5, -1.0, 1.0]), 0.75, "entropy")
-        assert (len(plot.edges), len(plot.counts)) == (81, 80)
-        assert plot.edges[0] == pytest.approx(1e-4)
-        assert plot.edges[-1] == pytest.approx(1.0, rel=1e-5)
-        assert np.ptp(np.diff(np.log(plot.edges))) < 1e-9
-        assert (plot.tensor, plot.amax, plot.max, plot.method) == ("x", 0.75, 1.0, "entropy")
-        assert plot.counts[-1] == 2
-        (half,) = np.flatnonzero(plot.counts[:-1])
-        assert plot.edges[half] < 0.5 * (1 + 1 / 64)
-        assert plot.edges[half + 1] > 0.5 * (1 - 1 / 64)
-
-    @settings(max_examples=60, deadline=None)
-    @given(st.lists(st.floats(2.0**-3, 2.0**3, width=32), min_size=1, max_size=50))
-    def test_no_value_within_them_is_lost(self, values: list[float]) -> None:
-        plot = histogram_plot("x", histogram_of(values), 1.0, "max")
-        assert sum(plot.counts) == len(values)
-        assert plot.edges == sorted(plot.edges)
-        assert plot.max == max(values)
 
 
 class TestHistogramPlots:

@@ -160,7 +160,7 @@ class TestQuantizedAlready:
         )  # the scales that the engines have, the file's own among them
         assert work.setup.subject.imported is not None
         assert work.setup.subject.imported.table.scales.items() <= kept.scales.items()
-        assert work.reused_calibration
+        assert not work.workspace.made("calibrate")
 
     def test_what_tensorrt_lacks_needs_leave_to_be_changed(self, tmp_path: Path) -> None:
         folder = write_project(tmp_path, tinyqat.tensorflow_block())

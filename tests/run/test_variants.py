@@ -10,27 +10,24 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import onnx
 import pytest
 from tinyproject import BOTH, config_of, work_of, write_project
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import TrtuneError
 from trtune.precision.backends.gpu.timing import GpuTiming, Spread
-from trtune.precision.graph.file import load_model, save_model
+from trtune.precision.graph.file import save_model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.runtime.api import BuildInfo, Candidate, Usable
 from trtune.precision.runtime.engine_json import write_engine_json
 from trtune.precision.runtime.session import OrtEngine, make_session
-from trtune.reports.accuracy import Evaluation
-from trtune.reports.entries.variants import fp32_bytes, top1_of
 from trtune.reports.record import Latency
 from trtune.reports.tables import read_layers
+from trtune.run.backends import Backends
 from trtune.run.pipeline import run
 from trtune.run.stages.engines import cpu_model
 from trtune.run.stages.latency import Speed, on_gpu
 from trtune.run.variants import finished
-from trtune.run.wiring import Backends
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
@@ -59,19 +56,6 @@ class TestLatency:
         assert [one.speed for one in finished(work, work.untuned)] == [Speed(), Speed()]
 
 
-def test_the_size_of_fp32_counts_weights_in_files_of_their_own(tmp_path: Path) -> None:
-    folder = write_project(tmp_path)
-    path = folder / "net.onnx"
-    whole = fp32_bytes(load_model(path), path)
-    assert whole == path.stat().st_size
-    onnx.save(
-        onnx.load(path), path,
-        save_as_external_data=True, location="net.data", size_threshold=0,
-    )  # fmt: skip
-    outside = fp32_bytes(load_model(path), path)
-    assert path.stat().st_size < outside < whole
-
-
 @pytest.mark.parametrize(
     ("fields", "model"),
     [
@@ -87,13 +71,6 @@ def test_a_processor_is_its_name_and_its_integer_instructions(
     (tmp_path / "cpuinfo").write_text(fields)
     assert cpu_model(tmp_path / "cpuinfo") == model
     assert cpu_model(tmp_path / "none")
-
-
-@pytest.mark.parametrize(
-    ("metric", "value"), [("top1", 0.5), ("top5", None), (None, None), ("mine:f", None)]
-)
-def test_top1_is_what_was_counted_as_that(metric: str | None, value: float | None) -> None:
-    assert top1_of(Evaluation(metric, 0.5, 10)) == value
 
 
 def test_times_on_a_gpu_are_of_the_computation_with_the_copies_beside_it() -> None:

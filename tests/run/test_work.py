@@ -18,10 +18,10 @@ from trtune.configs.errors import CacheError, ConfigError, DataError, TrtuneErro
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.runtime.api import BuildInfo, Candidate
 from trtune.reports.record import RunRecord
+from trtune.run.backends import Backends
 from trtune.run.comparing import compared
 from trtune.run.pipeline import run, run_folder
 from trtune.run.tuning import ranked
-from trtune.run.wiring import Backends
 
 PINNING = "precision.target={metric: sqnr_db, min: 46}"
 

@@ -25,10 +25,10 @@ from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.quantized.migrate import to_cache
 from trtune.reports.record import RunRecord
 from trtune.reports.writer import read_record
+from trtune.run.backends import tensorrt_settings
 from trtune.run.stages.calibration import CACHE_FILE
 from trtune.run.stages.preparing import PREPARED_CACHE, PREPARED_MODEL
 from trtune.run.subject import subject_of
-from trtune.run.wiring import tensorrt_settings
 
 QDQ_FOLDERS = ("onnxruntime-emulate", "tensorrt_rtx")
 """Folders of a run whose model.onnx is the Q/DQ model as TensorRT wants it."""

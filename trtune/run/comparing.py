@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trtune.precision.compare.inner import inner_kind
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import PrecisionPlan, is_lowered
 from trtune.reports.entries.layers import Measured, rows_of
 from trtune.reports.record import LayerRow
+from trtune.run.backends import BackendFailed, watched
 from trtune.run.stages.engines import engine_folder, engine_of, is_emulation
 from trtune.run.stages.layers import Sums, accumulated, of_runtime
 from trtune.run.tuning import alone_of
-from trtune.run.work import BackendFailed, RunWork, watched
+from trtune.run.work import RunWork
 
 
 def compared(work: RunWork) -> Measured:
     """The errors of the untuned plan's nodes; none if all of it is FP32."""
     setup, section = work.setup, work.setup.config.compare
-    if not work.is_lowered:
+    if not is_lowered(work.untuned):
         return Measured()
     stage = accumulated(
         work.candidate(work.untuned), work.subject.view, setup.evaluation, section, setup.progress
@@ -43,7 +44,7 @@ def layer_rows(
 def _of_runtime(work: RunWork, plan: PrecisionPlan) -> tuple[Sums, str]:
     """Errors of the first engine that runs here against onnxruntime, and how they were read."""
     setup, candidate = work.setup, work.candidate(plan)
-    for backend in work.engines:
+    for backend in work.runtimes.engines:
         try:
             with watched(backend):
                 work.workspace.get(engine_of(candidate, backend, "", setup.progress))
@@ -58,14 +59,14 @@ def _of_runtime(work: RunWork, plan: PrecisionPlan) -> tuple[Sums, str]:
                 )
                 return work.workspace.get(stage), f"{backend.name}, {inner_kind(backend)}"
         except BackendFailed as failure:
-            work.fail(failure)
+            work.runtimes.fail(failure)
     return {}, ""
 
 
 def runtime_account(work: RunWork, plan: PrecisionPlan) -> dict[str, dict[str, str]]:
     """Backend -> node -> what it runs in, as the runtime that built `plan` tells it."""
     found = {}
-    for backend in work.alive:
+    for backend in work.runtimes.alive:
         stage = engine_of(work.candidate(plan), backend, "", work.setup.progress)
         if not is_emulation(backend) and work.workspace.holds(stage):
             found[backend.name] = dict(work.workspace.get(stage).precisions)

@@ -42,6 +42,7 @@ from trtune.reports.record import LayerRow, RunRecord
 from trtune.reports.tables import read_layers, write_layers
 from trtune.reports.writer import differences_of, runs_among, write_report
 from trtune.run.comparing import compared, layer_rows
+from trtune.run.data import RunData
 from trtune.run.naming import run_folder
 from trtune.run.record import Started, run_record
 from trtune.run.stages.engines import engine_of
@@ -49,7 +50,6 @@ from trtune.run.stages.layers import gated
 from trtune.run.stages.measuring import baseline
 from trtune.run.tuning import threshold_of, tuned, tuning
 from trtune.run.variants import finished, gate_engines, make_variants
-from trtune.run.wiring import RunData
 from trtune.run.work import RunWork, Setup
 from trtune.run.workspace import Workspace
 
@@ -241,7 +241,9 @@ def build(
         plan = work.workspace.get(stage).plan if held else work.untuned
         write_text(work.folder / "plan.json", plan.to_json())
         candidate = work.candidate(plan)
-        return [work.workspace.get(engine_of(candidate, b, "", progress)) for b in work.alive]
+        return [
+            work.workspace.get(engine_of(candidate, b, "", progress)) for b in work.runtimes.alive
+        ]
 
 
 def compare(

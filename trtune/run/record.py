@@ -13,7 +13,7 @@ from trtune.configs.schema import Config
 from trtune.precision.graph.macs import macs
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_rules import flushed_weights
-from trtune.precision.plan.plan import QUANTIZED, PrecisionPlan
+from trtune.precision.plan.plan import QUANTIZED, PrecisionPlan, is_lowered
 from trtune.precision.prepare.codes import readers_of
 from trtune.precision.prepare.values import ROUND_CODES, sentence
 from trtune.precision.quantized.describe import nothing_in_int8
@@ -79,7 +79,7 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
         front=front_points(tuned, sign=1 if metric.higher else -1) if target else [],
         pins_needed=tuned.needed,
         validation=chosen_by(work, tuned),
-        calibration=_calibration(work, left_out[0]) if work.is_lowered else None,
+        calibration=_calibration(work, left_out[0]) if is_lowered(work.untuned) else None,
         histograms=histogram_plots(
             work.subject.view,
             work.calibrated.table,
@@ -87,7 +87,7 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
             compared(work).alone,
             carried_tensors(work.subject.view, work.untuned, setup.backends.lowerings),
         )
-        if work.is_lowered
+        if is_lowered(work.untuned)
         else [],
         prepared=prepared_moves(work),
         notes=[*_notes(work, left_out[1]), *target_notes(setup.config, work, tuned, metric, fp32)],
@@ -114,7 +114,7 @@ def _status(
 ) -> Literal["met", "missed", "failed"]:
     """Whether the target holds: on the pictures that the result is reported on, and if no engine
     runs here, or there are no others, on those that pins were chosen on."""
-    if work.failed:
+    if work.runtimes.failed:
         return "failed"
     nothing = nothing_in_int8(work.subject.view, tuned.plan)
     reported = {v.backend: v.verdict for v in variants if v.verdict and v.name != ORIGINAL}
@@ -140,7 +140,10 @@ def chosen_by(work: RunWork, tuned: Tuned) -> Chosen | None:
 
 def _calibration(work: RunWork, left_out: list[str]) -> CalibrationRecord:
     return calibration_record(
-        work.plain, _method(work), reused=work.reused_calibration, left_out=left_out
+        work.plain,
+        _method(work),
+        reused=work.plain.pictures > 0 and not work.workspace.made("calibrate"),
+        left_out=left_out,
     )
 
 
@@ -178,14 +181,14 @@ def _notes(work: RunWork, left_out: list[str]) -> list[str]:
 
 def prepared_moves(work: RunWork) -> dict[str, list[str]]:
     """Tensor or node -> the moves it was prepared with."""
-    if not work.is_lowered or work.ready is None:
+    if not is_lowered(work.untuned) or work.ready is None:
         return {}
     return work.ready.prepared.summary(readers_of(work.subject.view, work.ready.plan))
 
 
 def prepared_notes(work: RunWork) -> list[str]:
     """What was done to which tensor, and which file belongs to which cache."""
-    if not work.is_lowered or work.ready is None:
+    if not is_lowered(work.untuned) or work.ready is None:
         return []
     found, rows = work.ready.prepared, prepared_moves(work)
     if not rows:

@@ -12,7 +12,7 @@ from typing import Any
 from trtune.configs.errors import TrtuneError
 from trtune.configs.schema import Target
 from trtune.precision.plan.half_types import HALVES
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import PrecisionPlan, is_lowered
 from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.tune.ladder import Ranked, Score, Step, Tuned, tune
@@ -20,12 +20,13 @@ from trtune.precision.tune.leave_one_out import PathStep
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.measures.fidelity import CLOSENESS
 from trtune.reports.summary import number
+from trtune.run.backends import BackendFailed, watched
 from trtune.run.stage import Form, Stage, as_json
 from trtune.run.stages.engines import measured_with
 from trtune.run.stages.layers import alone
 from trtune.run.stages.measuring import Bench, baseline, evaluation
 from trtune.run.stages.pins import HeldOut
-from trtune.run.work import BackendFailed, RunWork, watched
+from trtune.run.work import RunWork
 from trtune.run.workspace import Workspace
 
 ROUNDING = 1e-9
@@ -178,12 +179,12 @@ def tuned(work: RunWork) -> Tuned:
         try:
             return work.workspace.get(tuning(work))
         except BackendFailed as failure:
-            work.fail(failure)
+            work.runtimes.fail(failure)
 
 
 def tuning(work: RunWork) -> Stage[Tuned]:
     """The walk from the untuned plan to the tuned one."""
-    judges = tuple(work.judges)
+    judges = tuple(work.runtimes.judges)
     section, candidate = work.setup.config.precision, work.candidate(work.untuned)
 
     def make(folder: Path) -> Tuned:
@@ -191,7 +192,7 @@ def tuning(work: RunWork) -> Stage[Tuned]:
         fp32 = work.workspace.get(baseline(bench))
         threshold = threshold_of(section.target, fp32, higher=bench.metric.higher)
         judge = Scorer(work.workspace, bench, judges, fp32, threshold, work.candidate)
-        tunable = threshold is not None and work.is_lowered
+        tunable = threshold is not None and is_lowered(work.untuned)
         return tune(
             work.untuned,
             partial(pin_order, work) if tunable else [],

@@ -21,6 +21,7 @@ from trtune.reports.entries.variants import (
     top1_of,
 )
 from trtune.reports.record import ORIGINAL, Closeness, Variant
+from trtune.run.backends import BackendFailed, watched
 from trtune.run.stages.engines import (
     FP32,
     TUNED,
@@ -35,7 +36,7 @@ from trtune.run.stages.layers import engine_gated
 from trtune.run.stages.measuring import as_it_stands, baseline, evaluation
 from trtune.run.subject import fp32_plan
 from trtune.run.tuning import is_enough, threshold_of
-from trtune.run.work import BackendFailed, RunWork, watched
+from trtune.run.work import RunWork
 
 EMULATION_NOTE = "emulation of TensorRT's arithmetic: its CPU time says nothing about speed"
 
@@ -63,7 +64,7 @@ def gate_engines(work: RunWork) -> None:
     """
     setup = work.setup
     candidate = work.candidate(fp32_plan(setup.subject))
-    for backend in work.engines:
+    for backend in work.runtimes.engines:
         try:
             with watched(backend):
                 work.workspace.get(engine_of(candidate, backend, FP32, setup.progress))
@@ -72,18 +73,18 @@ def gate_engines(work: RunWork) -> None:
                 stage = engine_gated(candidate, backend, folder, setup.evaluation, section)
                 work.workspace.get(stage)
         except BackendFailed as failure:
-            work.fail(failure)
+            work.runtimes.fail(failure)
 
 
 def finished(work: RunWork, tuned: PrecisionPlan) -> list[OnBackend]:
     """Every backend with its engines built, measured and timed; those that fail are left out."""
     found = []
-    for backend in work.alive:
+    for backend in work.runtimes.alive:
         try:
             with watched(backend):
                 found.append(_finish(work, backend, tuned))
         except BackendFailed as failure:
-            work.fail(failure)
+            work.runtimes.fail(failure)
     return found
 
 
@@ -128,7 +129,7 @@ def make_variants(work: RunWork, done: list[OnBackend]) -> list[Variant]:
     In the order of the config.
     """
     found = {one.backend.name: _of_backend(work, one) for one in done}
-    for name, error in work.failed.items():
+    for name, error in work.runtimes.failed.items():
         found[name] = [_without(work, name, "failed", str(error))]
     for absent in work.setup.backends.absent:
         reason = f"{absent.reason}; {absent.remedy}" if absent.remedy else absent.reason

@@ -1,63 +1,29 @@
-"""A run being worked on: what it is about, where its stages keep things, and who has failed."""
+"""A run being worked on: what it is about, and what its stages give together."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from trtune.calibrate.sessions import device_of
-from trtune.configs.errors import TrtuneError
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Config
-from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.graph.file import Model
-from trtune.precision.plan.plan import PrecisionPlan
-from trtune.precision.runtime.api import Backend, Candidate
+from trtune.precision.plan.plan import PrecisionPlan, is_lowered
+from trtune.precision.runtime.api import Candidate
 from trtune.precision.tune.prepared import Ready
 from trtune.precision.tune.preparing import extended_plan
 from trtune.precision.tune.scales import Calibrated
 from trtune.reports.measures.sense import Oddity
+from trtune.run.backends import Backends, Runtimes, backends_of, check_precisions
+from trtune.run.data import RunData, data_of, left_out
 from trtune.run.stages.calibration import calibration
 from trtune.run.stages.engines import candidate_of
 from trtune.run.stages.measuring import Bench, metric_of
 from trtune.run.stages.preparing import is_prepared, preparation, prepared_subject
 from trtune.run.subject import Subject, plan_by_ranges, plan_by_rules, subject_of
-from trtune.run.wiring import (
-    Backends,
-    RunData,
-    backends_of,
-    check_precisions,
-    data_of,
-    left_out,
-)
 from trtune.run.workspace import Workspace
-
-log = logging.getLogger(__name__)
-
-
-class BackendFailed(Exception):
-    """A backend that is there could not build or run; its own error is the cause."""
-
-    def __init__(self, backend: str) -> None:
-        super().__init__(backend)
-        self.backend = backend
-
-
-@contextmanager
-def watched(backend: Backend) -> Iterator[None]:
-    """Any error in the block as that of `backend`: the others go on."""
-    try:
-        yield
-    except BackendFailed:
-        raise
-    except Exception as error:
-        if not isinstance(error, TrtuneError):
-            log.exception("%s failed", backend.name)
-        raise BackendFailed(backend.name) from error
 
 
 @dataclass(frozen=True)
@@ -121,11 +87,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class RunWork:
-    """A setup and the workspace of its stages; `failed` maps a backend to its error."""
+    """A setup, the workspace of its stages, and what both give together."""
 
     setup: Setup
     workspace: Workspace
-    failed: dict[str, BaseException] = field(default_factory=dict)
     findings: list[Oddity] = field(default_factory=list)
     """What does not make sense in the set-up, for the report."""
 
@@ -135,7 +100,13 @@ class RunWork:
         return self.workspace.folder
 
     @cached_property
-    def _calibration(self) -> tuple[Calibrated, bool]:
+    def runtimes(self) -> Runtimes:
+        """The backends that are present, and which of them have failed."""
+        return Runtimes(self.setup.backends.present)
+
+    @cached_property
+    def plain(self) -> Calibrated:
+        """The calibration of the model as the config names it."""
         setup = self.setup
         stage = calibration(
             setup.subject,
@@ -146,16 +117,10 @@ class RunWork:
             device=device_of(setup.config.runtime.device),
             progress=setup.progress,
         )
-        held = self.workspace.holds(stage)
         found = self.workspace.get(stage)
         if found.pictures:
             self.left_out(setup.calibration)
-        return found, held and found.pictures > 0
-
-    @property
-    def plain(self) -> Calibrated:
-        """The calibration of the model as the config names it."""
-        return self._calibration[0]
+        return found
 
     @cached_property
     def ready(self) -> Ready | None:
@@ -167,7 +132,7 @@ class RunWork:
         stage = preparation(
             setup.subject,
             setup.planned,
-            self._calibration[0],
+            self.plain,
             setup.calibration,
             section,
             lowerings=setup.backends.lowerings,
@@ -184,12 +149,7 @@ class RunWork:
     @property
     def calibrated(self) -> Calibrated:
         """The table of what is quantized, the histograms, and what they cost."""
-        return self._calibration[0] if self.ready is None else self.ready.calibrated
-
-    @property
-    def reused_calibration(self) -> bool:
-        """Whether the pictures were seen by an earlier run."""
-        return self._calibration[1]
+        return self.plain if self.ready is None else self.ready.calibrated
 
     def left_out(self, data: RunData) -> list[str]:
         """Samples of `data` that could not be read, also if an earlier run read them."""
@@ -199,16 +159,11 @@ class RunWork:
     def untuned(self) -> PrecisionPlan:
         """The plan before tuning: by the rules, less what the measured ranges forbid."""
         planned = self.setup.planned
-        if not planned.quantized_nodes and not planned.halves:
+        if not is_lowered(planned):
             return planned
         if self.subject.model is not self.setup.subject.model:
             planned = extended_plan(planned, self.subject.view)
         return plan_by_ranges(self.subject, planned, self.calibrated)
-
-    @property
-    def is_lowered(self) -> bool:
-        """Whether anything in the untuned plan is not FP32."""
-        return bool(self.untuned.quantized_nodes or self.untuned.halves)
 
     @cached_property
     def bench(self) -> Bench:
@@ -227,25 +182,6 @@ class RunWork:
         device = device_of(setup.config.runtime.device)
         return Bench(setup.subject.model, metric, data, setup.progress, device)
 
-    @property
-    def alive(self) -> list[Backend]:
-        """The backends that are present and have not failed."""
-        return [b for b in self.setup.backends.present if b.name not in self.failed]
-
-    @property
-    def judges(self) -> list[Backend]:
-        """Those of them that plans are measured on: that run here.
-
-        If none does, onnxruntime's emulation of their arithmetic.
-        """
-        running = [backend for backend in self.alive if not backend.obstacle()]
-        return running or [OnnxruntimeBackend("emulate")]
-
-    @property
-    def engines(self) -> list[Backend]:
-        """The judges that are not onnxruntime."""
-        return [b for b in self.judges if not isinstance(b, OnnxruntimeBackend)]
-
     def candidate(self, plan: PrecisionPlan) -> Candidate:
         """`plan` with this run's model and table; what is all float is the model as it was."""
         given = self.setup.subject
@@ -259,12 +195,3 @@ class RunWork:
     def model_for(self, plan: PrecisionPlan) -> Model:
         """The model that is lowered for `plan`: prepared ones carry codes where it is int8."""
         return self.subject.model if self.ready is None else self.ready.model_for(plan)
-
-    def fail(self, failure: BackendFailed) -> None:
-        """Go on without a backend; raises its error if no other is left."""
-        error = failure.__cause__
-        assert error is not None
-        self.failed[failure.backend] = error
-        log.error("%s failed and is left out: %s", failure.backend, error)
-        if not self.alive:
-            raise error

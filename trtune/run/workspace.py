@@ -55,6 +55,7 @@ class Workspace:
         self.folder = folder
         self._others = tuple(others)
         self._values: dict[tuple[str, str], Any] = {}
+        self._made: set[str] = set()
 
     def get(self, stage: Stage[T]) -> T:
         """The value of `stage`: as it was made for the same needs, or made now and kept."""
@@ -68,6 +69,10 @@ class Workspace:
         """Whether `get` would give something that was made before."""
         known = (stage.name, stage.key()) in self._values
         return known or self._kept(stage) is not None
+
+    def made(self, name: str) -> bool:
+        """Whether stage `name` was made here and now, and not taken from what was kept."""
+        return name in self._made
 
     def why(self, stage: Stage[Any]) -> str:
         """Why `stage` is to be made: what changed, as the config calls it; empty if it is not.
@@ -110,6 +115,7 @@ class Workspace:
         if not stage.many:
             self.drop(stage.name)
         value = stage.make(self.folder)
+        self._made.add(stage.name)
         self._keep(stage, value)
         return value
 

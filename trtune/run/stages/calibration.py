@@ -27,9 +27,9 @@ from trtune.precision.tune.scales import (
     carried_tensors,
     implicit_only,
 )
+from trtune.run.data import RunData
 from trtune.run.stage import Form, Kept, Need, Stage, device_needs, versions
 from trtune.run.subject import Subject
-from trtune.run.wiring import RunData
 
 log = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from trtune.precision.runtime.engine_json import device_name
 from trtune.precision.runtime.session import OrtEngine
 from trtune.reports.latency import measure_together
 from trtune.reports.record import Latency
+from trtune.run.data import RunData, fixed_batch
 from trtune.run.stage import Stage, as_json
 from trtune.run.stages.engines import FP32, TUNED, cpu_model, engine_needs, label
 from trtune.run.stages.measuring import session_of
 from trtune.run.subject import Subject
-from trtune.run.wiring import RunData, fixed_batch
 
 
 @runtime_checkable

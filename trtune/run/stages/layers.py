@@ -20,9 +20,9 @@ from trtune.precision.plan.placement import place
 from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.tune.scales import PICTURES_AT_ONCE, alone_on
+from trtune.run.data import RunData
 from trtune.run.stage import Stage, as_json, versions
 from trtune.run.stages.engines import engine_needs, label
-from trtune.run.wiring import RunData
 
 Sums = dict[str, ErrorSums]
 

@@ -23,9 +23,9 @@ from trtune.reports.measures.fidelity import CLOSENESS, FIDELITY_METRICS
 from trtune.reports.measures.find import METRICS, TOP1, Asked, find_metric, higher_is_better
 from trtune.reports.measures.recognise import task_of
 from trtune.reports.outputs import Layout, StoredOutputs, collect_outputs
+from trtune.run.data import RunData, fixed_batch
 from trtune.run.stage import Need, Stage, as_json, device_needs, flat, versions
 from trtune.run.stages.engines import build, measured_with
-from trtune.run.wiring import RunData, fixed_batch
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from trtune.precision.tune.leave_one_out import (
     noise_with,
     pin_path,
 )
+from trtune.run.data import RunData
 from trtune.run.stage import Stage, as_json, versions
-from trtune.run.wiring import RunData
 
 PATH = as_json(
     asdict, lambda value: PinPath(value["start"], tuple(PathStep(**s) for s in value["steps"]))

@@ -26,10 +26,10 @@ from trtune.precision.prepare.values import Codes, Prepared
 from trtune.precision.tune.prepared import Ready, prepare_model
 from trtune.precision.tune.preparing import Move, apply_moves, extended_plan
 from trtune.precision.tune.scales import Calibrated
+from trtune.run.data import RunData
 from trtune.run.stage import Form, Kept, Stage, versions
 from trtune.run.stages.calibration import COSTS
 from trtune.run.subject import Subject
-from trtune.run.wiring import RunData
 
 PREPARED_MODEL, PREPARED_CACHE, ARRAYS = "prepared.onnx", "prepared.cache", "prepared.npz"
 HISTOGRAMS = "prepared_histograms.npz"
