@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Quantized models of other tools: the linter, the compiler on the file, and the import.
 
-    python benchmarks/makers.py make onnxruntime FOLDER    quantize the tiny networks with one tool
-    python benchmarks/makers.py table FOLDER               every model in FOLDER: the matrix
+    python benchmarks/makers.py make nncf FOLDER             quantize the tiny networks with a tool
+    python benchmarks/makers.py make nncf FOLDER --data D    networks trained on pictures
+    python benchmarks/makers.py table FOLDER                 every model in FOLDER: the matrix
+    python benchmarks/makers.py accuracy FOLDER --data D     top-1 of the files and of their imports
 
-`make` runs in an environment of the tool's own, which needs onnx and NumPy beside it and not this
-package: `onnxruntime`, `nncf` (`pip install nncf onnxruntime`), `modelopt`
-(`pip install 'nvidia-modelopt[onnx]'`). `table` needs TensorRT-RTX and no tool. The small models
-that the tests read, `tests/made`, come from here. Writes `results/makers.md`.
+`make` runs in an environment of the tool's own, which does not need this package; what each tool
+takes stands in `makers_tools.py`. `table` needs TensorRT-RTX and no tool, `accuracy` neither. `D`
+holds `models/NAME.onnx`, `cifar10_calib512.npz` and `cifar10_test2000.npz`. The small models that
+the tests read, `tests/made`, come from here. Writes `results/makers.md` and
+`results/makers_accuracy.md`.
 """
 
 from __future__ import annotations
@@ -21,14 +24,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+from makers_tools import TOOLS, Job
 from onnx import TensorProto, helper, numpy_helper
 
 HERE = Path(__file__).resolve().parent
 OPSET = 17
 SAMPLES = 16
+TRAINED = ("resnet20_cifar10", "mobilenetv2_cifar10")
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+PICTURES, BATCH = 256, 32
 HEADER = (
-    "model", "findings", "compiler on the file", "linter and compiler", "import",
-    "compiler on the import",
+    "model", "findings", "compiler on the file", "linter and compiler", "import", "SQNR",
+    "compiler on the import", "strip and insert", "cache",
 )  # fmt: skip
 
 
@@ -113,93 +120,50 @@ def rows_for(proto: onnx.ModelProto) -> list[dict[str, np.ndarray[Any, Any]]]:
     return [{"input": rng.normal(0, 1, shape).astype(np.float32)} for _ in range(SAMPLES)]
 
 
-def by_onnxruntime(source: Path, proto: onnx.ModelProto, target: Path) -> Iterator[Path]:
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-
-    class Reader:
-        def __init__(self) -> None:
-            self.rows = iter(rows_for(proto))
-
-        def get_next(self) -> Any:
-            return next(self.rows, None)
-
-    for form, kind in (
-        (QuantFormat.QDQ, QuantType.QInt8),
-        (QuantFormat.QDQ, QuantType.QUInt8),
-        (QuantFormat.QOperator, QuantType.QUInt8),
-    ):
-        word = {QuantFormat.QDQ: "qdq", QuantFormat.QOperator: "qop"}[form]
-        path = target / f"ort_{word}_{'s8' if kind == QuantType.QInt8 else 'u8'}_{source.stem}.onnx"
-        symmetric = kind == QuantType.QInt8
-        quantize_static(
-            source,
-            path,
-            Reader(),  # type: ignore[arg-type]
-            quant_format=form,
-            activation_type=kind,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True},
-        )
-        yield path
-
-
-def by_nncf(source: Path, proto: onnx.ModelProto, target: Path) -> Iterator[Path]:
-    import nncf
-
-    data = nncf.Dataset(rows_for(proto), lambda row: row)
-    for preset in (nncf.QuantizationPreset.PERFORMANCE, nncf.QuantizationPreset.MIXED):
-        made = nncf.quantize(
-            onnx.load(source), data, preset=preset, subset_size=SAMPLES,
-            target_device=nncf.TargetDevice.ANY,
-        )  # fmt: skip
-        path = target / f"nncf_{preset.value}_{source.stem}.onnx"
-        onnx.save(made, path)
-        yield path
-
-
-def by_modelopt(source: Path, proto: onnx.ModelProto, target: Path) -> Iterator[Path]:
-    from modelopt.onnx.quantization import quantize
-
-    data = {"input": np.concatenate([row["input"] for row in rows_for(proto)])}
-    for rest in ("fp16", "bf16", "fp32"):
-        path = target / f"modelopt_int8_{rest}_{source.stem}.onnx"
-        quantize(
-            str(source), quantize_mode="int8", calibration_data=data, calibration_method="max",
-            calibration_eps=["cpu"], high_precision_dtype=rest, output_path=str(path),
-        )  # fmt: skip
-        yield path
-
-
-TOOLS = {"onnxruntime": by_onnxruntime, "nncf": by_nncf, "modelopt": by_modelopt}
-
-
-def make(tool: str, target: Path) -> None:
+def make(tool: str, target: Path, data: Path | None) -> None:
     """Quantize every network with `tool` into `target`; what fails is said, and the rest made."""
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name, network in NETWORKS.items():
-            proto, source = network(), Path(folder) / f"{name}.onnx"
-            onnx.save(proto, source)
-            made = TOOLS[tool](source, proto, target)
-            while True:
+        for job, name in _jobs(Path(folder), data):
+            for word, write in TOOLS[tool](job):
+                path = target / f"{tool}_{word}_{name}.onnx"
                 try:
-                    path = next(made)
-                except StopIteration:
-                    break
+                    write(path)
                 except Exception as error:
-                    print(f"{tool} fails on {name}: {type(error).__name__}: {error}")
-                    break
-                print(f"{path} ({path.stat().st_size} bytes)")
+                    path.unlink(missing_ok=True)
+                    told = str(error).partition("\n")[0]
+                    print(f"{path.stem}: {tool} fails: {type(error).__name__}: {told}", flush=True)
+                else:
+                    print(f"{path} ({path.stat().st_size} bytes)", flush=True)
+
+
+def _jobs(folder: Path, data: Path | None) -> Iterator[tuple[Job, str]]:
+    """The tiny networks on noise, or those of `data` on its pictures."""
+    if data is None:
+        for name, network in NETWORKS.items():
+            proto, source = network(), folder / f"{name}.onnx"
+            onnx.save(proto, source)
+            yield Job(source, proto, rows_for(proto)), name
+        return
+    for name in TRAINED:
+        source = data / "models" / f"{name}.onnx"
+        with np.load(data / "cifar10_calib512.npz") as held:
+            values = normalised(held["images"][:PICTURES])
+        rows = [{"input": part} for part in np.split(values, PICTURES // BATCH)]
+        yield Job(source, onnx.load(source), rows, main=True), name
+
+
+def normalised(pictures: Any) -> np.ndarray[Any, Any]:
+    """CIFAR pictures, uint8 NHWC, as the shared networks read them: float32 NCHW."""
+    values = (pictures / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2), np.float32)
 
 
 def row_of(path: Path) -> tuple[str, ...]:
     """The matrix' row of one model."""
-    from trtune.configs.errors import ModelError
-    from trtune.precision.backends.rtx.backend import RtxBackend
+    from trtune.configs.errors import TrtuneError
     from trtune.precision.quantized.findings import counts
     from trtune.precision.quantized.importing import import_quantized, lint_model
-    from trtune.precision.runtime.api import Candidate
     from trtune.tools import lint_against_builder
 
     found = lint_model(path)
@@ -209,21 +173,69 @@ def row_of(path: Path) -> tuple[str, ...]:
     agreed = "; ".join(seen.disagreements) or "agree"
     words = "exact"
     try:
-        model = import_quantized(path)
-    except ModelError:
-        words = "with allow_requantize"
         try:
+            model = import_quantized(path)
+        except TrtuneError:
+            words = "with allow_requantize"
             model = import_quantized(path, allow_requantize=True)
-        except ModelError as error:
-            return path.stem, kinds, file, agreed, f"refused: {error}".splitlines()[0], ""
+    except TrtuneError as error:
+        why = next(line for line in str(error).splitlines()[1:] if line)
+        return path.stem, kinds, file, agreed, f"refused: {why}", "", "", "", ""
+    words = f"{words}, {len(model.plan.int8_nodes)} of {len(model.plan.compute_nodes)} int8"
+    return path.stem, kinds, file, agreed, words, *_of_import(path, model)
+
+
+def _of_import(path: Path, model: Any) -> tuple[str, str, str, str]:
+    """SQNR against the file, the compiler's kernels, strip and insert, and the cache."""
+    from trtune.datasets.batches import Batch
+    from trtune.precision.backends.rtx.backend import RtxBackend
+    from trtune.precision.quantized.importing import quantization_errors
+    from trtune.precision.runtime.api import Candidate
+
+    rows = rows_for(model.original.proto)
+    batch = Batch(rows[0], ("0",))
+    sqnr = min(error.sqnr_db for error in quantization_errors(model, [batch]).values())
+    planned, products = model.plan.int8_nodes, model.plan.compute_nodes
     with tempfile.TemporaryDirectory() as folder:
         backend = RtxBackend(compute_capabilities=["8.9"])
         info = backend.build(Candidate(model.model, model.plan, model.table), Path(folder))
-    planned, products = model.plan.int8_nodes, model.plan.compute_nodes
-    words = f"{words}, {len(planned)} of {len(products)} int8"
-    made = _counted(info.precisions[node] for node in products)
-    missed = sum(info.precisions[node] != "int8" for node in planned)
-    return path.stem, kinds, file, agreed, words, made + (f", {missed} missed" if missed else "")
+        made = _counted(info.precisions[node] for node in products)
+        missed = sum(info.precisions[node] != "int8" for node in planned)
+        kernels = made + (f", {missed} missed" if missed else "")
+        exact = "the same bits" if np.isinf(sqnr) else f"{sqnr:.1f} dB"
+        return exact, kernels, *_taken_out(path, model, Path(folder))
+
+
+def _taken_out(path: Path, model: Any, folder: Path) -> tuple[str, str]:
+    """Whether strip and insert give the import again, and how many scales a cache of it holds."""
+    from trtune.configs.errors import TrtuneError
+    from trtune.precision.quantized.importing import insert_file, insert_quantization
+    from trtune.tools import cache_from_qdq, strip_qdq
+
+    fp32, scales, again = (folder / name for name in ("fp32.onnx", "q.cache", "again.onnx"))
+    try:
+        strip_qdq(path, fp32, scales, requantize=True)
+        insert_file(fp32, scales, again)
+        cache, left = cache_from_qdq(path, "10.14.1", folder / "trt.cache", requantize=True)
+    except TrtuneError as error:
+        told = str(error).partition(":")[2].partition(";")[0].strip()
+        return told, ""
+    direct = folder / "direct.onnx"
+    onnx.save(insert_quantization(model.model, model.table), direct)
+    feeds = rows_for(model.original.proto)[0]
+    same = all(
+        np.array_equal(a, b) for a, b in zip(_run(again, feeds), _run(direct, feeds), strict=True)
+    )
+    told = f"{len(cache.scales)} scales" + (f", {len(left)} nodes float" if left else "")
+    return "the same bits" if same else "differs", told
+
+
+def _run(path: Path, feeds: Mapping[str, Any]) -> list[Any]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found: list[Any] = session.run(None, dict(feeds))
+    return found
 
 
 def _counted(kinds: Any) -> str:
@@ -232,12 +244,82 @@ def _counted(kinds: Any) -> str:
 
 def table(folder: Path) -> None:
     """The matrix of every model in `folder`, as it is printed and kept."""
-    lines = [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
+    rows = []
     for path in sorted(folder.glob("*.onnx")):
-        lines.append(f"| {' | '.join(row_of(path))} |")
-        print(lines[-1])
-    target = HERE / "results" / "makers.md"
-    target.write_text("\n".join(["# Quantized models of other tools", "", *lines, ""]), "utf-8")
+        rows.append(row_of(path))
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
+    agreed = sum(row[3] == "agree" for row in rows)
+    taken = sum(not row[4].startswith("refused") for row in rows)
+    built = sum(row[6] != "" and "missed" not in row[6] for row in rows)
+    total = (
+        f"{len(rows)} models of {len({_tool(row[0]) for row in rows})} tools: linter and compiler "
+        f"agree on {agreed}; {taken} are imported, {sum(row[5] == 'the same bits' for row in rows)}"
+        f" of them bit for bit; {built} build with every planned node in int8."
+    )
+    print(total)
+    _write("makers.md", "Quantized models of other tools", total, HEADER, rows)
+
+
+def _tool(stem: str) -> str:
+    return max((tool for tool in TOOLS if stem.startswith(tool)), key=len, default=stem)
+
+
+def _write(
+    name: str, title: str, text: str, header: tuple[str, ...], rows: list[tuple[str, ...]]
+) -> None:
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
+    content = "\n".join([f"# {title}", "", text, "", *lines, ""])
+    (HERE / "results" / name).write_text(content, "utf-8")
+
+
+def accuracy(folder: Path, data: Path) -> None:
+    """Top-1 of every file in `folder` as it stands, and of what is imported from it."""
+    from trtune.configs.errors import TrtuneError
+    from trtune.precision.lower.half_on_cpu import in_float32
+    from trtune.precision.quantized.importing import import_quantized, insert_quantization
+
+    with np.load(data / "cifar10_test2000.npz") as held:
+        pictures, labels = normalised(held["images"]), held["labels"]
+    rows = []
+    for path in sorted(folder.glob("*.onnx")):
+        name = next(name for name in TRAINED if path.stem.endswith(name))
+        fp32 = _top1(onnx.load(data / "models" / f"{name}.onnx"), pictures, labels)
+        file = _top1(in_float32(onnx.load(path)), pictures, labels)
+        words = "exact"
+        try:
+            model = import_quantized(path)
+        except TrtuneError:
+            words = "with allow_requantize"
+            model = import_quantized(path, allow_requantize=True)
+        proto = in_float32(insert_quantization(model.model, model.table))
+        ours = _top1(proto, pictures, labels)
+        numbers = (f"{100 * value:.2f}" for value in (fp32, file, ours))
+        rows.append((path.stem, *numbers, f"{100 * (ours - file):+.2f}", words))
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
+    text = (
+        f"Top-1 in percent on {len(labels)} pictures: of the network in FP32, of the file as the "
+        "tool wrote it, and of what is imported from it; all in onnxruntime."
+    )
+    header = ("model", "FP32", "file", "import", "difference", "import is")
+    _write("makers_accuracy.md", "Accuracy of quantized models of other tools", text, header, rows)
+
+
+def _top1(proto: onnx.ModelProto, pictures: Any, labels: Any) -> float:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    name, batch = proto.graph.input[0].name, proto.graph.input[0].type.tensor_type.shape.dim[0]
+    step = batch.dim_value or 100
+    right = 0
+    for start in range(0, len(labels), step):
+        (logits, *_) = session.run(None, {name: pictures[start : start + step]})
+        right += int(np.sum(logits.argmax(1) == labels[start : start + step]))
+    return right / len(labels)
 
 
 def main() -> None:
@@ -246,12 +328,19 @@ def main() -> None:
     maker = commands.add_parser("make", help="quantize the tiny networks with one tool")
     maker.add_argument("tool", choices=TOOLS)
     maker.add_argument("folder", type=Path)
+    maker.add_argument("--data", type=Path, help="quantize the networks here instead")
     commands.add_parser("table", help="the matrix").add_argument("folder", type=Path)
+    top1 = commands.add_parser("accuracy", help="top-1 of files and imports")
+    top1.add_argument("folder", type=Path)
+    top1.add_argument("--data", type=Path, required=True)
     given = parser.parse_args()
-    if given.command == "make":
-        make(given.tool, given.folder)
-    else:
-        table(given.folder)
+    match given.command:
+        case "make":
+            make(given.tool, given.folder, given.data)
+        case "table":
+            table(given.folder)
+        case _:
+            accuracy(given.folder, given.data)
 
 
 if __name__ == "__main__":
