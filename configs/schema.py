@@ -270,6 +270,10 @@ class Compare(Section):
         default=True,
         description="also quantize each node alone and measure its effect on the output",
     )
+    seconds: Annotated[Real, Field(gt=0)] = Field(
+        default=600.0,
+        description="what measuring nodes alone may take; the report says which are left out",
+    )
 
 
 class Latency(Section):

@@ -8,6 +8,8 @@ shared out over the cores.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -156,7 +158,9 @@ class Alone:
         if not names:
             return lambda batch, changed: self.reference(batch)
         boundary = _boundary(self._view, nodes)
-        copies = {node.name: copy_of(node) for node in nodes}
+        edited = {name for name, _ in (*change.edges, *change.values)}
+        edited.update(name for (name, _), *_ in change.weights)
+        copies = {n.name: copy_of(n) if n.name in edited else n for n in nodes}
         renamed: dict[str, str] = {}
         for name, index in change.edges:
             tensor = copies[name].input[index]
@@ -260,12 +264,28 @@ def held_tensors(view: GraphView, placement: Placement) -> list[str]:
 
     Those are the tensors read there, and what the nodes behind each edge read from before.
     """
-    needed: dict[str, None] = {}
-    for tensor, edges in placement.activations.items():
-        needed[tensor] = None
-        for edge in edges:
-            needed.update(dict.fromkeys(_boundary(view, _behind(view, [edge]))))
+    changed = {name: None for edges in placement.activations.values() for name, _ in edges}
+    bits = {name: 1 << number for number, name in enumerate(changed)}
+    behind = _bits_behind(view, bits)
+    needed = dict.fromkeys(placement.activations)
+    for tensor, readers in view.consumers.items():
+        if view.is_constant(tensor):
+            continue
+        made = behind.get(view.producer.get(tensor, ""), 0)
+        if any(behind[name] & ~made for name, _ in readers):
+            needed[tensor] = None
     return list(needed)
+
+
+def _bits_behind(view: GraphView, bits: Mapping[str, int]) -> dict[str, int]:
+    """For each node the bits of those that it is behind, with its own."""
+    found: dict[str, int] = {}
+    for node in view.nodes:
+        held = bits.get(node.name, 0)
+        for tensor in view.reads(node.name):
+            held |= found.get(view.producer.get(tensor, ""), 0)
+        found[node.name] = held
+    return found
 
 
 def _behind(view: GraphView, edges: Iterable[Edge]) -> list[onnx.NodeProto]:
@@ -286,15 +306,23 @@ def in_parallel(
     tasks: Sequence[Task],
     *,
     what: str,
+    seconds: float = math.inf,
     progress: Progress = silent,
 ) -> list[Result]:
-    """The results of `task` for each of `tasks`, in their order, on all usable cores."""
+    """The results of `task` for each of `tasks`, in their order, on all usable cores.
+
+    Once `seconds` are over no more are begun: there are results for the first tasks then, and for
+    at least one.
+    """
     results: list[Result] = []
+    until = time.monotonic() + seconds
     pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="alone")
     try:
         for result in pool.map(task, tasks):
             results.append(result)
             progress(what, len(results), len(tasks))
+            if time.monotonic() >= until:
+                break
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return results
@@ -306,12 +334,15 @@ def alone_errors(
     plan: PrecisionPlan,
     table: CalibrationTable,
     *,
+    nodes: Sequence[str] | None = None,
+    seconds: float = math.inf,
     progress: Progress = silent,
 ) -> dict[str, ErrorSums]:
-    """What quantizing each int8 or fp8 node of `plan` alone, weights, input and skip input, does.
+    """What quantizing an int8 or fp8 node of `plan` alone, weights, input and skip input, does.
 
     Node -> errors of the output that suffers most, against FP32 over the pictures that `alone`
-    holds; channels of another magnitude are an output of their own.
+    holds; channels of another magnitude are an output of their own. `nodes` are those asked, in
+    this order until `seconds` are over; all of them by default. The result is in graph order.
     """
     placement = place(view, plan)
     weights = {edge[0]: (edge, name, axis) for edge, (name, axis) in placement.weights.items()}
@@ -329,6 +360,7 @@ def alone_errors(
             sums = alone.compared(sums, batch, run(batch, changed))
         return worst(sums)
 
-    nodes = list(plan.quantized_nodes)
-    found = in_parallel(measure, nodes, what="rank layers", progress=progress)
-    return dict(zip(nodes, found, strict=True))
+    asked = list(plan.quantized_nodes if nodes is None else nodes)
+    found = in_parallel(measure, asked, what="rank layers", seconds=seconds, progress=progress)
+    errors = dict(zip(asked, found, strict=False))
+    return {name: errors[name] for name in plan.quantized_nodes if name in errors}

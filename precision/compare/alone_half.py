@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from trtune.configs.progress import Progress, silent
@@ -32,12 +33,16 @@ def half_alone_errors(
     plan: PrecisionPlan,
     pictures: Sequence[Batch],
     *,
+    nodes: Sequence[str] | None = None,
+    seconds: float = math.inf,
     progress: Progress = silent,
 ) -> dict[str, ErrorSums]:
-    """What running each half node of `plan` alone in half does, with what is fused behind it.
+    """What running a half node of `plan` alone in half does, with what is fused behind it.
 
     Node -> errors of the output that suffers most, against FP32 over `pictures`, which are batches
-    of a size that the model takes. One session and one pass over the pictures a node.
+    of a size that the model takes. One session and one pass over the pictures a node. `nodes` are
+    those asked, in this order until `seconds` are over; `half_nodes` by default. The result is in
+    graph order.
     """
     raised = raise_opset(model, needed_opset(view, plan))
     outputs = [output.name for output in model.outputs]
@@ -55,6 +60,8 @@ def half_alone_errors(
             sums = add_parts(sums, groups, reference, found)
         return worst(sums)
 
-    nodes = half_nodes(plan)
-    found = in_parallel(measure, nodes, what="rank layers", progress=progress)
-    return dict(zip(nodes, found, strict=True))
+    halves = half_nodes(plan)
+    asked = list(halves if nodes is None else nodes)
+    found = in_parallel(measure, asked, what="rank layers", seconds=seconds, progress=progress)
+    errors = dict(zip(asked, found, strict=False))
+    return {name: errors[name] for name in halves if name in errors}

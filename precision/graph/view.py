@@ -235,15 +235,25 @@ class GraphView:
 
     def ancestors(self, tensors: Iterable[str]) -> frozenset[str]:
         """Names of the nodes that the values of `tensors` depend on, their producers included."""
-        made = {tensor: (name,) for tensor, name in self.producer.items()}
-        return self._walk(tensors, lambda t: made.get(t, ()), self._reads)
+        return self._walk(tensors, self._makers, self._reads)
 
     def descendants(self, tensors: Iterable[str]) -> frozenset[str]:
         """Names of the nodes whose values depend on `tensors`."""
-        written = {node.name: tuple(t for t in node.output if t) for node in self.nodes}
-        return self._walk(
-            tensors, lambda t: tuple(name for name, _ in self.consumers.get(t, ())), written
-        )
+        return self._walk(tensors, self._readers, self._writes)
+
+    def reads(self, name: str) -> tuple[str, ...]:
+        """The tensors that a node reads, those that only its subgraphs read included."""
+        return self._reads[name]
+
+    @cached_property
+    def _writes(self) -> Mapping[str, tuple[str, ...]]:
+        return {node.name: tuple(t for t in node.output if t) for node in self.nodes}
+
+    def _makers(self, tensor: str) -> tuple[str, ...]:
+        return (self.producer[tensor],) if tensor in self.producer else ()
+
+    def _readers(self, tensor: str) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.consumers.get(tensor, ()))
 
     @staticmethod
     def _walk(

@@ -21,6 +21,7 @@ from trtune.configs.progress import Progress, silent
 from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch
 from trtune.precision.compare.alone import Alone, Change, in_parallel
+from trtune.precision.compare.sample import LARGEST_SAMPLE
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.half_types import HALVES
@@ -227,13 +228,14 @@ def pin_path(
 
     Greedy: the first pin is the one that leaves the least noise in the quantized network, the next
     that which leaves the least behind it, and so on, `limit` of them or until no more than `enough`
-    (a part of the noise without pins) is left. Only for the first is every
-    node asked; then those that promised most, and the next of `alone` (noise of nodes that are
-    quantized alone), until none that was not asked again promises more (Minoux, Accelerated greedy
-    algorithms, 1978). The nodes behind them follow as their gains add up, in noise energy.
+    (a part of the noise without pins) is left. For the first every node is asked, in a network of
+    many the `LARGEST_SAMPLE` that hurt most in `alone` (noise of nodes that are quantized alone),
+    and the others are not in the path; then those that promised most, and the next of `alone`,
+    until none that was not asked again promises more (Minoux, Accelerated greedy algorithms, 1978).
+    The nodes behind them follow as their gains add up, in noise energy.
     """
-    order = sorted((n for n in plan.quantized_nodes if not plan.nodes[n].is_pinned),
-                   key=lambda n: (-alone.get(n, 0.0), n))  # fmt: skip
+    free = [name for name in plan.quantized_nodes if not plan.nodes[name].is_pinned]
+    order = sorted(free, key=lambda n: (-alone.get(n, 0.0), n))[:LARGEST_SAMPLE]
     if not order:
         return PinPath(0.0)
     network = LeaveOneOut(quantizing, plan, reference)
@@ -260,7 +262,7 @@ def pin_path(
         rest = list(kept)
         found = in_parallel(network.without, rest, what="rank pins", progress=progress)
         kept = {n: _share(noise, network.noise) for n, noise in zip(rest, found, strict=True)}
-    return PinPath(start, (*steps, *_added_up(last, kept)))
+    return PinPath(start, (*steps, *_added_up(last, kept, all_of_them=len(order) == len(free))))
 
 
 def _share(noise: float, before: float) -> float:
@@ -290,12 +292,12 @@ def _asked_again(
     return asked
 
 
-def _added_up(noise: float, kept: Mapping[str, float]) -> list[PathStep]:
-    """The pins behind those measured, as gains add up; with the last of them nothing is int8."""
+def _added_up(noise: float, kept: Mapping[str, float], *, all_of_them: bool) -> list[PathStep]:
+    """The pins behind those measured, as gains add up; with `all_of_them` nothing is int8."""
     steps = []
     order = sorted(kept, key=lambda n: (kept[n], n))
     for node in order:
-        noise = 0.0 if node == order[-1] else noise * min(kept[node], 1.0)
+        noise = 0.0 if all_of_them and node == order[-1] else noise * min(kept[node], 1.0)
         steps.append(PathStep(node, noise, measured=False))
     return steps
 

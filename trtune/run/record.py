@@ -31,6 +31,7 @@ from trtune.run.comparing import compared
 from trtune.run.naming import config_hash, run_key
 from trtune.run.stage import versions
 from trtune.run.stages.calibration import CACHE_FILE
+from trtune.run.stages.layers import alone_note, askable
 from trtune.run.stages.measuring import TargetMetric, baseline
 from trtune.run.stages.preparing import PREPARED_CACHE, PREPARED_MODEL
 from trtune.run.tuning import threshold_of
@@ -166,6 +167,7 @@ def _notes(work: RunWork, left_out: list[str]) -> list[str]:
         notes += [f"{section.where}: {note}" for note in getattr(section.source, "notes", ())]
     notes += flushed(work.subject.view, untuned)
     notes += prepared_notes(work)
+    notes += alone_notes(work)
     if data.evaluation == data.calibration:
         notes.append("accuracy was measured on the calibration pictures: name data.evaluation")
     for name in untuned.compute_nodes:
@@ -204,6 +206,16 @@ def prepared_notes(work: RunWork) -> list[str]:
     return lines + [
         sentence(name, entry, rounded=ROUND_CODES in rows[name]) for name, entry in moved.items()
     ]
+
+
+def alone_notes(work: RunWork) -> list[str]:
+    """That only some nodes were measured alone, if so."""
+    section = work.setup.config.compare
+    measured = compared(work).alone if section.alone else {}
+    note = (
+        alone_note(len(measured), len(askable(work.untuned)), section.seconds) if measured else ""
+    )
+    return [note] if note else []
 
 
 def flushed(view: GraphView, plan: PrecisionPlan) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from trtune.configs.errors import TrtuneError
 from trtune.configs.schema import Target
+from trtune.precision.compare.sample import by_nearest
 from trtune.precision.plan.half_types import HALVES
 from trtune.precision.plan.plan import PrecisionPlan, is_lowered
 from trtune.precision.runtime.api import Backend, Candidate
@@ -150,7 +151,8 @@ def pin_order(work: RunWork, score: Score) -> Ranked:
         section.memory,
         setup.progress,
     )
-    noise = {n: 10 ** (-sums.sqnr_db / 10) for n, sums in errors.items()}
+    like = by_nearest(work.subject.view, work.untuned.quantized_nodes, errors)
+    noise = {n: 10 ** (-sums.sqnr_db / 10) for n, sums in like.items()}
     enough = MARGIN / score.loss if score.loss and score.loss > 1 else 0.0
     limit = setup.config.precision.max_pins
     path = work.workspace.get(held.path(noise, limit=limit, enough=enough))
@@ -231,6 +233,7 @@ def alone_of(work: RunWork) -> Stage[dict[str, ErrorSums]]:
         setup.calibration,
         holdout=section.holdout,
         memory=section.memory,
+        seconds=setup.config.compare.seconds,
         progress=setup.progress,
     )
 

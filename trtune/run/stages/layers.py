@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from trtune.precision.compare.alone import alone_errors
 from trtune.precision.compare.alone_half import half_alone_errors, half_nodes
 from trtune.precision.compare.by_node import accumulated_errors, engine_errors
 from trtune.precision.compare.gate import gate_errors, model_gate
+from trtune.precision.compare.sample import LARGEST_SAMPLE, placement_of, sampled
 from trtune.precision.graph.file import Model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import place
+from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.tune.scales import PICTURES_AT_ONCE, alone_on
@@ -76,15 +79,26 @@ def alone(
     *,
     holdout: int,
     memory: int,
+    seconds: float,
     progress: Progress,
 ) -> Stage[Sums]:
-    """What each int8 or half node alone does to the output, on `holdout` pictures of `data`."""
+    """What each int8, fp8 or half node alone does to the output, on `holdout` pictures of `data`.
+
+    In a large network of some (`sampled`), and of those that were asked after `seconds`.
+    """
 
     def make(folder: Path) -> Sums:
         held_out = hold_out(data.source, holdout)
-        return errors_alone(candidate, view, held_out, memory=memory, progress=progress)
+        return errors_alone(
+            candidate, view, held_out, memory=memory, seconds=seconds, progress=progress
+        )
 
-    needs = {**_candidate(candidate), data.where: data.need, "calibration.holdout": holdout}
+    needs = {
+        **_candidate(candidate),
+        data.where: data.need,
+        "calibration.holdout": holdout,
+        "compare.seconds": seconds,
+    }
     return Stage("alone", needs, make, ERROR_SUMS)
 
 
@@ -150,21 +164,56 @@ def errors_alone(
     pictures: tuple[Batch, ...],
     *,
     memory: int,
+    seconds: float,
+    most: int = LARGEST_SAMPLE,
     progress: Progress,
 ) -> dict[str, ErrorSums]:
-    """Error of the output on held-out `pictures` with one int8 or half node alone, by node."""
+    """Error of the output on held-out `pictures` with one int8, fp8 or half node alone, by node.
+
+    Of at most `most` nodes, `sampled`, as many as are asked in `seconds`.
+    """
+    until = time.monotonic() + seconds
     found: dict[str, ErrorSums] = {}
-    placement = place(view, candidate.plan)
-    if placement.activations and candidate.table is not None:
-        alone = alone_on(candidate.model, view, placement, pictures, memory=memory)
-        found = alone_errors(alone, view, candidate.plan, candidate.table, progress=progress)
-    if half_nodes(candidate.plan):
-        size = batch_size(candidate.model.inputs, PICTURES_AT_ONCE)
+    model, plan, table = candidate.model, candidate.plan, candidate.table
+    asked = sampled(view, askable(plan), most)
+    quantized = [name for name in asked if plan.is_quantized(name)]
+    placement = placement_of(view, plan, place(view, plan), quantized)
+    if placement.activations and table is not None:
+        alone = alone_on(model, view, placement, pictures, memory=memory)
+        found = alone_errors(
+            alone, view, plan, table, nodes=quantized, seconds=seconds, progress=progress
+        )
+    halves = [name for name in asked if not plan.is_quantized(name)]
+    if halves:
+        size = batch_size(model.inputs, PICTURES_AT_ONCE)
         batches = [
-            fit_batch(batch, batch_size(candidate.model.inputs, len(batch)))
-            for batch in join(pictures, size)
+            fit_batch(batch, batch_size(model.inputs, len(batch))) for batch in join(pictures, size)
         ]
+        left = until - time.monotonic()
         found |= half_alone_errors(
-            candidate.model, view, candidate.plan, batches, progress=progress
+            model, view, plan, batches, nodes=halves, seconds=left, progress=progress
         )
     return found
+
+
+def askable(plan: PrecisionPlan) -> tuple[str, ...]:
+    """The nodes whose error alone is asked for: those in int8 or fp8, then those in half."""
+    return (*plan.quantized_nodes, *half_nodes(plan))
+
+
+def alone_note(measured: int, nodes: int, seconds: float) -> str:
+    """What the report says where only some of the `nodes` were `measured` alone, or nothing.
+
+    >>> alone_note(53, 53, 600.0)
+    ''
+    >>> alone_note(256, 800, 600.0)
+    'measured alone: 256 of 800 nodes, some of every kind of layer'
+    >>> alone_note(20, 53, 600.0)
+    'measured alone: 20 of 53 nodes, then the 600 s of compare.seconds were over'
+    """
+    if measured >= nodes:
+        return ""
+    text = f"measured alone: {measured} of {nodes} nodes"
+    if measured < min(nodes, LARGEST_SAMPLE):
+        return f"{text}, then the {seconds:g} s of compare.seconds were over"
+    return f"{text}, some of every kind of layer"
