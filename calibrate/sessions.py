@@ -7,15 +7,24 @@ it is `trtune.precision.runtime.session`.
 from __future__ import annotations
 
 import importlib
+import logging
 import re
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import onnx
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from trtune.configs.errors import ConfigError, ModelError, TrtuneError
+from trtune.configs.system.machine import is_installed
+
+log = logging.getLogger(__name__)
 
 OPTIMIZATION = MappingProxyType(
     {
@@ -38,6 +47,10 @@ NOT_FOR_FLOAT8 = ("ClipQuantFusion", "ClipQuantRewrite", "ReluQuantFusion", "Rel
 they find nothing to do, and what has integer kernels is no float8. Two versions, two names."""
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+"""Distributions that install the module onnxruntime, each over the other."""
+LIBRARIES = "pip install 'onnxruntime-gpu[cuda,cudnn]' brings those that it was built for"
+REINSTALL = "pip uninstall onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu alone"
 OPTIMIZED_WEIGHTS = "weights.bin"
 
 
@@ -79,7 +92,7 @@ def open_session(
         options.add_session_config_entry(key, OPTIMIZED_WEIGHTS)
     argument = str(model) if isinstance(model, Path) else model
     try:
-        return ort.InferenceSession(
+        session = ort.InferenceSession(
             argument,
             options,
             providers=providers,
@@ -91,6 +104,12 @@ def open_session(
             f"onnxruntime {ort.__version__} cannot load {what}: {error_text(error)}; "
             "`trtune inspect MODEL` shows its operators and opset"
         ) from error
+    if len(providers) > 1 and CUDA not in session.get_providers():
+        raise TrtuneError(
+            f"onnxruntime {ort.__version__} did not start its CUDA provider and would have run the "
+            f"network on the CPU: a library of CUDA or cuDNN is missing, or too old; {LIBRARIES}"
+        )
+    return session
 
 
 def _options(threads: int | None, optimize: str, integer_kernels: bool) -> ort.SessionOptions:
@@ -143,24 +162,79 @@ def device_of(word: str) -> str:
     return f"cuda:{number}"
 
 
-def why_no_gpu(number: int) -> str:
-    """Why CUDA device `number` cannot run calibration here, and the remedy; empty if it can."""
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a GPU cannot be used, and what to do about it."""
+
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.remedy})"
+
+
+def gpu_obstacle(number: int) -> Obstacle | None:
+    """What keeps CUDA device `number` from running networks here; None if nothing does."""
+    both = tuple(name for name in PACKAGES if is_installed(name))
     if CUDA not in ort.get_available_providers():
-        return (
-            f"onnxruntime {ort.__version__} here has no CUDA provider (pip uninstall onnxruntime, "
-            "then pip install 'trtune[gpu]': both packages install the same module)"
+        if len(both) > 1:
+            return Obstacle(
+                f"{' and '.join(both)} are both installed, and the files of the one without CUDA "
+                "lie over those of the other",
+                REINSTALL,
+            )
+        return Obstacle(
+            f"onnxruntime {ort.__version__} here has no CUDA provider",
+            "pip uninstall onnxruntime, then pip install 'trtune[gpu]': both packages install the "
+            "same module, and pip cannot tell that one takes the place of the other",
         )
     try:
         driver = importlib.import_module("cuda.bindings.driver")
         importlib.import_module("cuda.core")
     except ImportError as error:
-        return f"cuda-python is not installed ({error}; pip install 'trtune[gpu]')"
+        return Obstacle(f"cuda-python is not installed: {error}", "pip install 'trtune[gpu]'")
     if int(driver.cuInit(0)[0]):
-        return "NVIDIA's driver does not answer (nvidia-smi tells more)"
+        return Obstacle("NVIDIA's driver does not answer", "nvidia-smi tells more")
     status, count = driver.cuDeviceGetCount()
     if int(status) or number >= count:
-        return f"this machine has {count} CUDA devices"
+        return Obstacle(f"this machine has {count} CUDA devices", "take another number")
+    unloadable = _unloadable(number)
+    if unloadable:
+        return Obstacle(unloadable, LIBRARIES)
+    if len(both) > 1:
+        log.warning("%s are both installed: %s", " and ".join(both), REINSTALL)
+    return None
+
+
+def why_no_gpu(number: int) -> str:
+    """Why CUDA device `number` cannot run networks here, and the remedy; empty if it can."""
+    obstacle = gpu_obstacle(number)
+    return "" if obstacle is None else str(obstacle)
+
+
+@lru_cache(maxsize=4)
+def _unloadable(number: int) -> str:
+    """Why onnxruntime's CUDA provider does not start on a device; empty if it does."""
+    identity = onnx.helper.make_node("Identity", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
+    graph = onnx.helper.make_graph([identity], "probe", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, ir_version=8)
+    del model.opset_import[:]
+    model.opset_import.append(onnx.helper.make_opsetid("", 17))
+    try:
+        open_session(model.SerializeToString(), device=f"cuda:{number}")
+    except TrtuneError as error:
+        return str(error)
     return ""
+
+
+@lru_cache(maxsize=1)
+def _preload() -> None:
+    """Load the libraries of NVIDIA's packages, where they are installed."""
+    preload = getattr(ort, "preload_dlls", None)  # from onnxruntime 1.21 on
+    if preload is not None:
+        with redirect_stdout(StringIO()):
+            preload()
 
 
 def gpu_name(device: str) -> str:
@@ -189,6 +263,7 @@ def providers_of(device: str, stream: int | None = None) -> list[Any]:
             f"onnxruntime {ort.__version__} here has no CUDA provider, so {device!r} cannot be "
             "used: pip install onnxruntime-gpu in the place of onnxruntime, or take 'cpu'"
         )
+    _preload()
     ort.set_default_logger_severity(3)  # it warns for each session that a device is no plugin
     chosen = {"device_id": str(number), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     if stream is not None:

@@ -285,7 +285,7 @@ class Latency(Section):
 
 
 class Execution(Section):
-    """Where the network runs while it is calibrated and measured."""
+    """Where networks run while they are calibrated, tuned and measured."""
 
     device: str = Field(
         default="cpu",

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from trtune.calibrate import sessions
 from trtune.cli.commands import app
-from trtune.doctor import diagnose, installed_version
+from trtune.doctor import DEVICE, diagnose, installed_version
 
 
 @pytest.fixture
@@ -85,7 +86,10 @@ def test_the_command_ends_with_0_and_shows_a_row_a_backend() -> None:
 
 def test_as_json() -> None:
     found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
-    assert list(found) == ["onnxruntime/emulate", "onnxruntime/deploy", "tensorrt_rtx", "tensorrt"]
+    assert list(found) == [
+        *("onnxruntime/emulate", "onnxruntime/deploy", "tensorrt_rtx", "tensorrt"),
+        "device cuda",
+    ]
     assert found["onnxruntime/emulate"]["usable"] is True
     assert set(found["tensorrt"]) == {"usable", "reason", "remedy", "version"}
 
@@ -100,3 +104,25 @@ def test_a_broken_onnxruntime_is_said_with_its_own_words(monkeypatch: pytest.Mon
     assert state.reason.startswith("onnxruntime cannot be imported: ")
     assert "pip install" in state.remedy
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
+
+
+def test_a_gpu_that_cannot_be_used_comes_with_the_reason_and_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    state = diagnose()[DEVICE]
+    assert not state.usable
+    assert "has no CUDA provider" in state.reason
+    assert state.remedy.startswith("pip uninstall onnxruntime, then pip install 'trtune[gpu]'")
+
+
+def test_both_packages_of_onnxruntime_are_said_to_be_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "is_installed", lambda name: True)
+    monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    state = diagnose()[DEVICE]
+    assert state.reason.startswith("onnxruntime and onnxruntime-gpu are both installed")
+    assert state.remedy == (
+        "pip uninstall onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu alone"
+    )

@@ -1,4 +1,4 @@
-"""Every backend: usable on this machine or not, why, and what to do about it."""
+"""Every backend and device: usable on this machine or not, why, and what to do about it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from trtune.precision.backends.trt.backend import TensorRTBackend
 from trtune.precision.runtime.api import Usable
 
 DEFAULT_BACKEND = "onnxruntime/emulate"
+DEVICE = "device cuda"
+"""What the first GPU as the device of all onnxruntime sessions is called here."""
 
 
 def diagnose() -> dict[str, Usable]:
     """Backend name -> whether it works here, why not, what to do, and which version is installed.
+
+    Behind the backends stands `DEVICE`: whether networks can run on a GPU.
 
     TensorRT-RTX is imported in a process of its own: that loads its libraries.
 
@@ -25,6 +29,7 @@ def diagnose() -> dict[str, Usable]:
         **found,
         "tensorrt_rtx": RtxBackend().doctor(),
         "tensorrt": TensorRTBackend().doctor(),
+        DEVICE: _cuda(),
     }
 
 
@@ -41,6 +46,18 @@ def installed_version(module: str) -> str | None:
         except PackageNotFoundError:
             continue
     return ""
+
+
+def _cuda() -> Usable:
+    try:
+        from trtune.calibrate.sessions import gpu_name, gpu_obstacle
+    except ImportError as error:
+        return Usable(False, f"onnxruntime cannot be imported: {error}")
+    obstacle = gpu_obstacle(0)
+    version = installed_version("onnxruntime") or ""
+    if obstacle is not None:
+        return Usable(False, obstacle.reason, obstacle.remedy, version)
+    return Usable(True, gpu_name("cuda:0"), version=version)
 
 
 def _onnxruntime(name: str) -> Usable:

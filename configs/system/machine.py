@@ -31,6 +31,19 @@ def package_version(name: str) -> str:
     raise PackageNotFoundError(name)
 
 
+def is_installed(distribution: str) -> bool:
+    """Whether a distribution of exactly this name is installed.
+
+    >>> is_installed("numpy"), is_installed("no-such-distribution")
+    (True, False)
+    """
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def peak_rss() -> int:
     """The largest resident size of this process so far, in bytes; 0 where no system call tells."""
     try:

@@ -125,8 +125,8 @@ class Alone:
     """Runs the rest of the network behind a change, on a few pictures held in memory.
 
     `pictures` are batches with the model's feeds; the FP32 activations that a change of some edges
-    of `placement` needs (`held_tensors`) are computed once and held, and those in `also`.
-    Thread-safe.
+    of `placement` needs (`held_tensors`) are computed once and held, and those in `also`. `device`
+    is where the network runs. Thread-safe.
     """
 
     def __init__(
@@ -137,12 +137,15 @@ class Alone:
         pictures: Sequence[Batch],
         *,
         also: Sequence[str] = (),
+        device: str = "cpu",
     ) -> None:
-        self.model, self._view = model, view
+        self.model, self._view, self._device = model, view, device
         self._outputs = tuple(o.name for o in model.outputs)
         held = dict.fromkeys([*held_tensors(view, placement), *also])
         inner = [t for t in held if t not in set(view.graph_inputs)]
-        session = make_session(model.proto, outputs=inner, external_dir=model.external_dir)
+        session = make_session(
+            model.proto, outputs=inner, external_dir=model.external_dir, device=device
+        )
         names = [*dict.fromkeys([*self._outputs, *inner])]
         self._pictures = tuple(len(batch) for batch in pictures)
         self._stored: list[dict[str, NDArray[Any]]] = []
@@ -176,7 +179,9 @@ class Alone:
             weights[f"{name}/value{number}"] = value
             copies[name].input[index] = f"{name}/value{number}"
         proto = self._submodel(list(copies.values()), weights)
-        session = make_session(proto, threads=1, external_dir=self.model.external_dir)
+        session = make_session(
+            proto, threads=1, external_dir=self.model.external_dir, device=self._device
+        )
         wanted = {entry.name for entry in session.get_inputs()}
         plain = [tensor for tensor in boundary if tensor in wanted]
 

@@ -35,6 +35,7 @@ def half_alone_errors(
     *,
     nodes: Sequence[str] | None = None,
     seconds: float = math.inf,
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, ErrorSums]:
     """What running a half node of `plan` alone in half does, with what is fused behind it.
@@ -46,14 +47,16 @@ def half_alone_errors(
     """
     raised = raise_opset(model, needed_opset(view, plan))
     outputs = [output.name for output in model.outputs]
-    session = make_session(model.proto, external_dir=model.external_dir)
+    session = make_session(model.proto, external_dir=model.external_dir, device=device)
     references = [named_values(session, outputs, batch.feeds) for batch in pictures]
     groups = output_groups({name: [found[name] for found in references] for name in model.judged})
 
     def measure(name: str) -> ErrorSums:
         types = {n: plan.float_type(n) for n in (name, *plan.groups.get(name, ()))}
         typed = insert_casts(raised.proto, types, external_dir=model.external_dir)
-        alone = make_session(in_float32(typed), threads=1, external_dir=model.external_dir)
+        alone = make_session(
+            in_float32(typed), threads=1, external_dir=model.external_dir, device=device
+        )
         sums: dict[str, ErrorSums] = {}
         for batch, reference in zip(pictures, references, strict=True):
             found = dict(zip(outputs, alone.run(outputs, dict(batch.feeds)), strict=True))

@@ -33,6 +33,7 @@ def accumulated_errors(
     *,
     pictures: int,
     memory: int,
+    device: str = "cpu",
     progress: Progress,
 ) -> dict[str, ErrorSums]:
     """Error of every node's first output in the emulated network, over the first `pictures`."""
@@ -46,6 +47,7 @@ def accumulated_errors(
         pictures=pictures,
         memory=memory,
         external_dir=candidate.model.external_dir,
+        device=device,
         progress=progress,
     )
     return {tensors[t]: sums for t, sums in errors.errors.items()}

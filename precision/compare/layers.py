@@ -56,6 +56,7 @@ def compare_layers(
     threads: int | None = None,
     integer_kernels: bool = False,
     external_dir: Path | None = None,
+    device: str = "cpu",
 ) -> LayerErrors:
     """Compare `tensors`, by name, between two models on the first `pictures` samples of `source`.
 
@@ -63,15 +64,15 @@ def compare_layers(
     both models' copies of one batch within `memory` bytes; more tensors take further passes. A
     single tensor above that is compared alone. The last batch is cut to `pictures`.
     `integer_kernels` is for candidates lowered for deployment (see `make_session`). `external_dir`
-    is where external weights of both models are.
+    is where external weights of both models are, `device` where both run.
 
     Raises ValueError for a tensor that `reference` does not have, DataError if there are no
     samples or they do not fit, ModelError (naming picture and tensor) for NaN or Inf in the
     reference.
     """
     names = list(dict.fromkeys(tensors))
-    exact = _Marked(reference, threads, False, external_dir)
-    tested = _Marked(candidate, threads, integer_kernels, external_dir)
+    exact = _Marked(reference, threads, False, external_dir, device)
+    tested = _Marked(candidate, threads, integer_kernels, external_dir, device)
     made = tested.tensors
     present = [name for name in names if name in made]
     if not present:
@@ -103,6 +104,7 @@ class _Marked:
     threads: int | None
     integer_kernels: bool
     external_dir: Path | None
+    device: str
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -118,6 +120,7 @@ class _Marked:
                 threads=self.threads,
                 integer_kernels=self.integer_kernels,
                 external_dir=self.external_dir,
+                device=self.device,
             )
         )
 

@@ -44,6 +44,8 @@ BROADCAST_OPSET = 7
 """The first opset whose operators broadcast as NumPy does."""
 BATCH_SCAN_OPSET = 8
 """The one opset whose Scan has a batch of its own."""
+WITHIN = frozenset({"CPUExecutionProvider", "AzureExecutionProvider"})
+"""onnxruntime's providers that are part of it, and need no libraries of their own."""
 UNGATED_OPSET = 6
 """The first opset that onnxruntime still runs as it is."""
 
@@ -60,9 +62,15 @@ def newest_opset() -> int:
 def runtime_operators() -> frozenset[tuple[str, str]]:
     """(domain, operator) of all that ONNX defines and that onnxruntime has a kernel for.
 
-    A definition in onnxruntime alone says nothing: it has those of TensorRT's plugins too.
+    A definition in onnxruntime alone says nothing: it has those of TensorRT's plugins too, in the
+    default domain. To list its kernels, though, onnxruntime loads every provider that it was built
+    with, and a process ends where the libraries of one (TensorRT's) are missing; a build with
+    others than the CPU's is therefore asked for the definitions in its own domains.
     """
-    kernels = {(kernel.domain, kernel.op_name) for kernel in ort_state.get_all_opkernel_def()}
+    if WITHIN.issuperset(ort_state.get_available_providers()):
+        kernels = {(kernel.domain, kernel.op_name) for kernel in ort_state.get_all_opkernel_def()}
+    else:
+        kernels = {(schema.domain, schema.name) for schema in ort_state.get_all_operator_schema()}
     standard = {(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas()}
     return frozenset(standard.union(found for found in kernels if found[0]))
 

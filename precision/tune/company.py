@@ -1,7 +1,8 @@
 """Ranges in company: what an amax does at the output while everything else is quantized too.
 
-The quantized model is run with its scales as inputs, so one session serves any table; to try one
-range, only what lies behind it is run, on values that were stored in front of it.
+The quantized model is run with its scales as inputs, so one session serves any table. To try one
+range on a CPU only what lies behind it is run, on values that were stored in front of it; a GPU
+runs the whole network in less time than it takes to make a session for a part of it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Company:
 
     `ranges` maps a range to the tensors that share its amax; those without a pair in the lowered
     model are left out. `references` are the FP32 outputs of each batch. The memory that a round
-    takes is that of all quantized tensors of all batches.
+    takes on a CPU is that of all quantized tensors of all batches. `device` is where the network
+    runs.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class Company:
         ranges: Mapping[str, Sequence[str]],
         pictures: Sequence[Batch],
         references: Sequence[Sequence[Array]],
+        *,
+        device: str = "cpu",
     ) -> None:
         proto = lower_emulate(model, plan, table)
         pairs = _scale_inputs(proto)
@@ -72,7 +76,8 @@ class Company:
         }
         self._screening = screening_batches([len(batch) for batch in pictures])
         self._fixed = {t: table.scale(t) for t in pairs}
-        self._whole = make_session(proto, threads=1, external_dir=model.external_dir)
+        self._device = device
+        self._whole = make_session(proto, threads=1, external_dir=model.external_dir, device=device)
         self._stored: list[dict[str, Array]] = []
 
     def errors(self, amaxes: Mapping[str, float]) -> Errors:
@@ -80,10 +85,19 @@ class Company:
         scales = self._scales(amaxes)
 
         def run(batch: int) -> NDArray[np.float64]:
-            outputs = self._whole.run(self._outputs, {**self._pictures[batch].feeds, **scales})
-            return self._judge.errors(batch, outputs)
+            return self._judge.errors(batch, self._run_whole(batch, scales))
 
         return _each(run, range(len(self._pictures)))
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device != "cpu"
+
+    def _run_whole(self, batch: int, scales: Mapping[str, Array]) -> list[Array]:
+        found: list[Array] = self._whole.run(
+            self._outputs, {**self._pictures[batch].feeds, **scales}
+        )
+        return found
 
     def _scales(self, amaxes: Mapping[str, float]) -> dict[str, Array]:
         scales = {self._names[t]: np.float32(s) for t, s in self._fixed.items()}
@@ -107,7 +121,8 @@ class Company:
         (paired over the pictures).
         """
         amaxes = {name: choices[name].amax for name in self.ranges}
-        self._store(amaxes)
+        if not self._on_gpu:
+            self._store(amaxes)
         found = dict(choices)
         now = self.errors(amaxes)
         for number, name in enumerate(self.ranges):
@@ -117,7 +132,8 @@ class Company:
                 before = choices[name]
                 factor = before.factor * amax / before.amax
                 found[name] = Choice(amax, before.method, worst(now), factor)
-                self._refresh(name, amaxes)
+                if not self._on_gpu:
+                    self._refresh(name, amaxes)
             progress("ranges in company", number + 1, len(self.ranges))
         self._stored = []
         return found
@@ -126,7 +142,7 @@ class Company:
         self, name: str, amaxes: Mapping[str, float], now: Errors, limits: tuple[float, float]
     ) -> tuple[float, Errors]:
         start = amaxes[name]
-        run = self._behind(name, self._outputs)
+        run = self._run_whole if self._on_gpu else self._behind(name, self._outputs)
         low, high = max(LOWEST * start, limits[0]), min(HIGHEST * start, limits[1])
 
         def tried(amax: float, held: Errors) -> Errors | None:
@@ -164,7 +180,11 @@ class Company:
         given = {*self._names.values(), *self._pictures[0].feeds}
         inner = [t for t in needed if t not in given]
         session = make_session(
-            self._model.proto, outputs=inner, threads=1, external_dir=self._model.external_dir
+            self._model.proto,
+            outputs=inner,
+            threads=1,
+            external_dir=self._model.external_dir,
+            device=self._device,
         )
         names = [*dict.fromkeys([*self._outputs, *inner])]
         scales = self._scales(amaxes)
@@ -200,7 +220,9 @@ class Company:
         """A function from a batch and all scales to `outputs`, running only what is behind."""
         nodes = self._nodes_behind(name)
         proto = _part(self._view, self._model, nodes, self._stored[0], outputs)
-        session = make_session(proto, threads=1, external_dir=self._model.external_dir)
+        session = make_session(
+            proto, threads=1, external_dir=self._model.external_dir, device=self._device
+        )
         wanted = [i.name for i in session.get_inputs()]
         made = [o.name for o in proto.graph.output]
 

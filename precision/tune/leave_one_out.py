@@ -43,12 +43,13 @@ class Quantizing:
     """How a plan becomes a network: the model that is lowered for it, and the scales.
 
     `view` is that of the model in float. What `model_for` gives has the same nodes, and perhaps
-    other constants where the plan is int8.
+    other constants where the plan is int8. `device` is where the network runs.
     """
 
     model_for: Callable[[PrecisionPlan], Model]
     view: GraphView
     table: CalibrationTable
+    device: str = "cpu"
 
     @classmethod
     def of(cls, model: Model, table: CalibrationTable) -> Quantizing:
@@ -71,10 +72,10 @@ class Reference:
     groups: tuple[OutputGroup, ...]
 
     @classmethod
-    def of(cls, model: Model, pictures: Sequence[Batch]) -> Reference:
+    def of(cls, model: Model, pictures: Sequence[Batch], *, device: str = "cpu") -> Reference:
         """Run `model` on `pictures`, in batches of a size that it takes."""
         names = [output.name for output in model.outputs]
-        session = make_session(model.proto, external_dir=model.external_dir)
+        session = make_session(model.proto, external_dir=model.external_dir, device=device)
         found: list[_Outputs] = [
             dict(zip(names, session.run(names, dict(batch.feeds)), strict=True))
             for batch in pictures
@@ -107,7 +108,7 @@ def held_reference(
     read, exact = read_quantized(quantizing.view, within, plan)
     held = held_batches(network, within, Placement(read, {}), pictures, memory=memory, also=exact)
     floats = plan.pin(plan.quantized_nodes, "fp32", "", origin=TUNER)
-    return Reference.of(quantizing.model_for(floats), held)
+    return Reference.of(quantizing.model_for(floats), held, device=quantizing.device)
 
 
 class LeaveOneOut:
@@ -124,7 +125,10 @@ class LeaveOneOut:
         self._within = GraphView.of(network)
         read, exact = read_quantized(self._view, self._within, plan)
         pictures = reference.pictures
-        self._alone = Alone(network, self._within, Placement(read, {}), pictures, also=exact)
+        self._alone = Alone(
+            network, self._within, Placement(read, {}), pictures,
+            also=exact, device=quantizing.device,
+        )  # fmt: skip
         self.noise = reference.noise(lambda batch: self._named(self._alone.reference(batch)))
 
     def without(self, node: str) -> float:
@@ -307,7 +311,9 @@ def noise_with(
 ) -> float:
     """Noise by signal of the group of outputs that suffers most with `pins` in float32."""
     network = quantizing.network(plan.pin(pins, "fp32", "", origin=TUNER))
-    session = make_session(network.proto, external_dir=network.external_dir)
+    session = make_session(
+        network.proto, external_dir=network.external_dir, device=quantizing.device
+    )
     names = [output.name for output in network.outputs]
 
     def outputs(batch: int) -> _Outputs:

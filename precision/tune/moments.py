@@ -68,6 +68,7 @@ def rounded_weights(
     *,
     kinds: Sequence[str] = (ROUND_CODES, CORRECT),
     memory: int,
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Codes]:
     """Initializer -> int8 codes for every weight that `plan` quantizes and that can be rounded.
@@ -88,7 +89,7 @@ def rounded_weights(
         sums = _moments(
             model, proto, view, {name: inputs[name] for name in part}, source,
             what="round weights" if len(parts) == 1 else f"round weights, part {number + 1}",
-            progress=progress,
+            device=device, progress=progress,
         )  # fmt: skip
 
         def one(name: str, sums: Mapping[str, Seen] = sums) -> Codes:
@@ -135,12 +136,17 @@ def _moments(
     source: Iterable[Batch],
     *,
     what: str,
+    device: str,
     progress: Progress,
 ) -> dict[str, Seen]:
     tensors = list(dict.fromkeys(inputs.values()))
     inner = [t for t in tensors if t not in {i.name for i in model.inputs}]
     session = make_session(
-        proto, outputs=inner, threads=usable_cores(), external_dir=model.external_dir
+        proto,
+        outputs=inner,
+        threads=usable_cores(),
+        external_dir=model.external_dir,
+        device=device,
     )
     sums: dict[str, Seen] = {}
     rng = np.random.default_rng(SEED)

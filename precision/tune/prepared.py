@@ -110,6 +110,7 @@ def prepare_model(
     holdout: int = 24,
     memory: int = DEFAULT_MEMORY,
     halves: bool = False,
+    device: str = "cpu",
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Ready:
@@ -119,7 +120,7 @@ def prepare_model(
     `holdout` pictures (those of method auto); the moves together, and rounding, are judged on up to
     twice as many others, which take no part in choosing. With `moves` None a move is kept only if
     those show a gain beyond its noise; otherwise exactly `moves` are made, still with what is best
-    for each tensor.
+    for each tensor. `device` is where the network runs.
     """
     kinds = AUTO_MOVES if moves is None else tuple(moves)
     start = _Variant("none", model, without_zero_ranges(view, plan, base.table), base)
@@ -141,12 +142,14 @@ def prepare_model(
         moved = _moved(
             start, view, fitted, seen, chosen_on, kinds,
             lowerings=lowerings, method=method, percentile=percentile, holdout=holdout,
-            memory=memory, halves=halves, provenance=provenance, progress=progress,
+            memory=memory, halves=halves, device=device, provenance=provenance, progress=progress,
         )  # fmt: skip
         variants += [moved] if moved is not None else []
     if ROUND_CODES in kinds or CORRECT in kinds:
-        variants += [_rounded(v, seen, kinds, memory, progress) for v in list(variants)]
-    best, tried = _best(variants, judged_on, model, forced=moves is not None, progress=progress)
+        variants += [_rounded(v, seen, kinds, memory, device, progress) for v in list(variants)]
+    best, tried = _best(
+        variants, judged_on, model, forced=moves is not None, device=device, progress=progress
+    )
     error = tried["none"][0]
     left = tried[best.name][0]
     gained = 10 * math.log10(error / left) if 0 < left < math.inf > error > 0 else 0.0
@@ -170,18 +173,19 @@ def _moved(
     holdout: int,
     memory: int,
     halves: bool,
+    device: str,
     provenance: Mapping[str, Any] | None,
     progress: Progress,
 ) -> _Variant | None:
     """The model with its channels scaled and shifted, calibrated again; None if none is better."""
     model, placement = start.model, place(view, start.plan)
     axes = channel_tensors(view, placement)
-    reach = reaches(model, axes, seen, progress=progress)
+    reach = reaches(model, axes, seen, device=device, progress=progress)
     pictures = held_batches(model, view, placement, tuple(chosen_on), memory=memory)
     rounded = ROUND_CODES in kinds
     moves = choose_moves(
         model, view, placement, start.calibrated.table, reach, axes, pictures, kinds,
-        rounded=rounded, progress=progress,
+        rounded=rounded, device=device, progress=progress,
     )  # fmt: skip
     rewritten, moved = apply_moves(model, moves)
     if not moved:
@@ -192,7 +196,7 @@ def _moved(
         rewritten, new, plan, fitted,
         lowerings=lowerings, method=method, percentile=percentile, holdout=holdout, memory=memory,
         also=tensors_for_ranges(new) if halves else (),
-        provenance=provenance, progress=progress,
+        device=device, provenance=provenance, progress=progress,
     )  # fmt: skip
     plan = without_zero_ranges(new, plan, calibrated.table)
     name = "+".join(kind for kind in kinds if kind in (SCALE_CHANNELS, SHIFT_ALL))
@@ -200,11 +204,16 @@ def _moved(
 
 
 def _rounded(
-    variant: _Variant, seen: BatchSource, kinds: Sequence[str], memory: int, progress: Progress
+    variant: _Variant,
+    seen: BatchSource,
+    kinds: Sequence[str],
+    memory: int,
+    device: str,
+    progress: Progress,
 ) -> _Variant:
     codes = rounded_weights(
         variant.model, variant.plan, variant.calibrated.table, seen,
-        kinds=kinds, memory=memory, progress=progress,
+        kinds=kinds, memory=memory, device=device, progress=progress,
     )  # fmt: skip
     done = "+".join(k for k in kinds if k in (ROUND_CODES, CORRECT))
     name = done if variant.name == "none" else f"{variant.name}+{done}"
@@ -217,20 +226,23 @@ def _best(
     model: Model,
     *,
     forced: bool,
+    device: str,
     progress: Progress,
 ) -> tuple[_Variant, dict[str, tuple[float, float, float]]]:
     """The variant with the least error whose gain is beyond its noise; the last if `forced`."""
     batches = join(tuple(pictures), batch_size(model.inputs, 4))
     batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
     names = [output.name for output in model.outputs]
-    exact = make_session(model.proto, external_dir=model.external_dir)
+    exact = make_session(model.proto, external_dir=model.external_dir, device=device)
     references = [exact.run(names, dict(batch.feeds)) for batch in batches]
     judge = Judge(references, [len(batch) for batch in batches], counted_outputs(model))
     found: dict[str, list[NDArray[np.float64]]] = {}
     for number, variant in enumerate(variants):
         rounded = with_codes(variant.model, variant.plan, variant.codes or {})
         proto = lower_emulate(rounded, variant.plan, variant.calibrated.table)
-        session = make_session(proto, threads=usable_cores(), external_dir=model.external_dir)
+        session = make_session(
+            proto, threads=usable_cores(), external_dir=model.external_dir, device=device
+        )
         found[variant.name] = [
             judge.errors(k, session.run(names, dict(batch.feeds)))
             for k, batch in enumerate(batches)

@@ -73,11 +73,18 @@ class Move:
 
 
 def reaches(
-    model: Model, axes: Mapping[str, int], source: Iterable[Batch], *, progress: Progress = silent
+    model: Model,
+    axes: Mapping[str, int],
+    source: Iterable[Batch],
+    *,
+    device: str = "cpu",
+    progress: Progress = silent,
 ) -> dict[str, Reach]:
     """What the channels of each tensor (with their axis) reach, over at most `PICTURES`."""
     inner = [t for t in axes if t not in {i.name for i in model.inputs}]
-    session = make_session(model.proto, outputs=inner, external_dir=model.external_dir)
+    session = make_session(
+        model.proto, outputs=inner, external_dir=model.external_dir, device=device
+    )
     parts: dict[str, list[Reach]] = {t: [] for t in axes}
     seen = 0
     for batch in rebatch(source, batch_size(model.inputs, 8)):
@@ -113,6 +120,7 @@ def choose_moves(
     kinds: Sequence[str],
     *,
     rounded: bool,
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> list[Move]:
     """For each tensor the rewrite that leaves the least error at the output, if any is better.
@@ -120,7 +128,7 @@ def choose_moves(
     `kinds` are scale, shift or both; `rounded` says that codes will be rounded on the data, so
     that errors of weights count less. Tensors whose range is zero are left alone.
     """
-    alone = Alone(model, view, placement, pictures)
+    alone = Alone(model, view, placement, pictures, device=device)
     judge = judge_of(alone)
     blend = ROUNDED if rounded else 1.0
     names = [t for t in axes if t in reach and table.scales.get(t, 0) > 0]

@@ -135,7 +135,7 @@ def calibrate_model(
     `method` is a key of `AMAX_METHODS`, or `auto`: histograms of all but `holdout` pictures, and
     `auto_ranges` on those. Histograms are made of the tensors `also` too,
     in the same pass. With `implicit` among `lowerings` the table also holds what TensorRT 10 alone
-    asks for; all other entries stay as they are. `device` is where the histograms are made. Raises
+    asks for; all other entries stay as they are. `device` is where the network runs. Raises
     DataError for too few pictures.
     """
     lowerings = tuple(lowerings)
@@ -164,8 +164,9 @@ def calibrate_model(
         placement = with_deploy(view, plan, tensors)
         batches = held_batches(model, view, placement, held, memory=memory)
         choices = auto_ranges(
-            model, view, plan, placement, roots, batches, found.histograms, progress=progress
-        )
+            model, view, plan, placement, roots, batches, found.histograms,
+            device=device, progress=progress,
+        )  # fmt: skip
     else:
         chosen = {name: found.histograms[name] for name in ranges}
         choices = _chosen_alike(chosen, method, percentile)
@@ -223,6 +224,7 @@ def auto_ranges(
     pictures: Sequence[Batch],
     histograms: Mapping[str, Histogram],
     *,
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Choice]:
     """Method `auto`: each range alone, the best of that and of each method for all, then company.
@@ -232,7 +234,7 @@ def auto_ranges(
     the one with the least error of the whole quantized network; from there every range once more
     with all the others quantized (`Company.round`).
     """
-    alone = Alone(model, view, placement, pictures)
+    alone = Alone(model, view, placement, pictures, device=device)
     choices = choose_by_output(alone, histograms, _edges(placement, roots), progress=progress)
     references = [alone.reference(batch) for batch in range(alone.batches)]
     del alone  # its activations make room for those of the quantized network
@@ -243,7 +245,7 @@ def auto_ranges(
         ranges.setdefault(roots[tensor], []).append(tensor)
     if not ranges:
         return choices
-    company = Company(model, quantized, table, ranges, pictures, references)
+    company = Company(model, quantized, table, ranges, pictures, references, device=device)
     best = _best_start(company, choices, histograms, progress)
     limits = {name: _limits(histograms[name], best[name].amax) for name in ranges}
     return company.round(best, limits, progress=progress)
@@ -350,11 +352,11 @@ def alone_on(
     pictures: tuple[Batch, ...],
     *,
     memory: int,
+    device: str = "cpu",
 ) -> Alone:
     """An `Alone` on as many of `pictures` as keep what it holds within `memory` bytes."""
-    return Alone(
-        model, view, placement, held_batches(model, view, placement, pictures, memory=memory)
-    )
+    held = held_batches(model, view, placement, pictures, memory=memory)
+    return Alone(model, view, placement, held, device=device)
 
 
 def held_batches(

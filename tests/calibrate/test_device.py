@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tinymodels import conv_relu
 
 from trtune.calibrate import sessions
 from trtune.calibrate.sessions import device_of, gpu_name, why_no_gpu
@@ -35,3 +36,17 @@ def test_a_gpu_that_is_not_here_says_what_to_do() -> None:
 def test_onnxruntime_without_cuda_names_the_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert "pip install 'trtune[gpu]'" in why_no_gpu(0)
+
+
+def test_a_session_that_falls_back_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime runs on the CPU, with a line in its log, where CUDA's libraries are missing."""
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    made = sessions.ort.InferenceSession
+
+    def on_cpu(model: bytes, options: object, **chosen: object) -> object:
+        return made(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: both)
+    monkeypatch.setattr(sessions.ort, "InferenceSession", on_cpu)
+    with pytest.raises(TrtuneError, match="would have run the network on the CPU"):
+        sessions.open_session(conv_relu().SerializeToString(), device="cuda")

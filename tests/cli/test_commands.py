@@ -123,6 +123,10 @@ class TestConfigErrors:
         ]
         assert problems[0].endswith("unknown key; did you mean 'method'?")
 
+    def test_a_device_is_a_key_of_the_config(self, model: Path) -> None:
+        invoke("init", model)
+        assert "runtime.device" in refused("run", "net.yaml", "--device", "gpu")
+
     def test_an_override_is_named(self, model: Path) -> None:
         invoke("init", model)
         assert "calibration.method" in refused("run", "net.yaml", "--set", "calibration.method=mes")

@@ -3,7 +3,7 @@
     @command(epilog="Example: trtune calibrate model.yaml")
     def calibrate(terminal: Terminal, given: Given) -> None: ...
 
-takes CONFIG, --set, --out, --verbose and --json, and works inside a `session`.
+takes CONFIG, --set, --out, --device, --verbose and --json, and works inside a `session`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Change a key of the config: a.b=value. Repeatable."
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where networks run, as runtime.device: auto, cpu, cuda or cuda:N.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where run folders go.")]
@@ -90,6 +98,7 @@ OF_A_CONFIG = (
     _shared("config", ConfigFile),
     _shared("overrides", Overrides, None),
     _shared("out", Out, RUNS),
+    _shared("device", Device, None),
 )
 Work = Callable[..., None]
 
@@ -111,8 +120,8 @@ def command(*, name: str | None = None, epilog: str | None = None) -> Callable[[
     """Make a function a command, called as `name` or else as the function.
 
     The function's first argument is the `Terminal` of the session in which it runs. One annotated
-    `Given` stands for CONFIG, `--set` and `--out`; every other one is the command's own, annotated
-    for typer.
+    `Given` stands for CONFIG, `--set`, `--out` and `--device`; every other one is the command's
+    own, annotated for typer.
     """
     return lambda work: Command(name or work.__name__, _called_by_typer(work), epilog)
 
@@ -132,6 +141,8 @@ def _called_by_typer(work: Work) -> Callable[..., None]:
         verbose, as_json = values.pop("verbose"), values.pop("as_json")
         if given is not None:
             overrides = tuple(values.pop("overrides") or ())
+            device = values.pop("device")
+            overrides += () if device is None else (f"runtime.device={device}",)
             values[given] = Given(work.__name__, values.pop("config"), overrides, values.pop("out"))
         with session(verbose=verbose, as_json=as_json, resumes=given is not None) as terminal:
             work(terminal, **values)

@@ -226,9 +226,13 @@ def watched(backend: Backend) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Runtimes:
-    """The backends of a run while it goes on; `failed` maps those that did to their error."""
+    """The backends of a run while it goes on; `failed` maps those that did to their error.
+
+    `device` is where onnxruntime runs.
+    """
 
     present: tuple[Backend, ...]
+    device: str = "cpu"
     failed: dict[str, BaseException] = field(default_factory=dict)
 
     @property
@@ -243,7 +247,7 @@ class Runtimes:
         If none does, onnxruntime's emulation of their arithmetic.
         """
         running = [backend for backend in self.alive if not backend.obstacle()]
-        return running or [OnnxruntimeBackend("emulate")]
+        return running or [OnnxruntimeBackend("emulate", device=self.device)]
 
     @property
     def engines(self) -> list[Backend]:

@@ -21,7 +21,12 @@ def compared(work: RunWork) -> Measured:
     if not is_lowered(work.untuned):
         return Measured()
     stage = accumulated(
-        work.candidate(work.untuned), work.subject.view, setup.evaluation, section, setup.progress
+        work.candidate(work.untuned),
+        work.subject.view,
+        setup.evaluation,
+        section,
+        device=work.device,
+        progress=setup.progress,
     )
     errors = work.workspace.get(stage)
     alone = work.workspace.get(alone_of(work)) if section.alone else None

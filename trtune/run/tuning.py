@@ -149,6 +149,7 @@ def pin_order(work: RunWork, score: Score) -> Ranked:
         setup.calibration,
         section.holdout,
         section.memory,
+        work.device,
         setup.progress,
     )
     like = by_nearest(work.subject.view, work.untuned.quantized_nodes, errors)
@@ -234,6 +235,7 @@ def alone_of(work: RunWork) -> Stage[dict[str, ErrorSums]]:
         holdout=section.holdout,
         memory=section.memory,
         seconds=setup.config.compare.seconds,
+        device=work.device,
         progress=setup.progress,
     )
 

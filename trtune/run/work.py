@@ -94,6 +94,11 @@ class RunWork:
     findings: list[Oddity] = field(default_factory=list)
     """What does not make sense in the set-up, for the report."""
 
+    @cached_property
+    def device(self) -> str:
+        """Where networks run, as `runtime.device` says."""
+        return device_of(self.setup.config.runtime.device)
+
     @property
     def folder(self) -> Path:
         """The run's folder."""
@@ -102,7 +107,7 @@ class RunWork:
     @cached_property
     def runtimes(self) -> Runtimes:
         """The backends that are present, and which of them have failed."""
-        return Runtimes(self.setup.backends.present)
+        return Runtimes(self.setup.backends.present, self.device)
 
     @cached_property
     def plain(self) -> Calibrated:
@@ -114,7 +119,7 @@ class RunWork:
             setup.calibration,
             setup.config.calibration,
             lowerings=setup.backends.lowerings,
-            device=device_of(setup.config.runtime.device),
+            device=self.device,
             progress=setup.progress,
         )
         found = self.workspace.get(stage)
@@ -136,6 +141,7 @@ class RunWork:
             setup.calibration,
             section,
             lowerings=setup.backends.lowerings,
+            device=self.device,
             progress=setup.progress,
         )
         return self.workspace.get(stage)
@@ -179,8 +185,7 @@ class RunWork:
     def _bench(self, data: RunData) -> Bench:
         setup = self.setup
         metric = metric_of(setup.config.precision.target, setup.subject.model)
-        device = device_of(setup.config.runtime.device)
-        return Bench(setup.subject.model, metric, data, setup.progress, device)
+        return Bench(setup.subject.model, metric, data, setup.progress, self.device)
 
     def candidate(self, plan: PrecisionPlan) -> Candidate:
         """`plan` with this run's model and table; what is all float is the model as it was."""

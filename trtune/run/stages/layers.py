@@ -24,7 +24,7 @@ from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.tune.scales import PICTURES_AT_ONCE, alone_on
 from trtune.run.data import RunData
-from trtune.run.stage import Stage, as_json, versions
+from trtune.run.stage import Stage, as_json, device_needs, versions
 from trtune.run.stages.engines import engine_needs, label
 
 Sums = dict[str, ErrorSums]
@@ -55,7 +55,13 @@ def gated(file: Model, data: RunData) -> Stage[bool]:
 
 
 def accumulated(
-    candidate: Candidate, view: GraphView, data: RunData, section: Compare, progress: Progress
+    candidate: Candidate,
+    view: GraphView,
+    data: RunData,
+    section: Compare,
+    *,
+    device: str = "cpu",
+    progress: Progress,
 ) -> Stage[Sums]:
     """Error of every node's first output in the emulated network."""
 
@@ -66,10 +72,12 @@ def accumulated(
             data.source,
             pictures=section.pictures,
             memory=section.memory,
+            device=device,
             progress=progress,
         )
 
-    return Stage("compare", _measured(candidate, data, section.pictures), make, ERROR_SUMS)
+    needs = _measured(candidate, data, section.pictures) | device_needs(device)
+    return Stage("compare", needs, make, ERROR_SUMS)
 
 
 def alone(
@@ -80,6 +88,7 @@ def alone(
     holdout: int,
     memory: int,
     seconds: float,
+    device: str = "cpu",
     progress: Progress,
 ) -> Stage[Sums]:
     """What each int8, fp8 or half node alone does to the output, on `holdout` pictures of `data`.
@@ -90,7 +99,13 @@ def alone(
     def make(folder: Path) -> Sums:
         held_out = hold_out(data.source, holdout)
         return errors_alone(
-            candidate, view, held_out, memory=memory, seconds=seconds, progress=progress
+            candidate,
+            view,
+            held_out,
+            memory=memory,
+            seconds=seconds,
+            device=device,
+            progress=progress,
         )
 
     needs = {
@@ -98,6 +113,7 @@ def alone(
         data.where: data.need,
         "calibration.holdout": holdout,
         "compare.seconds": seconds,
+        **device_needs(device),
     }
     return Stage("alone", needs, make, ERROR_SUMS)
 
@@ -166,6 +182,7 @@ def errors_alone(
     memory: int,
     seconds: float,
     most: int = LARGEST_SAMPLE,
+    device: str = "cpu",
     progress: Progress,
 ) -> dict[str, ErrorSums]:
     """Error of the output on held-out `pictures` with one int8, fp8 or half node alone, by node.
@@ -179,7 +196,7 @@ def errors_alone(
     quantized = [name for name in asked if plan.is_quantized(name)]
     placement = placement_of(view, plan, place(view, plan), quantized)
     if placement.activations and table is not None:
-        alone = alone_on(model, view, placement, pictures, memory=memory)
+        alone = alone_on(model, view, placement, pictures, memory=memory, device=device)
         found = alone_errors(
             alone, view, plan, table, nodes=quantized, seconds=seconds, progress=progress
         )
@@ -191,7 +208,7 @@ def errors_alone(
         ]
         left = until - time.monotonic()
         found |= half_alone_errors(
-            model, view, plan, batches, nodes=halves, seconds=left, progress=progress
+            model, view, plan, batches, nodes=halves, seconds=left, device=device, progress=progress
         )
     return found
 

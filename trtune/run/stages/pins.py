@@ -24,7 +24,7 @@ from trtune.precision.tune.leave_one_out import (
     pin_path,
 )
 from trtune.run.data import RunData
-from trtune.run.stage import Stage, as_json, versions
+from trtune.run.stage import Stage, as_json, device_needs, versions
 
 PATH = as_json(
     asdict, lambda value: PinPath(value["start"], tuple(PathStep(**s) for s in value["steps"]))
@@ -35,7 +35,8 @@ PATH = as_json(
 class HeldOut:
     """A candidate on held-out pictures of `data`, which its pins are ranked on.
 
-    `view` is that of its float model, and `model_for` gives what is lowered for a plan.
+    `view` is that of its float model, and `model_for` gives what is lowered for a plan; `device`
+    is where the networks run.
     """
 
     candidate: Candidate
@@ -44,6 +45,7 @@ class HeldOut:
     data: RunData
     holdout: int
     memory: int
+    device: str
     progress: Progress
 
     @property
@@ -52,12 +54,17 @@ class HeldOut:
         assert self.candidate.table is not None
         return self.candidate.table
 
+    @property
+    def network(self) -> Quantizing:
+        """How a plan becomes a network."""
+        return Quantizing(self.model_for, self.view, self.table, self.device)
+
     @cached_property
     def reference(self) -> Reference:
         """The FP32 outputs on the pictures; computed when they are first asked for."""
         held_out = hold_out(self.data.source, self.holdout)
         return held_reference(
-            Quantizing(self.model_for, self.view, self.table),
+            self.network,
             self.candidate.plan,
             held_out,
             memory=self.memory,
@@ -65,15 +72,14 @@ class HeldOut:
 
     def noise_of(self, pins: Sequence[str]) -> float:
         """Noise by signal with `pins`, of the output that suffers most."""
-        network = Quantizing(self.model_for, self.view, self.table)
-        return noise_with(network, self.candidate.plan, self.reference, pins)
+        return noise_with(self.network, self.candidate.plan, self.reference, pins)
 
     def path(self, alone: Mapping[str, float], *, limit: int, enough: float) -> Stage[PinPath]:
         """The order to pin in; `alone` is the noise of nodes that are quantized alone."""
 
         def make(folder: Path) -> PinPath:
             return pin_path(
-                Quantizing(self.model_for, self.view, self.table),
+                self.network,
                 self.candidate.plan,
                 self.reference,
                 alone,
@@ -91,5 +97,6 @@ class HeldOut:
             "precision.max_pins": limit,
             "enough": f"{enough:.3g}",
             **versions("trtune", "onnx", "onnxruntime", "numpy"),
+            **device_needs(self.device),
         }
         return Stage("pins", needs, make, PATH)

@@ -27,7 +27,7 @@ from trtune.precision.tune.prepared import Ready, prepare_model
 from trtune.precision.tune.preparing import Move, apply_moves, extended_plan
 from trtune.precision.tune.scales import Calibrated
 from trtune.run.data import RunData
-from trtune.run.stage import Form, Kept, Stage, versions
+from trtune.run.stage import Form, Kept, Stage, device_needs, versions
 from trtune.run.stages.calibration import COSTS
 from trtune.run.subject import Subject
 
@@ -49,6 +49,7 @@ def preparation(
     section: Section,
     *,
     lowerings: Iterable[str],
+    device: str = "cpu",
     progress: Progress,
 ) -> Stage[Ready]:
     """The model of `subject` with its channels moved and its codes rounded, where that helps.
@@ -69,6 +70,7 @@ def preparation(
         "halves": halves,
         "lowerings": sorted(lowerings),
         **versions("trtune", "onnx", "onnxruntime", "numpy", "numba"),
+        **device_needs(device),
     }
 
     def make(folder: Path) -> Ready:
@@ -85,6 +87,7 @@ def preparation(
             holdout=section.holdout,
             memory=section.memory,
             halves=halves,
+            device=device,
             provenance=dict(base.table.provenance),
             progress=progress,
         )
