@@ -110,32 +110,11 @@ def collect(
     tensors = [*tensors, *(tensor for tensor in beside if tensor in first.feeds)]
     beside = [tensor for tensor in beside if tensor not in first.feeds]
     gpu = cuda_number(device)
-    largest = LARGEST_STEP
-    if gpu is not None:
-        memory, workers, largest = device_memory(gpu) // DEVICE_SHARE, 1, LARGEST_STEP_ON_GPU
-    inner = [tensor for tensor in tensors if tensor not in first.feeds]
     extents = measure(model, [*tensors, *beside], first, external_dir=external_dir)
-    fixed = _fixed_batch(model, first)
-    layout, workers = _schedule(
-        fixed,
-        max(sum(extents[tensor].bytes for tensor in inner), 1),
-        mixed=any(extents[tensor].axis is None for tensor in tensors),
-        given=len(first),
-        count=source.count or largest,
-        memory=memory,
-        workers=workers or usable_cores(),
-        largest=largest,
-    )
-    apart = layout
-    if any(extents[tensor].axis is None for tensor in beside):
-        apart = Batching(fixed or len(first), fill=bool(fixed))
-    passes = _passes(
-        (inner, layout), (beside, apart), extents, memory // workers, joined=gpu is None
-    )
-    if len(passes) > 1:
-        log.info(
-            "%d tensors in %d passes, to stay within %d bytes", len(extents), len(passes), memory
-        )
+    passes, workers = _planned(
+        (tensors, beside), extents, _fixed_batch(model, first), first, source.count, memory,
+        workers or usable_cores(), gpu,
+    )  # fmt: skip
     histograms: dict[str, Histogram] = {}
     busy, pictures = 0.0, 0
     for number, (groups, batching) in enumerate(passes):
@@ -223,6 +202,48 @@ def _fixed_axis(shape: tuple[int, ...], size: int) -> int | None:
     if shape.count(size) == 1:
         return shape.index(size)
     return 0 if shape and shape[0] % size == 0 else None
+
+
+def _planned(
+    tensors: tuple[Sequence[str], Sequence[str]],
+    extents: Mapping[str, Extent],
+    fixed: int,
+    first: Batch,
+    count: int | None,
+    memory: int,
+    workers: int,
+    gpu: int | None,
+) -> tuple[list[tuple[_Groups, Batching]], int]:
+    """What each pass reads of `tensors` and of those beside them, and how many workers there are.
+
+    `fixed` is the batch size of the model or 0, `first` the first of the `count` pictures' batches.
+    """
+    wanted, beside = tensors
+    largest = LARGEST_STEP
+    if gpu is not None:
+        memory, workers, largest = device_memory(gpu) // DEVICE_SHARE, 1, LARGEST_STEP_ON_GPU
+    inner = [tensor for tensor in wanted if tensor not in first.feeds]
+    layout, workers = _schedule(
+        fixed,
+        max(sum(extents[tensor].bytes for tensor in inner), 1),
+        mixed=any(extents[tensor].axis is None for tensor in wanted),
+        given=len(first),
+        count=count or largest,
+        memory=memory,
+        workers=workers,
+        largest=largest,
+    )
+    apart = layout
+    if any(extents[tensor].axis is None for tensor in beside):
+        apart = Batching(fixed or len(first), fill=bool(fixed))
+    passes = _passes(
+        (inner, layout), (beside, apart), extents, memory // workers, joined=gpu is None
+    )
+    if len(passes) > 1:
+        log.info(
+            "%d tensors in %d passes, to stay within %d bytes", len(extents), len(passes), memory
+        )
+    return passes, workers
 
 
 @dataclass(frozen=True, slots=True)

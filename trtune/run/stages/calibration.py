@@ -43,13 +43,15 @@ COSTS = ("pictures", "passes", "seconds", "inference_seconds", "search_seconds")
 class _Wanted:
     """What a pass over the pictures is made for: `plan` with scales for `tensors`, `ranges`.
 
-    `implicit` are the tensors that TensorRT 10 asks a scale for beside those.
+    `implicit` are the tensors that TensorRT 10 asks a scale for beside those, `lowerings` the ways
+    of writing the plan that all of them are for.
     """
 
     plan: PrecisionPlan
     tensors: tuple[str, ...]
     implicit: tuple[str, ...]
     ranges: tuple[str, ...]
+    lowerings: tuple[str, ...] = ()
 
 
 def calibration(
@@ -76,56 +78,73 @@ def calibration(
     rules = planned.by_rules() if isinstance(planned, ImportedPlan) else planned
     own = None if imported is None else imported.table
     if own is not None and "deploy" not in lowerings and not rules.halves:
-        if section.cache is not None:
-            raise ConfigError(
-                "calibration.cache: with precision.default: qat all scales come from the Q/DQ in "
-                "the model, so this cache would not be read; take it out, or give the FP32 model "
-                "with precision.default: int8"
-            )
-        found = replace(EMPTY, table=own)
-        return Stage(
-            "calibrate", {"model": subject.model, "scales": own}, lambda folder: found, CALIBRATED
-        )
+        return _brought(subject.model, own, section)
     wanted = _wanted(subject, rules, lowerings)
     named = None
     if section.cache is not None and wanted.tensors:
         named = named_table(Path(section.cache), subject.model, trust=section.trust_cache)
         check_table(named, wanted.tensors)
         wanted = _Wanted(make_plan(subject.view, default="fp32"), (), (), wanted.ranges)
-        lowerings = ()
-    needs = _needs(subject, data, section, wanted) | device_needs(device)
-    provenance = _provenance(subject, data, section, wanted)
 
     def make(folder: Path) -> Calibrated:
-        found = EMPTY
-        if wanted.tensors or wanted.ranges:
-            found = calibrate_model(
-                subject.model,
-                subject.view,
-                wanted.plan,
-                data.source,
-                lowerings=lowerings,
-                method=section.method,
-                percentile=section.percentile,
-                holdout=section.holdout,
-                memory=section.memory,
-                device=device,
-                also=wanted.ranges,
-                provenance=provenance,
-                progress=progress,
-            )
-            _tell(found)
+        found = _measured(subject, data, section, wanted, device, progress)
         table = found.table if named is None else named
         if own is not None:
             table = replace(completed(own, table), provenance=table.provenance)
         return replace(found, table=table)
 
-    return Stage(
-        "calibrate",
-        {**needs, "cache": Need(named, {"calibration.cache": section.cache}), "file": own},
-        make,
-        CALIBRATED,
+    needs = _needs(subject, data, section, wanted) | device_needs(device)
+    needs |= {"cache": Need(named, {"calibration.cache": section.cache}), "file": own}
+    return Stage("calibrate", needs, make, CALIBRATED)
+
+
+def _brought(model: Model, own: CalibrationTable, section: Section) -> Stage[Calibrated]:
+    """The scales of a quantized model as they stand in it; ConfigError if a cache is named too."""
+    if section.cache is not None:
+        raise ConfigError(
+            "calibration.cache: with precision.default: qat all scales come from the Q/DQ in "
+            "the model, so this cache would not be read; take it out, or give the FP32 model "
+            "with precision.default: int8"
+        )
+    found = replace(EMPTY, table=own)
+    return Stage("calibrate", {"model": model, "scales": own}, lambda folder: found, CALIBRATED)
+
+
+def _measured(
+    subject: Subject,
+    data: RunData,
+    section: Section,
+    wanted: _Wanted,
+    device: str,
+    progress: Progress,
+) -> Calibrated:
+    """What a pass over the pictures gives; nothing where nothing is wanted."""
+    if not wanted.tensors and not wanted.ranges:
+        return EMPTY
+    found = calibrate_model(
+        subject.model,
+        subject.view,
+        wanted.plan,
+        data.source,
+        lowerings=wanted.lowerings,
+        method=section.method,
+        percentile=section.percentile,
+        holdout=section.holdout,
+        memory=section.memory,
+        device=device,
+        also=wanted.ranges,
+        provenance=_provenance(subject, data, section, wanted),
+        progress=progress,
     )
+    log.info(
+        "calibrated %d tensors on %d pictures in %.1f s (runtime %.1f s, search %.1f s)",
+        len(found.histograms),
+        found.pictures,
+        found.seconds,
+        found.inference_seconds,
+        found.search_seconds,
+    )
+    return found
 
 
 def _wanted(subject: Subject, planned: PrecisionPlan, lowerings: tuple[str, ...]) -> _Wanted:
@@ -134,7 +153,8 @@ def _wanted(subject: Subject, planned: PrecisionPlan, lowerings: tuple[str, ...]
     ranges = tuple(tensors_for_ranges(subject.view)) if planned.halves else ()
     if not tensors and not ranges:
         raise ModelError(_nothing_quantizable(subject.model, make_plan(subject.view)))
-    return _Wanted(plan, tensors, tuple(implicit_only(subject.view, plan, lowerings)), ranges)
+    implicit = tuple(implicit_only(subject.view, plan, lowerings))
+    return _Wanted(plan, tensors, implicit, ranges, lowerings)
 
 
 def _method(section: Section) -> dict[str, Any]:
@@ -169,17 +189,6 @@ def _provenance(
         "tensors": hash_json([*wanted.tensors, *wanted.implicit]),
         **({"ranges": hash_json(list(wanted.ranges))} if wanted.ranges else {}),
     }
-
-
-def _tell(found: Calibrated) -> None:
-    log.info(
-        "calibrated %d tensors on %d pictures in %.1f s (runtime %.1f s, search %.1f s)",
-        len(found.histograms),
-        found.pictures,
-        found.seconds,
-        found.inference_seconds,
-        found.search_seconds,
-    )
 
 
 def _write(found: Calibrated, folder: Path) -> Kept:
