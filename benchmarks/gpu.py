@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trtune.calibrate.collect import collect
-from trtune.calibrate.on_gpu import cuda_core
+from trtune.calibrate.gpu.memory import cuda_core
 from trtune.calibrate.sessions import open_session
 from trtune.datasets.batches import Batch
 from trtune.precision.graph.file import load_model, model_from_proto

@@ -24,8 +24,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trtune.calibrate.histogram import Counter, Histogram
-from trtune.calibrate.on_gpu import count_on_gpu, device_memory, not_a_number, overflowed
+from trtune.calibrate.gpu.counter import count_on_gpu
+from trtune.calibrate.gpu.memory import device_memory
+from trtune.calibrate.histogram import Counter, Histogram, not_a_number, overflowed
 from trtune.calibrate.sessions import cuda_number, open_session
 from trtune.calibrate.taps import Reader, Tapped, tap, with_outputs
 from trtune.configs.errors import DataError

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trtune.configs.errors import ModelError
 from trtune.configs.files import atomic_path
 from trtune.configs.system.compiled import compiled
 
@@ -266,3 +267,20 @@ def _read_histogram(arrays: Mapping[str, NDArray[Any]], i: int) -> Histogram:
     maximum, runner_up = arrays[f"{i}/max"].tolist()
     maxima = PictureMaxima(counts["maxima"], str(arrays[f"{i}/item"]), runner_up)
     return Histogram(counts["values"], maximum, maxima)
+
+
+def not_a_number(tensor: str, item: str) -> ModelError:
+    """The error for a tensor that holds NaN for the picture `item`."""
+    return ModelError(
+        f"tensor {tensor!r} holds NaN for picture {item!r}; the FP32 model itself gives it, so no "
+        "scale can be right: check the model and the preprocessing of that picture"
+    )
+
+
+def overflowed(tensor: str, item: str) -> ModelError:
+    """The error for a tensor that is infinite for the picture `item`, and not for all others."""
+    return ModelError(
+        f"tensor {tensor!r} holds infinity for picture {item!r}, and not for all pictures; the "
+        "FP32 model itself overflows there, so no scale can be right: check the preprocessing of "
+        "that picture"
+    )

@@ -10,13 +10,10 @@ histograms are those of a CPU, bit for bit.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,178 +22,31 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from trtune.calibrate.histogram import BINS, SHIFT, Histogram, PictureMaxima, finite_counts
+from trtune.calibrate.gpu.layout import KINDS, TENSOR, Counted, pieces
+from trtune.calibrate.gpu.memory import Memory, count_kernel, cuda_core
+from trtune.calibrate.gpu.ranking import Ranking
+from trtune.calibrate.histogram import BINS, Histogram, finite_counts, not_a_number
 from trtune.calibrate.sessions import open_session
 from trtune.calibrate.taps import with_outputs
-from trtune.configs.errors import ModelError, TrtuneError
+from trtune.configs.errors import ModelError
 
 log = logging.getLogger(__name__)
 
 THREADS = 512
-PIECE = 1 << 17
-"""Values a block counts: enough to hide that it then adds its own table to the large one."""
 
-WHOLE_ROW = 1 << 14
-"""Values of a picture from which on a piece holds one picture alone."""
-
-KINDS: Mapping[str, tuple[int, type[Any]]] = {
-    "tensor(float)": (0, np.float32),
-    "tensor(float16)": (1, np.float16),
-    "tensor(double)": (2, np.float64),
-}
-TENSOR = np.dtype([("data", "<u8"), ("inner", "<i8"), ("pictures", "<i4"), ("kind", "<i4")])
-PIECE_OF = np.dtype([("start", "<i8"), ("length", "<i4"), ("tensor", "<i4")])
-"""The structs of the same names in histogram.cu."""
 
 NAN_BITS = 0x7F800001
 RANKED_AT_ONCE = 1024
 COUNT_LIMIT = (1 << 32) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """How the values of one tensor belong to pictures.
-
-    Value i is of picture `(i // inner) % pictures`; `size` values in all, `kind` as in `KINDS`.
-    """
-
-    size: int
-    inner: int
-    pictures: int
-    kind: int
-
-    @classmethod
-    def of(cls, shape: Sequence[int], axis: int | None, held: int, kind: int) -> Counted:
-        """A tensor of `shape` in a batch of `held` pictures, which lie along `axis`.
-
-        Without an axis the pictures cannot be told apart, and all of it counts as one.
-
-        >>> Counted.of((2, 12, 5), 1, 4, 0)
-        Counted(size=120, inner=15, pictures=4, kind=0)
-        """
-        size = math.prod(shape)
-        if axis is None:
-            return cls(size, max(size, 1), 1, kind)
-        return cls(size, max(math.prod(shape[axis:]) // held, 1), held, kind)
-
-
-def pieces(tensors: Sequence[Counted]) -> NDArray[Any]:
-    """What each block counts: pieces that cover every tensor once, of dtype `PIECE_OF`.
-
-    A picture that is long enough starts a piece of its own, since a block then keeps one maximum.
-    """
-    found: list[tuple[int, int, int]] = []
-    for number, tensor in enumerate(tensors):
-        unit = tensor.inner if tensor.inner >= WHOLE_ROW else tensor.size
-        for begin in range(0, tensor.size, max(unit, 1)):
-            end = min(begin + unit, tensor.size)
-            found += [(at, min(PIECE, end - at), number) for at in range(begin, end, PIECE)]
-    return np.array(found, PIECE_OF)
-
-
-class Ranking:
-    """The largest |x| a picture of many tensors, picture by picture, into `PictureMaxima`."""
-
-    def __init__(self, tensors: int) -> None:
-        self._counts = np.zeros((tensors, BINS), np.uint32)
-        self._best = np.full(tensors, -1.0, np.float32)
-        self._second = np.zeros(tensors, np.float32)
-        self._names = [""] * tensors
-
-    def add(
-        self, names: Sequence[str], which: NDArray[np.intp], maxima: NDArray[np.uint32]
-    ) -> None:
-        """Add the bits of finite maxima of the tensors `which`, a row each, a column a name."""
-        order = np.argsort(np.array(names, dtype=object), kind="stable")
-        sorted_bits = maxima[:, order]
-        np.add.at(self._counts, (which[:, None], sorted_bits >> SHIFT), 1)
-        values = sorted_bits.view(np.float32)
-        first = values.argmax(axis=1)  # of equals the first by name
-        top = values[np.arange(len(values)), first]
-        rest = values.copy()
-        rest[np.arange(len(values)), first] = -1
-        rising = (top >= self._second[which]) | (top >= self._best[which])
-        for row in np.flatnonzero(rising).tolist():
-            tensor, mine = int(which[row]), float(top[row])
-            second = max(float(self._second[tensor]), float(rest[row].max(initial=-1)))
-            name, best = names[order[first[row]]], float(self._best[tensor])
-            if mine > best or (mine == best and name < self._names[tensor]):
-                self._second[tensor] = max(second, best)
-                self._best[tensor], self._names[tensor] = mine, name
-            else:
-                self._second[tensor] = max(second, mine)
-
-    def maxima(self, tensor: int) -> tuple[float, PictureMaxima]:
-        """The largest |x| of a tensor, and its pictures."""
-        found = PictureMaxima(
-            self._counts[tensor].astype(np.int64),
-            self._names[tensor],
-            max(float(self._second[tensor]), 0.0),
-        )
-        return max(float(self._best[tensor]), 0.0), found
-
-
-@lru_cache(maxsize=1)
-def cuda_core() -> Any:
-    """The module `cuda.core`. Raises TrtuneError where cuda-python is not installed."""
-    try:
-        return importlib.import_module("cuda.core")
-    except ImportError as error:
-        raise TrtuneError(
-            "calibration on a GPU needs cuda-python: pip install 'trtune[gpu]', or "
-            "runtime.device: cpu"
-        ) from error
-
-
-@lru_cache(maxsize=4)
-def _kernel(device: int) -> Any:
-    core = cuda_core()
-    core.Device(device).set_current()
-    source = files("trtune.calibrate").joinpath("histogram.cu").read_text("utf-8")
-    options = core.ProgramOptions(std="c++17")
-    try:
-        code = core.Program(source, "c++", options).compile("cubin")
-    except Exception as error:  # NVRTC's errors have no common base
-        raise TrtuneError(f"NVRTC cannot compile histogram.cu: {error}") from error
-    return code.get_kernel("count")
-
-
-class _Memory:
-    """Device memory and its pinned twin on the host, seen as a NumPy array."""
-
-    def __init__(self, core: Any, device: Any, size: int, stream: Any) -> None:
-        size = max(size, 16)
-        self.device = device.allocate(size, stream=stream)
-        self.pinned = core.LegacyPinnedMemoryResource().allocate(size, stream=stream)
-        raw = (ctypes.c_uint8 * size).from_address(int(self.pinned.handle))
-        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(raw)
-
-    def put(self, array: NDArray[Any], stream: Any) -> None:
-        """Copy `array` here; its own memory may be used again at once, the pinned one not."""
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self.bytes[: flat.size] = flat
-        self.device.copy_from(self.pinned, stream=stream)
-
-    def fetch(self, stream: Any) -> None:
-        """Start the copy back into `bytes`."""
-        self.device.copy_to(self.pinned, stream=stream)
-
-    @property
-    def address(self) -> int:
-        return int(self.device.handle)
-
-    def close(self) -> None:
-        self.device.close()
-        self.pinned.close()
-
-
 @dataclass(slots=True)
 class _Slot:
     """What one of the two batches under way occupies."""
 
-    inputs: dict[str, _Memory]
-    tensors: _Memory
-    maxima: _Memory
+    inputs: dict[str, Memory]
+    tensors: Memory
+    maxima: Memory
     binding: Any
     items: tuple[str, ...] = ()
     started: Any = None
@@ -208,7 +58,7 @@ class _Bound:
     """Everything that holds for batches of one shape."""
 
     layout: tuple[Counted, ...]
-    pieces: _Memory
+    pieces: Memory
     blocks: int
     values: int
     outputs: Mapping[str, Any]
@@ -219,7 +69,7 @@ class _Bound:
             memory.close()
 
 
-def _memories(slot: _Slot) -> Iterable[_Memory]:
+def _memories(slot: _Slot) -> Iterable[Memory]:
     return (*slot.inputs.values(), slot.tensors, slot.maxima)
 
 
@@ -242,7 +92,7 @@ class GpuCounter:
         self._core, self._device, self._number = core, core.Device(device), device
         self._session, self._stream, self._axes = session, stream, dict(axes)
         self._copies = self._device.create_stream()
-        self._kernel = _kernel(device)
+        self._kernel = count_kernel(device)
         self._counts = self._device.allocate(4 * BINS * max(len(axes), 1), stream=stream)
         self._counts.fill(0, stream=stream)
         self._total = np.zeros((len(axes), BINS), np.int64)
@@ -333,7 +183,7 @@ class GpuCounter:
         outputs = dict(zip(names, binding.get_outputs(), strict=False))
         layout = self._layout(feeds, outputs, held)
         table = pieces(layout)
-        held_pieces = _Memory(self._core, self._device, table.nbytes, self._stream)
+        held_pieces = Memory(self._core, self._device, table.nbytes, self._stream)
         held_pieces.put(table, self._stream)
         slots = [self._slot(layout, inputs[i], outputs, feeds) for i in range(2)]
         values = max((t.size for t in layout), default=0)
@@ -352,16 +202,16 @@ class GpuCounter:
             found.append(Counted.of(shape, axis, held, KINDS[types[tensor]][0]))
         return tuple(found)
 
-    def _inputs(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, _Memory]:
+    def _inputs(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Memory]:
         taken = {i.name for i in self._session.get_inputs()}
         return {
-            name: _Memory(self._core, self._device, array.nbytes, self._stream)
+            name: Memory(self._core, self._device, array.nbytes, self._stream)
             for name, array in feeds.items()
             if name in taken
         }
 
     def _bind_inputs(
-        self, binding: Any, inputs: Mapping[str, _Memory], feeds: Mapping[str, NDArray[Any]]
+        self, binding: Any, inputs: Mapping[str, Memory], feeds: Mapping[str, NDArray[Any]]
     ) -> None:
         for name, memory in inputs.items():
             array = feeds[name]
@@ -370,7 +220,7 @@ class GpuCounter:
     def _slot(
         self,
         layout: Sequence[Counted],
-        inputs: dict[str, _Memory],
+        inputs: dict[str, Memory],
         outputs: Mapping[str, Any],
         feeds: Mapping[str, NDArray[Any]],
     ) -> _Slot:
@@ -384,10 +234,10 @@ class GpuCounter:
         for number, (tensor, counted) in enumerate(zip(self._axes, layout, strict=True)):
             data = outputs[tensor].data_ptr() if tensor in outputs else inputs[tensor].address
             table[number] = (data, counted.inner, counted.pictures, counted.kind)
-        tensors = _Memory(self._core, self._device, table.nbytes, self._stream)
+        tensors = Memory(self._core, self._device, table.nbytes, self._stream)
         tensors.put(table, self._stream)
         stride = max((t.pictures for t in layout), default=1)
-        maxima = _Memory(self._core, self._device, 4 * stride * len(layout), self._stream)
+        maxima = Memory(self._core, self._device, 4 * stride * len(layout), self._stream)
         return _Slot(inputs, tensors, maxima, binding)
 
     def _drain(self, slot: _Slot) -> None:
@@ -447,28 +297,11 @@ class GpuCounter:
         self._room = COUNT_LIMIT
 
 
-def not_a_number(tensor: str, item: str) -> ModelError:
-    """The error for a tensor that holds NaN for the picture `item`."""
-    return ModelError(
-        f"tensor {tensor!r} holds NaN for picture {item!r}; the FP32 model itself gives it, so no "
-        "scale can be right: check the model and the preprocessing of that picture"
-    )
-
-
 @lru_cache(maxsize=1)
 def _asynchronous() -> ort.RunOptions:
     options = ort.RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     return options
-
-
-def overflowed(tensor: str, item: str) -> ModelError:
-    """The error for a tensor that is infinite for the picture `item`, and not for all others."""
-    return ModelError(
-        f"tensor {tensor!r} holds infinity for picture {item!r}, and not for all pictures; the "
-        "FP32 model itself overflows there, so no scale can be right: check the preprocessing of "
-        "that picture"
-    )
 
 
 def count_on_gpu(
@@ -502,13 +335,3 @@ def count_on_gpu(
         counter.add(feeds, items, held)
         counted(len(items))
     return counter.histograms(), counter.busy
-
-
-def device_memory(device: int) -> int:
-    """Bytes of memory of CUDA device `device`, used or not."""
-    cuda_core().Device(device).set_current()
-    driver = importlib.import_module("cuda.bindings.driver")
-    status, _, total = driver.cuMemGetInfo()
-    if int(status):
-        raise TrtuneError(f"CUDA device {device} does not answer: {status}")
-    return int(total)

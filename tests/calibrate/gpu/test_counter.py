@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trtune.calibrate.collect import collect
+from trtune.calibrate.gpu.counter import count_on_gpu
+from trtune.calibrate.gpu.layout import Counted, pieces
+from trtune.calibrate.gpu.ranking import Ranking
 from trtune.calibrate.histogram import Counter, Histogram
-from trtune.calibrate.on_gpu import Counted, Ranking, count_on_gpu, pieces
 from trtune.calibrate.taps import with_outputs
 from trtune.configs.errors import ModelError
 from trtune.datasets.batches import Batch

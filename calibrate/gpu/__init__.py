@@ -1,0 +1,1 @@
+"""Histograms made on a CUDA device, where the tensors are."""
