@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from trtune.precision.runtime.api import Backend, BuildInfo, Candidate, Engine, Usable
     from trtune.precision.runtime.errors import ErrorSums
     from trtune.precision.tune.choice import Choice
-    from trtune.precision.tune.ladder import Score, Tuned
     from trtune.precision.tune.ranges import choose_by_output
     from trtune.precision.tune.scales import Calibrated, calibrate_model, without_zero_ranges
+    from trtune.precision.tune.walk import Score, Tuned
 
 __all__ = [
     "LOWERINGS",
@@ -82,7 +82,7 @@ __getattr__, __dir__ = lazy_names(
         "compare.alone": "Alone alone_errors",
         "compare.gate": "fp32_gate",
         "compare.layers": "compare_layers",
-        "tune.ladder": "Score Tuned",
+        "tune.walk": "Score Tuned",
         "tune.choice": "Choice",
         "tune.ranges": "choose_by_output",
         "tune.scales": "Calibrated calibrate_model without_zero_ranges",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from trtune.reports.measures.fidelity import (
 from trtune.reports.measures.find import METRICS, Asked, make_measure
 from trtune.reports.measures.recognise import task_of
 from trtune.reports.measures.uncertainty import (
+    is_mixed,
+    misses_for_good,
     paired_error,
     share_error,
     sqnr_error,
@@ -60,7 +63,8 @@ class Evaluation:
     `value` is that of the metric asked for (None if none was) and `error` its standard error;
     `difference_error` that of the difference to the reference, on the same samples; `output` the
     output that was scored, where the metric chose one. `sqnr_error` is the standard error of
-    `sqnr_db` over samples, in decibels. The others compare with the reference and
+    `sqnr_db` over samples, in decibels. It is not `whole` if the pass ended early. The others
+    compare with the reference and
     are None without one; `agreement` is also None where no output is class scores. `sqnr_db` and
     `cosine` are those of the worst output, `outputs` has them all.
     """
@@ -76,6 +80,22 @@ class Evaluation:
     output: str | None = None
     outputs: Mapping[str, OutputCloseness] = field(default_factory=dict)
     sqnr_error: float | None = None
+    agreement_error: float | None = None
+    whole: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """What a pass has to reach: ended early, as soon as the rest of the samples cannot change that
+    it misses.
+
+    `value` is of the metric, more is better, or where it is said of `closeness` (sqnr_db, cosine or
+    agreement) that is measured beside it; `baseline` is the reference's own value over all samples.
+    """
+
+    value: float
+    baseline: float | None = None
+    closeness: str | None = None
 
 
 Metric = str | PythonMetric | Callable[[], Any]
@@ -92,6 +112,7 @@ def evaluate(
     asked: Asked | None = None,
     layout: Layout | None = None,
     fixed_batch: int | None = None,
+    needed: Needed | None = None,
     progress: Progress = silent,
     what: str = "evaluate",
 ) -> Evaluation:
@@ -103,7 +124,8 @@ def evaluate(
     describes, or None for closeness alone. `output` names the output that is scored, and the only
     one that is compared with the reference unless `outputs` names those; by default the metric
     takes the output that fits the labels, and all are compared. `asked` has the metric's further
-    settings. Sums are float64; of the outputs nothing is kept.
+    settings. With `needed` the pass may end early, if `reference` is kept answers. Sums are
+    float64; of the outputs nothing is kept.
 
     Raises DataError if labels are missing or not a class of the model, if the source is empty, or
     if the reference's outputs are not finite, naming the item; ModelError if the output is missing
@@ -113,7 +135,7 @@ def evaluate(
         raise ValueError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}")
     asked = asked or Asked(output=output)
     pair = _Pair(_own_agreement(metric, layout), asked, has_reference=reference is not None)
-    sums, spread, samples = Fidelity(), _Spread(), 0
+    sums, spread, samples, whole = Fidelity(), _Spread(), 0, True
     for batch in source:
         found = _answers(run, batch, samples, fixed_batch, layout)
         if asked.output is not None:
@@ -127,9 +149,76 @@ def evaluate(
         pair.update(found.everything, None if expected is None else expected.everything, batch)
         samples += len(batch)
         progress(what, samples, source.count)
+        if needed is not None and isinstance(reference, StoredOutputs):
+            total = len(reference.items)
+            look = samples.bit_length() > (samples - len(batch)).bit_length()
+            if samples < total and _misses(
+                metric, pair, sums, samples, needed, reference, look=look
+            ):
+                whole = False
+                log.info("%s: the rest cannot meet the target after %d of %d", what, samples, total)
+                break
     if not samples:
         raise DataError(f"{what}: the data is empty; there is nothing to evaluate")
-    return _evaluation(metric, pair, sums, spread, samples, compared=reference is not None)
+    worth = _evaluation(metric, pair, sums, spread, samples, compared=reference is not None)
+    return worth if whole else replace(worth, whole=False)
+
+
+def _misses(
+    metric: Metric | None,
+    pair: _Pair,
+    sums: Fidelity,
+    samples: int,
+    needed: Needed,
+    reference: StoredOutputs,
+    *,
+    look: bool,
+) -> bool:
+    """Whether the samples to come cannot bring the metric to what is needed.
+
+    For certain: noise only grows, and of a share what was missed stays missed. With a `look`, a
+    mean also by its spread, where the samples come in mixed order.
+    """
+    total, measure = len(reference.items), pair.measure
+    if needed.closeness is not None:
+        metric, measure = needed.closeness, None
+    if _most(metric, measure, sums, samples, reference) < needed.value:
+        return True
+    scores = getattr(measure, "scores", None)
+    if scores is None or len(scores) != samples or not look:
+        return False
+    least, theirs = needed.value, getattr(pair.reference, "scores", None)
+    if theirs is not None and needed.baseline is not None and len(theirs) == samples:
+        scores, least = scores - theirs, needed.value - needed.baseline
+    if not misses_for_good(scores, total, least):
+        return False
+    return any(
+        is_mixed(rows.reshape(total, -1).astype(np.float64), samples)
+        for rows in reference.outputs.values()
+        if not isinstance(rows, tuple) and len(rows) == total and rows.dtype.kind == "f"
+    )
+
+
+def _most(
+    metric: Metric | None, measure: Any, sums: Fidelity, samples: int, reference: StoredOutputs
+) -> float:
+    """The highest value of the metric that is still possible over all samples."""
+    total = len(reference.items)
+    if measure is not None:
+        most = getattr(measure, "most", None)
+        return float(most(total)) if callable(most) else math.inf
+    if metric == "agreement" and sums.compared == samples:
+        return (sums.agreeing + total - samples) / total
+    if metric != "sqnr_db":
+        return math.inf
+    return min(
+        (
+            10 * math.log10(reference.energies[name] / found.noise)
+            for name, found in sums.judged.items()
+            if found.noise > 0 and reference.energies.get(name, 0.0) > 0
+        ),
+        default=math.inf,
+    )
 
 
 class _Spread:
@@ -238,6 +327,7 @@ def _evaluation(
             for name, found in sums.outputs.items()
         },
         sqnr_error=near if compared else None,
+        agreement_error=share_error(agreement(sums), sums.compared) if sums.compared else None,
     )
 
 

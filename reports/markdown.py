@@ -16,6 +16,7 @@ from trtune.reports.summary import (
     number,
     outlier_sentences,
     plural,
+    plus_minus,
     ratio_text,
     seconds_text,
     verdict,
@@ -136,7 +137,8 @@ def _tuning(record: RunRecord) -> list[str]:
             ", ".join(map(code, step.pinned)) or DASH,
             "yes" if step.met else "no",
             str(len(step.pinned)),
-            metric_text(metric, step.value),
+            metric_text(metric, step.value) + plus_minus(metric, step.error),
+            plural(step.samples, "picture") + ("" if step.whole else ", then ended"),
             "cached" if step.cached else seconds_text(step.seconds),
         ]
         for step in record.tuning
@@ -144,7 +146,8 @@ def _tuning(record: RunRecord) -> list[str]:
     front = ", ".join(
         f"{plural(p.pins, 'pin')} {metric_text(metric, p.value)}" for p in record.front
     )
-    columns = ("step", "action", "pinned", "target met", "pins", metric_label(metric), "time")
+    columns = ("step", "action", "pinned", "target met", "pins", metric_label(metric),
+               "measured on", "time")  # fmt: skip
     best = ["", f"Best with so many pins: {front}."] if len(record.front) > 1 else []
     return [_pipes(columns, rows, text_columns=4), *best]
 

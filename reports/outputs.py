@@ -176,6 +176,19 @@ class StoredOutputs:
             }
         )
 
+    @cached_property
+    def energies(self) -> dict[str, float]:
+        """Sum of squares of each part that is judged apart, over all samples."""
+        found: dict[str, float] = {}
+        for piece in self.pieces:
+            for group in self.groups:
+                rows = piece.get(group.output, ())
+                for row in rows if isinstance(rows, tuple) else (rows,):
+                    values = np.nan_to_num(group.of(row), posinf=0.0, neginf=0.0)
+                    energy = float(np.square(values, dtype=np.float64).sum())
+                    found[group.label] = found.get(group.label, 0.0) + energy
+        return found
+
     def rows(self, start: int, stop: int) -> dict[str, Any]:
         """The samples from `start` to `stop`, by output."""
         parts: dict[str, list[Any]] = {}

@@ -71,7 +71,9 @@ class Variant(_Value):
     beside it where there are labels. `nodes` counts what is planned, `account` what the runtime
     itself says (with "unknown" where it does not). `status` is absent for a backend that this
     machine has not, failed for one that could not build or run: it then has this one variant.
-    `verdict` says whether it meets the target. `interval` holds `value` with 95 % confidence, from
+    `verdict` says whether it meets the target. `error` is the standard error of `value` over
+    pictures, paired with FP32 where a difference is asked for; `sqnr_error` and `agreement_error`
+    those of what is beside it. `interval` holds `value` with 95 % confidence, from
     the pictures' own spread: of the difference to FP32 on the same `samples` pictures where that is
     what the target asks for; `within_noise` says that the target lies inside. `outputs` has how
     close every output is, and every part of one that is judged apart.
@@ -84,6 +86,7 @@ class Variant(_Value):
     backend: str
     value: float | None
     drop: float | None = None
+    error: float | None = None
     interval: tuple[float, float] | None = None
     verdict: Literal["met", "missed"] | None = None
     within_noise: bool = False
@@ -91,7 +94,9 @@ class Variant(_Value):
     outputs: dict[str, Closeness] = Field(default_factory=dict)
     top1: float | None = None
     sqnr_db: float | None = None
+    sqnr_error: float | None = None
     agreement: float | None = None
+    agreement_error: float | None = None
     latency_ms: Latency | None = None
     latency_note: str | None = None
     size_bytes: int | None = None
@@ -112,7 +117,9 @@ class TuningStep(_Value):
     """One evaluated set of pins: `action` is start, pin, unpin (kept) or unpin-rejected.
 
     `value` is that of the first backend, and `values` has those of all that it was measured on: the
-    first that misses the target ends a step.
+    first that misses the target ends a step. `error` is the standard error of `value`, paired with
+    FP32 where a difference is asked for. A step is not `whole` that was ended after `samples`
+    pictures, because the rest could not meet the target any more.
     """
 
     step: int
@@ -126,15 +133,20 @@ class TuningStep(_Value):
     cached: bool = False
     reason: str = ""
     values: dict[str, float] = Field(default_factory=dict)
+    error: float | None = None
+    samples: int = 0
+    whole: bool = True
 
 
 class FrontPoint(_Value):
-    """The best that was measured with so many pins of the tuner, where no fewer reach as much."""
+    """The least noise that was measured with so many pins of the tuner; no fewer have less."""
 
     pins: int
     pinned: list[str]
     value: float
     met: bool = False
+    error: float | None = None
+    sqnr_db: float | None = None
 
 
 class Chosen(_Value):

@@ -324,6 +324,19 @@ def interval_text(metric: str, variant: Variant) -> str:
     return f"{low.removesuffix(unit) if unit else low} to {high}"
 
 
+def plus_minus(metric: str, error: float | None) -> str:
+    """A standard error to stand behind its value: points of a hundred for fractions.
+
+    >>> plus_minus("top1", 0.0041), plus_minus("sqnr_db", 0.12), plus_minus("top1", None)
+    (' ±0.41', ' ±0.1', '')
+    """
+    if error is None or not math.isfinite(error):
+        return ""
+    if metric in FRACTIONS:
+        return f" ±{100 * error:.2f}"
+    return f" ±{error:.1f}" if metric == "sqnr_db" else f" ±{error:.2g}"
+
+
 def exact_text(metric: str, value: float, other: float | None) -> str:
     """A value with its unit, with as many digits as tell it from `other`.
 

@@ -30,6 +30,7 @@ from trtune.reports.summary import (
     main_variant,
     metric_label,
     metric_text,
+    plus_minus,
     seconds_text,
     size_text,
     speedup,
@@ -133,8 +134,10 @@ def result_table(record: RunRecord) -> Table:
         "target": verdict_text,
         "vs FP32": lambda v: DASH if v.name == "fp32" else change_text(metric, v.drop),
         "top-1": lambda v: metric_text("top1", v.top1),
-        "SQNR": lambda v: decibels(v.sqnr_db),
-        "agreement": lambda v: metric_text("agreement", v.agreement),
+        "SQNR": lambda v: decibels(v.sqnr_db) + plus_minus("sqnr_db", v.sqnr_error),
+        "agreement": lambda v: (
+            metric_text("agreement", v.agreement) + plus_minus("agreement", v.agreement_error)
+        ),
         "latency (p95)": lambda v: _latency_cell(v, notes),
         "speed-up": lambda v: _times(speedup(record, v)),
         "size": lambda v: size_text(v.size_bytes),
@@ -162,7 +165,7 @@ def _without_empty(
 
 
 def _value_cell(metric: str, variant: Variant, notes: _Footnotes) -> str:
-    text = metric_text(metric, variant.value)
+    text = metric_text(metric, variant.value) + plus_minus(metric, variant.error)
     return text + notes.mark(variant.reason) if variant.reason else text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trtune.precision.tune.ladder import Step, Tuned
+from trtune.precision.tune.walk import Step, Tuned
 from trtune.reports.record import FrontPoint, TuningStep
 
 
@@ -22,6 +22,9 @@ def tuning_steps(steps: Sequence[Step], *, sign: int = 1) -> list[TuningStep]:
             met=step.score.met,
             cached=step.score.cached,
             values=dict(step.score.values),
+            error=step.score.error,
+            samples=step.score.samples,
+            whole=step.score.whole,
             reason="; ".join(filter(None, (step.reason, step.score.note))),
         )
         for number, step in enumerate(steps)
@@ -36,6 +39,8 @@ def front_points(tuned: Tuned, *, sign: int = 1) -> list[FrontPoint]:
             pinned=list(step.pinned),
             value=sign * step.score.value,
             met=step.score.met,
+            error=step.score.error,
+            sqnr_db=step.score.sqnr_db,
         )
         for step in tuned.front
     ]

@@ -13,25 +13,14 @@ from trtune.precision.graph.proto import tensor_bytes
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import UNKNOWN, BuildInfo
 from trtune.reports.accuracy import Evaluation
-from trtune.reports.measures.fidelity import CLOSENESS
 from trtune.reports.measures.find import TOP1
 
 CONFIDENCE = 1.96
 """Standard errors to either side that hold 95 %."""
 
 
-def interval_of(
-    metric: str, reached: float | None, found: Evaluation, *, relative: bool
-) -> tuple[float, float] | None:
-    """Where the value lies with 95 % confidence, by the spread over samples.
-
-    `relative` to FP32 on the same samples, where that spread is known.
-    """
-    error = found.error
-    if relative and found.difference_error is not None:
-        error = found.difference_error
-    if metric == CLOSENESS:
-        error = found.sqnr_error
+def interval_of(reached: float | None, error: float | None) -> tuple[float, float] | None:
+    """Where a value lies with 95 % confidence, by its standard error."""
     if error is None or reached is None or not math.isfinite(reached):
         return None
     return reached - CONFIDENCE * error, reached + CONFIDENCE * error

@@ -11,6 +11,7 @@ batch that returns a score a sample, or one number for the batch: the mean over 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -67,7 +68,12 @@ class Resampled(Protocol):
 
 
 class Mean:
-    """The mean of one score a sample; subclasses give the scores."""
+    """The mean of one score a sample; subclasses give the scores.
+
+    `highest` is the most that a score can be, which tells early what can no longer be reached.
+    """
+
+    highest: float = math.inf
 
     def __init__(self) -> None:
         self._scores: list[Scores] = []
@@ -97,6 +103,11 @@ class Mean:
     def weighted(self, weights: NDArray[np.float64]) -> float:
         """The mean with these weights."""
         return float(np.average(self.scores, weights=weights))
+
+    def most(self, total: int) -> float:
+        """The highest value that is still possible once `total` samples are taken in."""
+        left = total - self.count
+        return (float(self.scores.sum()) + left * self.highest) / total if left else self.result()
 
 
 class FunctionMean(Mean):

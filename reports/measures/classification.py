@@ -179,6 +179,12 @@ class TopK:
         scores = self.scores
         return float(scores.mean()) if len(scores) else float("nan")
 
+    def most(self, total: int) -> float:
+        """The highest share that is still possible once `total` samples are taken in."""
+        found = [np.concatenate(c.scores) for c in (self._candidates or {}).values() if c.scores]
+        best = max((float(rows.sum()) - len(rows) for rows in found), default=0.0)
+        return (best + total) / total
+
     def weighted(self, weights: NDArray[np.float64]) -> float:
         """The share with these weights."""
         return float(np.average(self.scores, weights=weights))

@@ -245,6 +245,8 @@ class DetectionAgreement(Mean):
     the surest first. A mean over pictures; one in which neither finds anything agrees.
     """
 
+    highest = 1.0
+
     def __init__(self, reading: Reading) -> None:
         super().__init__()
         self._reading = reading

@@ -111,6 +111,8 @@ class Perplexity:
 class NextToken(Mean):
     """The share of places whose highest logit is the next token; the mean over sequences."""
 
+    highest = 1.0
+
     def __init__(self, output: str | None = None) -> None:
         super().__init__()
         self._output = output
@@ -125,6 +127,8 @@ class NextToken(Mean):
 
 class TokenAgreement(Mean):
     """The share of places with FP32's highest logit; the mean over sequences."""
+
+    highest = 1.0
 
     def __init__(self, output: str | None = None) -> None:
         super().__init__()

@@ -18,6 +18,13 @@ from trtune.reports.measures.base import Resampled
 DRAWS = 64
 _SEED = 0
 
+FEWEST = 64
+"""Pictures before which no mean is trusted to stay where it is."""
+CERTAIN = 4.5
+"""Standard errors by which a mean must miss: below one in 10^5 that it would not, at each look."""
+DIRECTIONS = 16
+"""Random directions in which outputs are looked at, to see whether pictures come in mixed order."""
+
 
 def mean_error(scores: NDArray[np.float64]) -> float | None:
     """The standard error of the mean of `scores`; None for fewer than two.
@@ -78,6 +85,42 @@ def paired_error(reference: Any, measure: Any) -> float | None:
     if not _can(measure) or not _can(reference) or measure.count != reference.count:
         return None
     return _spread([measure.weighted(w) - reference.weighted(w) for w in draws(measure.count)])
+
+
+def misses_for_good(scores: NDArray[np.float64], total: int, needed: float) -> bool:
+    """Whether a mean over `total` samples, of which `scores` are the first, stays below `needed`.
+
+    By `CERTAIN` standard errors of a draw without replacement, so the samples have to come in
+    mixed order (`is_mixed`). Looked at when their number has doubled, from `FEWEST` on, so that
+    many looks do not find by chance what is not there (Wald, Sequential analysis, 1947, with
+    fixed looks instead of boundaries).
+
+    >>> misses_for_good(np.tile([0.0, 1.0], 64), 50000, 0.8)
+    True
+    """
+    count = len(scores)
+    if count < FEWEST or count >= total:
+        return False
+    error = mean_error(scores) or 0.0
+    spread = max(error, 1 / count) * math.sqrt(1 - count / total)
+    return float(scores.mean()) + CERTAIN * spread < needed
+
+
+def is_mixed(features: NDArray[np.float64], count: int) -> bool:
+    """Whether the first `count` rows of `features` (samples x values) look like all of them.
+
+    Pictures in folders come class by class, and then the first say nothing about the others. The
+    rows are projected on `DIRECTIONS` random directions; the mean of the first must lie within
+    `CERTAIN` standard errors of that of all in each.
+    """
+    rows = np.nan_to_num(features.reshape(len(features), -1), posinf=0.0, neginf=0.0)
+    if not 1 < count < len(rows) or not rows.shape[1]:
+        return False
+    generator = np.random.default_rng(_SEED)
+    seen = rows @ generator.standard_normal((rows.shape[1], DIRECTIONS))
+    spread = seen.std(axis=0, ddof=1) / math.sqrt(count) * math.sqrt(1 - count / len(rows))
+    apart = np.abs(seen[:count].mean(axis=0) - seen.mean(axis=0))
+    return bool((apart <= CERTAIN * spread).all())
 
 
 def draws(count: int, times: int = DRAWS) -> list[NDArray[np.float64]]:

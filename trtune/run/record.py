@@ -18,8 +18,8 @@ from trtune.precision.prepare.codes import readers_of
 from trtune.precision.prepare.values import ROUND_CODES, sentence
 from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.quantized.findings import summary
-from trtune.precision.tune.ladder import Tuned
 from trtune.precision.tune.scales import carried_tensors
+from trtune.precision.tune.walk import Tuned
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.entries.calibration import calibration_record
 from trtune.reports.entries.histograms import histogram_plots

@@ -16,8 +16,9 @@ from trtune.precision.plan.half_types import HALVES
 from trtune.precision.plan.plan import PrecisionPlan, is_lowered
 from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
-from trtune.precision.tune.ladder import Ranked, Score, Step, Tuned, tune
+from trtune.precision.tune.ladder import tune
 from trtune.precision.tune.leave_one_out import PathStep
+from trtune.precision.tune.walk import Ranked, Score, Step, Tuned
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.measures.fidelity import CLOSENESS
 from trtune.reports.summary import number
@@ -25,7 +26,7 @@ from trtune.run.backends import BackendFailed, watched
 from trtune.run.stage import Form, Stage, as_json
 from trtune.run.stages.engines import measured_with
 from trtune.run.stages.layers import alone
-from trtune.run.stages.measuring import Bench, baseline, evaluation
+from trtune.run.stages.measuring import Bench, TargetMetric, baseline, evaluation
 from trtune.run.stages.pins import HeldOut
 from trtune.run.work import RunWork
 from trtune.run.workspace import Workspace
@@ -48,36 +49,81 @@ class Scorer:
     fp32: Evaluation
     threshold: float | None
     candidate: Callable[[PrecisionPlan], Candidate]
+    relative: bool = False
+    """Whether the target is a difference to FP32 on the same pictures."""
 
-    def score(self, plan: PrecisionPlan) -> Score:
+    def score(self, plan: PrecisionPlan, *, whole: bool = False) -> Score:
         """How `plan` does on the first backend, and whether the target holds on all of them.
 
-        Raises BackendFailed if one cannot build or run it.
+        Unless it is to be `whole`, measuring ends where the rest of the pictures cannot meet the
+        target. Raises BackendFailed if one cannot build or run it.
         """
-        builds, met, note = 0, True, ""
-        losses: list[float | None] = []
-        values: dict[str, float] = {}
-        first: Evaluation | None = None
+        builds, met, notes = 0, True, list[str]()
+        found: dict[str, Evaluation] = {}
         for backend in self.backends:
             with watched(backend):
-                stage = evaluation(self.bench, self.candidate(plan), backend, self.fp32)
-                builds += not self.workspace.holds(stage)
-                found = self.workspace.get(stage)
-            first = first or found
-            value = self.bench.metric.value_of(found)
+                found[backend.name], built = self._evaluation(plan, backend, whole=whole)
+            builds += built
+            value = self.bench.metric.value_of(found[backend.name])
             met = self.is_enough(value)
-            losses.append(self.loss(value))
-            values |= {} if value is None else {backend.name: value}
             if not met:
                 several = len(self.backends) > 1
-                note = f"missed on {backend.name}: {number(value)}" if several else ""
+                notes += [f"missed on {backend.name}: {number(value)}"] if several else []
                 break
-        assert first is not None
-        value = self.bench.metric.value_of(first)
+        first, last = next(iter(found.values())), found[backend.name]
+        values = {name: self.bench.metric.value_of(one) for name, one in found.items()}
+        value = values[self.backends[0].name]
         sign = 1 if self.bench.metric.higher else -1  # the search takes more for better
-        reached = float("-inf") if value is None else sign * value
-        lost = losses[-1] if not met else max((x for x in losses if x is not None), default=None)
-        return Score(reached, met, first.sqnr_db, not builds, note, builds, lost, values)
+        losses = [self.loss(v) for v in values.values()]
+        if not last.whole:
+            notes += [f"missed for certain after {last.samples} of {self.fp32.samples} pictures"]
+        return Score(
+            value=float("-inf") if value is None else sign * value,
+            met=met,
+            sqnr_db=first.sqnr_db,
+            cached=not builds,
+            note="; ".join(notes),
+            builds=builds,
+            loss=losses[-1] if not met else max((x for x in losses if x is not None), default=None),
+            values={name: v for name, v in values.items() if v is not None},
+            noise=None if first.sqnr_db is None else noise_of(first.sqnr_db),
+            loss_error=self._loss_error(last),
+            error=error_of(self.bench.metric, first, relative=self.relative),
+            samples=first.samples,
+            whole=all(one.whole for one in found.values()),
+        )
+
+    def whole(self, plan: PrecisionPlan) -> Score:
+        """The same on all pictures."""
+        return self.score(plan, whole=True)
+
+    def _evaluation(
+        self, plan: PrecisionPlan, backend: Backend, *, whole: bool
+    ) -> tuple[Evaluation, bool]:
+        """What `plan` is worth on `backend`, and whether an engine was built for that."""
+        candidate, ws = self.candidate(plan), self.workspace
+        stage = evaluation(self.bench, candidate, backend, self.fp32)
+        higher = self.bench.metric.higher
+        if ws.holds(stage) or whole or self.threshold is None or not higher:
+            built = not ws.holds(stage)
+            return ws.get(stage), built
+        until = evaluation(self.bench, candidate, backend, self.fp32, needed=self.threshold)
+        built = not ws.holds(until)
+        found = ws.get(until)
+        if found.whole:  # the same as without an end: what reports read
+            ws.get(replace(stage, make=lambda folder: found))
+        return found, built
+
+    def _loss_error(self, found: Evaluation) -> float | None:
+        """The standard error of what is lost, as a part of what may be; None for closeness, whose
+        noise is compared as it is."""
+        error = error_of(self.bench.metric, found, relative=self.relative)
+        best = 1.0 if self.bench.metric.is_fidelity else self.fp32.value
+        if self.bench.metric.name == CLOSENESS or error is None:
+            return None
+        if best is None or self.threshold is None or best == self.threshold:
+            return None
+        return error / abs(best - self.threshold)
 
     def loss(self, value: float | None) -> float | None:
         """What is lost against FP32 as a part of what may be lost; None if that cannot be said.
@@ -97,6 +143,28 @@ class Scorer:
     def is_enough(self, value: float | None) -> bool:
         """Whether a value meets the target."""
         return is_enough(value, self.threshold, higher=self.bench.metric.higher)
+
+
+def error_of(metric: TargetMetric, found: Evaluation, *, relative: bool) -> float | None:
+    """The standard error of the target metric's value over pictures, or None.
+
+    `relative`: of the difference to FP32 on the same pictures, where that is known.
+    """
+    if not metric.is_fidelity:
+        paired = found.difference_error if relative else None
+        return found.error if paired is None else paired
+    if metric.name == CLOSENESS:
+        return found.sqnr_error
+    return found.agreement_error if metric.name == "agreement" else None
+
+
+def noise_of(sqnr_db: float) -> float:
+    """Noise by signal energy.
+
+    >>> noise_of(20.0), noise_of(-math.inf)
+    (0.01, inf)
+    """
+    return math.inf if sqnr_db == -math.inf else float(10 ** (-sqnr_db / 10))
 
 
 def is_enough(value: float | None, threshold: float | None, *, higher: bool = True) -> bool:
@@ -194,7 +262,8 @@ def tuning(work: RunWork) -> Stage[Tuned]:
         bench = work.choosing
         fp32 = work.workspace.get(baseline(bench))
         threshold = threshold_of(section.target, fp32, higher=bench.metric.higher)
-        judge = Scorer(work.workspace, bench, judges, fp32, threshold, work.candidate)
+        relative = section.target is not None and section.target.max_drop is not None
+        judge = Scorer(work.workspace, bench, judges, fp32, threshold, work.candidate, relative)
         tunable = threshold is not None and is_lowered(work.untuned)
         return tune(
             work.untuned,
@@ -203,6 +272,7 @@ def tuning(work: RunWork) -> Stage[Tuned]:
             max_pins=section.max_pins,
             evaluations=section.max_evaluations,
             patience=PATIENCE if work.untuned.quantized_nodes else None,
+            whole=judge.whole,
             precisions=("fp32",) if section.default in HALVES else (section.fallback, "fp32"),
         )
 

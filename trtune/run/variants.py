@@ -35,7 +35,7 @@ from trtune.run.stages.latency import Speed, speed
 from trtune.run.stages.layers import engine_gated
 from trtune.run.stages.measuring import as_it_stands, baseline, evaluation
 from trtune.run.subject import fp32_plan
-from trtune.run.tuning import is_enough, threshold_of
+from trtune.run.tuning import error_of, is_enough, threshold_of
 from trtune.run.work import RunWork
 
 EMULATION_NOTE = "emulation of TensorRT's arithmetic: its CPU time says nothing about speed"
@@ -236,10 +236,12 @@ def _worth(
     threshold = threshold_of(target, fp32, higher=metric.higher)
     met = is_enough(reached, threshold, higher=metric.higher) and quantized
     relative = target is not None and target.max_drop is not None
-    interval = interval_of(metric.name, reached, value, relative=relative)
+    error = error_of(metric, value, relative=relative)
+    interval = interval_of(reached, error)
     return {
         "value": reached,
         "drop": None if lost else sign * ((fp32.value or 0.0) - (reached or 0.0)),
+        "error": error,
         "interval": interval,
         "verdict": None if threshold is None or not judged else "met" if met else "missed",
         "within_noise": judged
@@ -250,7 +252,9 @@ def _worth(
         "outputs": {name: Closeness(**asdict(found)) for name, found in value.outputs.items()},
         "top1": top1_of(value),
         "sqnr_db": value.sqnr_db,
+        "sqnr_error": value.sqnr_error,
         "agreement": value.agreement,
+        "agreement_error": value.agreement_error,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtune.precision.plan.plan import Assignment, PrecisionPlan
-from trtune.precision.tune.ladder import Ranked, Score, Tuned, ladder, pins_for, tune
+from trtune.precision.tune.ladder import ladder, tune
+from trtune.precision.tune.walk import Ranked, Score, Tuned, expected_loss, pins_for
 
 NODES = tuple("abcdefghij")
 RANKING = [(name, f"alone {name} leaves {i} dB") for i, name in enumerate(NODES)]
@@ -369,3 +371,104 @@ def test_how_many_pins_a_loss_takes(
     loss: float, at: int, noises: list[float], pins: int | None
 ) -> None:
     assert pins_for(loss, at, noises) == pins
+
+
+# Values that are noise, beside a noise that is not
+
+
+class Top1:
+    """A value that loses what its noise says, less or more by chance; target at a loss of 1."""
+
+    def __init__(self, parts: Mapping[str, float], chance: Mapping[str, float]) -> None:
+        self.parts, self.chance = parts, chance
+        self.asked: list[str] = []
+
+    def __call__(self, plan: PrecisionPlan) -> Score:
+        pins = "".join(plan.pinned)
+        self.asked.append(pins)
+        noise = sum(part for name, part in self.parts.items() if name not in pins)
+        loss = noise + self.chance.get(pins, 0.0)
+        return Score(-loss, loss <= 1, loss=loss, loss_error=0.5, noise=noise / 100)
+
+
+HALVES_OF = {"a": 1.0, "b": 0.5, "c": 0.4, "d": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("chance", "asked", "kept"),
+    [
+        pytest.param({}, ["", "a", "ab"], "ab", id="no chance"),
+        pytest.param(
+            {"a": -0.3}, ["", "a", "ab"], "ab", id="one that meets by chance is not the last"
+        ),
+        pytest.param({"a": -0.9}, ["", "a"], "a", id="one that meets by more than chance is"),
+        pytest.param(
+            {"ab": 0.6},
+            ["", "a", "ab", "abcd", "abc", "ab", "ac"],
+            "ac",
+            id="one that misses is none",
+        ),
+    ],
+)
+def test_a_plan_is_taken_by_its_noise_and_confirmed_by_its_value(
+    chance: Mapping[str, float], asked: list[str], kept: str
+) -> None:
+    problem = Top1(HALVES_OF, chance)
+    tuned = tune(a_plan(), [(name, "") for name in "abcd"], problem, max_pins=4)
+    assert tuned.met
+    assert tuned.plan.pinned == tuple(kept)
+    assert problem.asked[: len(asked)] == asked
+
+
+def test_of_plans_that_only_chance_lets_meet_the_one_with_the_least_noise_is_kept() -> None:
+    problem = Top1({"a": 1.0, "b": 0.5, "z": 2.0}, {"a": -1.6, "ab": -1.2})
+    tuned = tune(a_plan(), [("a", ""), ("b", "")], problem, max_pins=2)
+    assert problem.asked == ["", "a", "ab"]
+    assert (tuned.met, tuned.plan.pinned) == (True, ("a", "b"))
+    assert tuned.chosen.pinned == ("a", "b")
+
+
+def test_a_miss_is_best_by_its_noise_and_not_by_a_lucky_value() -> None:
+    problem = Top1({"a": 1.0, "b": 0.5, "z": 9.0}, {"": -2.0})
+    tuned = tune(a_plan(), [("a", ""), ("b", "")], problem, max_pins=2)
+    assert (tuned.met, tuned.plan.pinned) == (False, ("a", "b"))
+    assert [len(step.pinned) for step in tuned.front] == [0, 1, 2]
+
+
+def test_a_step_with_hardly_less_noise_gained_nothing() -> None:
+    problem = Top1({**dict.fromkeys(NODES, 0.01), "z": 9.0}, {})
+    tuned = tune(a_plan(), RANKING, problem, max_pins=10, patience=2)
+    assert problem.asked == ["", "a", "ab"]
+    assert not tuned.met
+
+
+def test_what_was_ended_early_is_measured_whole_before_it_is_kept() -> None:
+    problem = Top1({"a": 1.0, "z": 9.0}, {})
+
+    def ended(plan: PrecisionPlan) -> Score:
+        return replace(problem(plan), whole=False, samples=8)
+
+    tuned = tune(a_plan(), [("a", "")], ended, max_pins=1, whole=problem)
+    assert problem.asked == ["", "a", "a"]  # the first is always whole
+    assert [step.score.whole for step in tuned.steps] == [True, True]
+    tuned = tune(a_plan(), RANKING[:4], ended, max_pins=4, whole=problem)
+    assert [step.score.whole for step in tuned.steps] == [True, True, False, False]
+    assert [len(step.pinned) for step in tuned.front] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("noise", "known", "loss"),
+    [
+        pytest.param(2.0, [(4.0, 2.0)], 1.0, id="in proportion"),
+        pytest.param(1.0, [(1.0, 0.4), (1.0, 0.6)], 0.5, id="the mean of equals"),
+        pytest.param(1.0, [(1.0, 0.4), (2.0, 1.6)], 0.6, id="the nearer counts more"),
+        pytest.param(1.0, [(0.0, 0.0)], None, id="no noise says nothing"),
+        pytest.param(0.0, [(1.0, 1.0)], None, id="of no noise nothing is said"),
+        pytest.param(1.0, [], None, id="nothing known"),
+    ],
+)
+def test_the_loss_that_a_noise_is_expected_to_cost(
+    noise: float, known: list[tuple[float, float]], loss: float | None
+) -> None:
+    found = expected_loss(noise, known)
+    assert found == (None if loss is None else pytest.approx(loss))

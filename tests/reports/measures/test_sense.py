@@ -46,7 +46,7 @@ def test_a_threshold_below_zero_is_met_by_anything() -> None:
 
 def test_pictures_in_both_sets_are_counted() -> None:
     (found,) = same_pictures(["a", "b"], ["b", "c", "d"])
-    assert found.text.startswith("1 of 3 evaluation samples")
+    assert found.text.startswith("1 of 3 samples of data.evaluation are in data.calibration too")
     assert not same_pictures(["a"], ["b"])
 
 

@@ -17,7 +17,7 @@ from trtune.datasets.code import code_hash
 from trtune.precision.graph.file import Model
 from trtune.precision.runtime.api import Backend, Candidate, Engine
 from trtune.precision.runtime.session import OrtEngine, make_session
-from trtune.reports.accuracy import Evaluation, OutputCloseness, evaluate
+from trtune.reports.accuracy import Evaluation, Needed, OutputCloseness, evaluate
 from trtune.reports.measures.base import PythonMetric
 from trtune.reports.measures.fidelity import CLOSENESS, FIDELITY_METRICS
 from trtune.reports.measures.find import METRICS, TOP1, Asked, find_metric, higher_is_better
@@ -122,7 +122,13 @@ class Bench:
             **device_needs(self.device),
         }
 
-    def measure(self, engine: Engine, counted: str | PythonMetric | None, what: str) -> Evaluation:
+    def measure(
+        self,
+        engine: Engine,
+        counted: str | PythonMetric | None,
+        what: str,
+        needed: Needed | None = None,
+    ) -> Evaluation:
         """What an engine is worth: `counted` on the data, and its closeness to FP32."""
         with engine as running:
             return evaluate(
@@ -134,6 +140,7 @@ class Bench:
                 reference=self.reference,
                 fixed_batch=fixed_batch(self.model),
                 layout=self.layout,
+                needed=needed,
                 progress=self.progress,
                 what=what,
             )
@@ -191,25 +198,33 @@ def evaluation(
     fp32: Evaluation,
     *,
     built: Path | None = None,
+    needed: float | None = None,
 ) -> Stage[Evaluation]:
     """The value of `candidate` on `backend`, from the unmarked model.
 
-    `built` is the folder of its engine, if there is one already; else one is built for this.
+    `built` is the folder of its engine, if there is one already; else one is built for this. With
+    `needed`, the value of the metric that the target asks for, it is measured until it is certain
+    to miss that, or on everything.
     """
+    asked = counted(bench, fp32)
+    closeness = bench.metric.name if bench.metric.is_fidelity else None
+    until = None if needed is None else Needed(needed, fp32.value, closeness)
     what = f"evaluate {backend.name}"
 
     def make(folder: Path) -> Evaluation:
         if built is not None:
-            return bench.measure(backend.load(built), counted(bench, fp32), what)
+            return bench.measure(backend.load(built), asked, what, until)
         scratch = folder / ".tuning"
         try:
             build(candidate, backend, scratch, bench.progress)
-            return bench.measure(backend.load(scratch), counted(bench, fp32), what)
+            return bench.measure(backend.load(scratch), asked, what, until)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
     needs = {**measured_with(candidate, backend), **bench.needs(), "counted": fp32.metric}
-    return Stage("evaluation", needs, make, EVALUATION, many=True)
+    if needed is None:
+        return Stage("evaluation", needs, make, EVALUATION, many=True)
+    return Stage("until", {**needs, "needed": needed}, make, EVALUATION, many=True)
 
 
 def _replayed(bench: Bench, metric: str | PythonMetric | None) -> Evaluation:
