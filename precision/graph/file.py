@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,10 +251,13 @@ def _state_length(tensor: onnx.TensorProto) -> None:
 
 def _place(tensor: onnx.TensorProto) -> external_data_helper.ExternalDataInfo:
     """Where the values of `tensor` lie; ModelError if that is no place in a file."""
-    try:
-        return external_data_helper.ExternalDataInfo(tensor)
-    except ValueError as error:
-        raise ModelError(f"the place of its external weight {tensor.name!r}: {error}") from error
+    for entry in tensor.external_data:  # onnx looks from 1.20 on
+        if entry.key in ("offset", "length") and not re.fullmatch("[0-9]+", entry.value):
+            raise ModelError(
+                f"the place of its external weight {tensor.name!r}: {entry.key} {entry.value!r} "
+                "is no number of bytes"
+            )
+    return external_data_helper.ExternalDataInfo(tensor)
 
 
 def _hash_with_external(path: Path, external: list[onnx.TensorProto]) -> str:

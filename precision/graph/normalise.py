@@ -24,6 +24,7 @@ from trtune.precision.graph.opsets import (
     declare_opset,
     lowered_opset,
     newest_opset,
+    runnable_opset,
 )
 from trtune.precision.graph.proto import (
     DEFAULT_DOMAINS,
@@ -128,7 +129,7 @@ def check(model: onnx.ModelProto) -> None:
     opset = default_opset(model)
     if opset is None:
         raise ModelError("the model imports no default operator set, so its nodes have no meaning")
-    if not OLDEST_OPSET <= opset <= newest_opset():
+    if not OLDEST_OPSET <= runnable_opset(model.graph.node, opset) <= newest_opset():
         raise ModelError(
             f"the model uses opset {opset}; {OLDEST_OPSET} to {newest_opset()} can be handled. "
             "Export it again with an `opset_version` in that range"

@@ -88,6 +88,12 @@ def lowered_opset(nodes: Iterable[onnx.NodeProto], opset: int) -> int:
     return opset
 
 
+def runnable_opset(nodes: Iterable[onnx.NodeProto], opset: int) -> int:
+    """`opset`, or what it is lowered to where onnx has it and onnxruntime does not."""
+    known = newest_opset() < opset <= onnx.defs.onnx_opset_version()
+    return lowered_opset(nodes, opset) if known else opset
+
+
 @cache
 def _same_operator(op: str, opset: int) -> bool:
     try:

@@ -7,8 +7,14 @@ import tinymodels
 from onnx import TensorProto, helper
 
 from trtune.configs.errors import ModelError
+from trtune.precision.graph import opsets
 from trtune.precision.graph.normalise import normalise
-from trtune.precision.graph.opsets import KNOWN_OPSET, lowered_opset, newest_opset
+from trtune.precision.graph.opsets import (
+    KNOWN_OPSET,
+    lowered_opset,
+    newest_opset,
+    runnable_opset,
+)
 
 
 @pytest.mark.parametrize("opset", range(7, newest_opset() + 1))
@@ -40,6 +46,20 @@ def test_a_newer_opset_stays_where_an_operator_has_changed() -> None:
     mod = helper.make_node("Mod", ["x", "y"], ["z"])
     if newest_opset() >= 28:
         assert lowered_opset([mod], 28) == 28, "the same inputs, but floats take another sign"
+
+
+def test_an_opset_that_onnx_alone_has_is_lowered_if_it_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    monkeypatch.setattr(opsets, "newest_opset", lambda: KNOWN_OPSET)
+    relu = helper.make_node("Relu", ["x"], ["y"])
+    cast = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT16)
+    assert runnable_opset([relu], newest) == KNOWN_OPSET
+    assert runnable_opset([relu], newest + 1) == newest + 1, "nobody knows what changed there"
+    assert runnable_opset([relu], 17) == 17
+    if newest >= 24:
+        assert runnable_opset([cast], newest) == newest, "it has got an attribute"
 
 
 def test_a_type_that_came_later_keeps_the_opset() -> None:

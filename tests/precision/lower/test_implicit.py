@@ -110,10 +110,6 @@ def test_no_planned_node_of_the_shared_models_is_left(
     assert left_in_float(view, plan, dict.fromkeys(implicit_tensors(view, plan), 1.0)) == {}
 
 
-@pytest.mark.skipif(
-    tuple(map(int, onnx.__version__.split(".")[:2])) < (1, 20),
-    reason="onnx 1.19 reads this model otherwise",
-)
 @pytest.mark.parametrize(
     ("made", "kept", "op", "expected"),
     [
