@@ -211,6 +211,7 @@ def _layers(layers: Sequence[LayerRow]) -> list[str]:
 
 
 def _reproduce(record: RunRecord) -> list[str]:
-    lines = ["```sh", record.command, "```", ""] if record.command else []
+    commands = [*filter(None, [record.command]), *record.polygraphy]
+    lines = ["```sh", *commands, "```", ""] if commands else []
     facts = {**record.versions, **record.hashes}
     return lines + [f"- {escape(name)}: {code(value)}" for name, value in facts.items()]

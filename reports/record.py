@@ -222,7 +222,8 @@ class RunRecord(_Value):
     `prepared` maps a tensor or node to the moves it was prepared with: scale, shift, round, bias.
     `front` has pins against value; `pins_needed` says how many pins a missed target would take, as
     far as can be predicted. With `validation` the values of `tuning` and `front` are of those
-    pictures, and all others of data.evaluation, which then decides the status.
+    pictures, and all others of data.evaluation, which then decides the status. `command` repeats
+    the run, `polygraphy` are lines that show and repeat its outputs, in its folder.
     """
 
     schema_version: int = Field(1, alias="schema")
@@ -242,6 +243,7 @@ class RunRecord(_Value):
     prepared: dict[str, list[str]] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     command: str = ""
+    polygraphy: list[str] = Field(default_factory=list)
     started: str = ""
     seconds: float = 0.0
     versions: dict[str, str] = Field(default_factory=dict)

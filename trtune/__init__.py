@@ -13,6 +13,8 @@ Everything the command line does is one call here:
     rows = trtune.compare(config)                  # one row a layer, as in layers.csv
     record = trtune.tune(config)
     records = trtune.report([trtune.run_folder(config)])
+    trtune.layers_frame(rows).nsmallest(5, "alone_sqnr_db")    # tables as pandas has them
+    trtune.result_frame(record)
 
     print(trtune.inspect("model.onnx").problems)
     trtune.init_config("model.onnx", "model.yaml")
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from trtune.precision.quantized.describe import Inspection
     from trtune.precision.runtime.api import BuildInfo
     from trtune.reports.record import LayerRow, RunRecord
+    from trtune.reports.tables import layers_frame, result_frame
     from trtune.run.pipeline import build, calibrate, compare, report, run, run_folder, tune
     from trtune.tools import (
         cache_from_qdq,
@@ -93,9 +96,11 @@ __all__ = [
     "inspect",
     "inspect_engine",
     "json_schema",
+    "layers_frame",
     "load_config",
     "migrate",
     "report",
+    "result_frame",
     "run",
     "run_folder",
     "strip_qdq",
@@ -114,6 +119,7 @@ _named, __dir__ = lazy_names(
         "precision.quantized.describe": "Inspection",
         "precision.runtime.api": "BuildInfo",
         "reports.record": "LayerRow RunRecord",
+        "reports.tables": "layers_frame result_frame",
         "run.pipeline": "build compare report run_folder tune",
         "tools": (
             "cache_from_qdq convert_cache init_config insert_qdq "

@@ -48,6 +48,8 @@ class TestRunFolder:
             "config.yaml", "calibration.cache", "calibration.cache.json", "plan.json",
             "onnxruntime-emulate/model.onnx", "onnxruntime-emulate/engine.json",
             "onnxruntime-deploy/model.onnx", "onnxruntime-deploy/engine.json",
+            "polygraphy/inputs.json", "polygraphy/fp32.json",
+            "polygraphy/onnxruntime-emulate.json", "polygraphy/onnxruntime-deploy.json",
             "layers.csv", "run.json", "report.md", "report.html", "log.txt",
         } <= files  # fmt: skip
         assert not [file for file in files if "/." in f"/{file}"]

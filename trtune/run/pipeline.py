@@ -49,7 +49,7 @@ from trtune.run.stages.engines import engine_of
 from trtune.run.stages.layers import gated
 from trtune.run.stages.measuring import baseline
 from trtune.run.tuning import threshold_of, tuned, tuning
-from trtune.run.variants import finished, gate_engines, make_variants
+from trtune.run.variants import finished, gate_engines, keep_outputs, make_variants
 from trtune.run.work import RunWork, Setup
 from trtune.run.workspace import Workspace
 
@@ -204,7 +204,8 @@ def _whole(
         done = finished(work, best.plan)
         times = {node: ms for one in done for node, ms in one.speed.nodes.items()}
         rows = layer_rows(work, best.plan, times)
-        record = run_record(work, best, make_variants(work, done), told)
+        variants, lines = make_variants(work, done), keep_outputs(work, done)
+        record = run_record(work, best, variants, told, polygraphy=lines)
         enter(progress, REPORT)
         write_report(work.folder, record, rows, formats=formats)
         return record

@@ -49,7 +49,14 @@ class Started:
     began: float
 
 
-def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Started) -> RunRecord:
+def run_record(
+    work: RunWork,
+    tuned: Tuned,
+    variants: list[Variant],
+    told: Started,
+    *,
+    polygraphy: Sequence[str] = (),
+) -> RunRecord:
     """The record of a run that ends here."""
     setup, subject, ws = work.setup, work.setup.subject, work.workspace
     target, metric, fp32 = setup.config.precision.target, work.bench.metric, ws.get(
@@ -93,6 +100,7 @@ def run_record(work: RunWork, tuned: Tuned, variants: list[Variant], told: Start
         prepared=prepared_moves(work),
         notes=[*_notes(work, left_out[1]), *target_notes(setup.config, work, tuned, metric, fp32)],
         command=told.command,
+        polygraphy=list(polygraphy),
         started=told.started,
         seconds=round(time.perf_counter() - told.began, 3),
         versions={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.quantized.describe import nothing_in_int8
-from trtune.precision.runtime.api import Backend, BuildInfo
+from trtune.precision.runtime.api import Backend, BuildInfo, Candidate
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.entries.variants import (
     accounted,
@@ -34,6 +34,7 @@ from trtune.run.stages.engines import (
 from trtune.run.stages.latency import Speed, speed
 from trtune.run.stages.layers import engine_gated
 from trtune.run.stages.measuring import as_it_stands, baseline, evaluation
+from trtune.run.stages.outputs import Final, kept_outputs, polygraphy_lines
 from trtune.run.subject import fp32_plan
 from trtune.run.tuning import error_of, is_enough, threshold_of
 from trtune.run.work import RunWork
@@ -46,7 +47,7 @@ class OnBackend:
     """What came of one backend: its engines by variant, what they are worth, how fast they are."""
 
     backend: Backend
-    plans: Mapping[str, PrecisionPlan]
+    candidates: Mapping[str, Candidate]
     infos: Mapping[str, BuildInfo]
     values: Mapping[str, Evaluation] = field(default_factory=dict)
     speed: Speed = field(default_factory=Speed)
@@ -105,7 +106,7 @@ def _finish(work: RunWork, backend: Backend, tuned: PrecisionPlan) -> OnBackend:
         for name, candidate in candidates.items()
     }
     if not runs:
-        return OnBackend(backend, plans, infos)
+        return OnBackend(backend, candidates, infos)
     times = Speed()
     section = setup.config.report.latency
     if section is not None and not is_emulation(backend):
@@ -119,7 +120,19 @@ def _finish(work: RunWork, backend: Backend, tuned: PrecisionPlan) -> OnBackend:
     for name, candidate in candidates.items():
         folder = engine_folder(work.folder, backend, below[name])
         values[name] = ws.get(evaluation(work.bench, candidate, backend, fp32, built=folder))
-    return OnBackend(backend, plans, infos, values, times)
+    return OnBackend(backend, candidates, infos, values, times)
+
+
+def keep_outputs(work: RunWork, done: Sequence[OnBackend]) -> list[str]:
+    """Keep what the final models give for a few pictures; lines for Polygraphy that use them."""
+    finals = {
+        one.backend.name: Final(one.backend, one.candidates[TUNED], one.infos[TUNED])
+        for one in done
+        if one.runs and one.infos[TUNED].path is not None
+    }
+    setup = work.setup
+    work.workspace.get(kept_outputs(setup.subject.model, finals, setup.evaluation))
+    return polygraphy_lines(work.folder, finals)
 
 
 def make_variants(work: RunWork, done: list[OnBackend]) -> list[Variant]:
@@ -147,12 +160,12 @@ def _without(work: RunWork, backend: str, status: Any, reason: str) -> Variant:
 def _of_backend(work: RunWork, one: OnBackend) -> list[Variant]:
     subject, fp32 = work.setup.subject, work.workspace.get(baseline(work.bench))
     found = []
-    if one.runs and FP32 not in one.plans:
+    if one.runs and FP32 not in one.candidates:
         found.append(_users_model(work, one, fp32))
     if subject.imported is not None and is_emulation(one.backend):
         value = work.workspace.get(as_it_stands(work.bench, subject.file, fp32))
         found.append(_as_it_stands(work, one, fp32, value))
-    return found + [_variant(work, one, fp32, name) for name in one.plans]
+    return found + [_variant(work, one, fp32, name) for name in one.candidates]
 
 
 def _users_model(work: RunWork, one: OnBackend, fp32: Evaluation) -> Variant:
@@ -186,7 +199,7 @@ def _as_it_stands(work: RunWork, one: OnBackend, fp32: Evaluation, value: Evalua
 
 
 def _variant(work: RunWork, one: OnBackend, fp32: Evaluation, name: str) -> Variant:
-    plan, info = one.plans[name], one.infos[name]
+    plan, info = one.candidates[name].plan, one.infos[name]
     emulated = is_emulation(one.backend)
     return Variant(
         name=work.setup.config.precision.default if name == UNTUNED else name,

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import tinymodels
 from comparing import coarse, engine_of, rows
 from polygraphy.comparator import RunResults
 
 from trtune.configs.errors import DataError
-from trtune.precision.compare.run_results import polygraphy_run, save_run_results
+from trtune.precision.compare.run_results import (
+    few_batches,
+    polygraphy_run,
+    save_inputs,
+    save_run_results,
+)
 
 TOOL = "from polygraphy.tools import main; main()"
 
@@ -23,7 +30,7 @@ def test_polygraphy_reads_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "outputs.json"
     with engine_of(proto) as exact, engine_of(coarse(proto)) as tested:
         engines = {"onnxruntime/fp32": exact, "onnxruntime/int8": tested}
-        save_run_results(path, engines, rows(proto, 7, size=3), pictures=4)
+        save_run_results(path, engines, few_batches(exact, rows(proto, 7, size=3)))
     found = RunResults.load(str(path))
     assert list(found.keys()) == list(engines)
     assert [len(iterations) for iterations in found.values()] == [2, 2]
@@ -44,8 +51,29 @@ def test_polygraphy_reads_what_was_written(tmp_path: Path) -> None:
 def test_without_samples_nothing_is_written(tmp_path: Path) -> None:
     proto = tinymodels.mlp()
     with engine_of(proto) as engine, pytest.raises(DataError, match="no samples"):
-        save_run_results(tmp_path / "outputs.json", {"a": engine}, rows(proto, 0))
-    assert list(tmp_path.iterdir()) == []
+        few_batches(engine, rows(proto, 0))
+
+
+def test_heavy_outputs_are_kept_of_fewer_pictures() -> None:
+    proto = tinymodels.conv_relu()
+    with engine_of(proto) as engine:
+        (one,) = few_batches(engine, rows(proto, 7, size=3), limit=1)
+        assert len(one) == 1
+        assert [len(b) for b in few_batches(engine, rows(proto, 7, size=3))] == [3, 1]
+
+
+def test_polygraphy_repeats_the_outputs_for_the_same_inputs(tmp_path: Path) -> None:
+    proto = tinymodels.conv_relu()
+    model, inputs, outputs = (tmp_path / n for n in ("net.onnx", "in.json", "out.json"))
+    onnx.save(proto, model)
+    with engine_of(proto) as engine:
+        batches = few_batches(engine, rows(proto, 5, size=3))
+        save_run_results(outputs, {"onnxruntime/fp32": engine}, batches)
+    save_inputs(inputs, batches)
+    line = shlex.split(polygraphy_run(model, outputs, inputs=inputs))
+    done = subprocess.run([sys.executable, "-c", TOOL, *line[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED" in done.stdout
 
 
 def test_the_line_quotes_what_a_shell_would_split() -> None:
