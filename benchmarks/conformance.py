@@ -1,19 +1,26 @@
-"""ONNX's own backend tests through loading, normalising and folding, against onnxruntime.
+"""ONNX's own backend tests through loading, folding, planning and int8, against onnxruntime.
 
-    python benchmarks/conformance.py                 # all of them
+    python benchmarks/conformance.py                 # all of them, and results/conformance.md
     python benchmarks/conformance.py --every 20      # one in twenty, for CI
 
 Each test that onnxruntime runs is tried twice: as it is, and with all inputs but the first made
-constants, which folding then computes with. Right is what gives onnxruntime's values of the file.
-Exit status 1 if one crashes or gives other values.
+constants, which folding then computes with. Right is what gives onnxruntime's values of the file
+once it is loaded, normalised and folded; and then, planned in int8 with the ranges of the test's
+own inputs and lowered, the same values again where nothing is quantized, outputs of the same shapes
+within 10 dB where something is, and a finite comparison of every node. Exit status 1 if one crashes
+or gives other values.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,16 +30,29 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.backend.test.loader import load_model_tests
 
+from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import InputError
-from trtune.precision.graph.file import model_from_proto
+from trtune.datasets.batches import Batch
+from trtune.precision.compare.by_node import compared_tensors
+from trtune.precision.compare.layers import compare_layers
+from trtune.precision.graph.file import Model, model_from_proto
+from trtune.precision.graph.view import GraphView
+from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.lower.half_on_cpu import in_float32
+from trtune.precision.plan.placement import place
+from trtune.precision.plan.rules import make_plan
+from trtune.precision.runtime.errors import sqnr_db
+from trtune.precision.runtime.session import make_session, named_values
+from trtune.precision.tune.scales import without_zero_ranges
 
 Arrays = dict[str, NDArray[Any]]
+HERE = Path(__file__).resolve().parent
+CLOSE_DB = 10.0
+"""What int8 leaves at least, on one test's values; a wrong scale or axis leaves about none."""
 
 
 def cases(every: int) -> Iterator[tuple[str, onnx.ModelProto, Arrays]]:
     """Name, model and first inputs of every test of single nodes with tensors alone."""
-    from pathlib import Path
-
     for kind in ("node", "simple", "pytorch-operator", "pytorch-converted"):
         for number, case in enumerate(load_model_tests(kind=kind)):
             if number % every:
@@ -93,23 +113,83 @@ def same(expected: list[Any], found: list[Any]) -> bool:
     )
 
 
-def verdict(proto: onnx.ModelProto, inputs: Arrays) -> str:
-    """ "right", "wrong", "refused: ...", "crash: ...", or "" if onnxruntime does not run it."""
+def verdict(proto: onnx.ModelProto, inputs: Arrays) -> tuple[str, str]:
+    """What loading and then int8 give: "right", "wrong ...", "refused: ...", "crash: ...".
+
+    Empty words for what onnxruntime does not run, and for int8 where loading was not right.
+    """
     try:
         expected = values(proto, inputs)
     except Exception:  # onnxruntime's exceptions have no common base
-        return ""
-    try:
+        return "", ""
+    model: Model | None = None
+
+    def loaded() -> str:
+        nonlocal model
         model = model_from_proto(proto)
-    except InputError as error:
-        return f"refused: {str(error)[:60]}"
-    except Exception as error:
-        return f"crash: {type(error).__name__}: {error}"
-    fed = {spec.name: inputs[spec.name] for spec in model.inputs}
-    try:
+        fed = {spec.name: inputs[spec.name] for spec in model.inputs}
         return "right" if same(expected, values(model.proto, fed)) else "wrong"
-    except Exception as error:
-        return f"crash: {type(error).__name__}: {str(error)[:100]}"
+
+    first = _word(loaded)
+    if model is None or first != "right":
+        return first, ""
+    return first, _word(partial(in_int8, model, inputs))
+
+
+def _word(step: Callable[[], str]) -> str:
+    """What `step` says, or how it failed."""
+    try:
+        return step()
+    except InputError as error:
+        return f"refused: {str(error)[:90]}"
+    except Exception as error:  # what a user would see as a bug
+        return f"crash: {type(error).__name__}: {str(error)[:120]}"
+
+
+def in_int8(model: Model, inputs: Arrays) -> str:
+    """Plan in int8, ranges of `inputs`, lower, run, compare every node."""
+    view = GraphView.of(model)
+    plan = make_plan(view, default="int8")
+    fed = {spec.name: inputs[spec.name] for spec in model.inputs}
+    table = CalibrationTable.from_amax(ranges(model, list(place(view, plan).activations), fed))
+    plan = without_zero_ranges(view, plan, table)
+    lowered = in_float32(lower_emulate(model, plan, table))
+    expected, found = values(model.proto, fed), values(lowered, fed)
+    if not plan.int8_nodes:
+        return "right" if same(expected, found) else "wrong: nothing is quantized"
+    if any(np.shape(a) != np.shape(b) for a, b in zip(expected, found, strict=True)):
+        return "wrong: other shapes"
+    axes = dict.fromkeys(fed, None)
+    picture = Batch(fed, ("test",), axes=axes)
+    compare_layers(model.proto, lowered, list(compared_tensors(view)), One(picture), pictures=1)
+    floats = [(a, b) for a, b in zip(expected, found, strict=True) if _is_real(a)]
+    worst = min((sqnr_db(a, b) for a, b in floats), default=math.inf)
+    return "right" if worst >= CLOSE_DB else f"wrong: {worst:.0f} dB"
+
+
+def _is_real(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.size > 0
+
+
+def ranges(model: Model, tensors: list[str], fed: Arrays) -> dict[str, float]:
+    """The largest magnitude of each of `tensors`."""
+    session = make_session(model.proto, outputs=[t for t in tensors if t not in fed])
+    names = [t for t in tensors if t not in fed]
+    found = {**fed, **named_values(session, names, fed)}
+    return {t: float(np.abs(found[t]).max(initial=0)) for t in tensors}
+
+
+@dataclass(frozen=True, slots=True)
+class One:
+    """A source of one batch."""
+
+    batch: Batch
+    count: int | None = 1
+    identity: str = "one"
+    skipped: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield self.batch
 
 
 def main() -> int:
@@ -117,25 +197,43 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1, help="try one in so many tests")
     every = parser.parse_args().every
-    counts: dict[str, Counter[str]] = {"as it is": Counter(), "constants": Counter()}
-    bad = 0
+    counts: dict[str, Counter[str]] = {}
+    bad: list[str] = []
     for name, proto, inputs in cases(every):
         tried = {"as it is": (proto, inputs)}
         if len(inputs) > 1:
-            tried["constants"] = with_constants(proto, inputs)
+            tried["with constants"] = with_constants(proto, inputs)
         for how, (model, rows) in tried.items():
-            found = verdict(model, rows)
-            counts[how][found] += bool(found)
-            if found == "wrong" or found.startswith("crash"):
-                bad += 1
-                print(f"{name} ({how}): {found}")
-    for how, counter in counts.items():
-        total, right = sum(counter.values()), counter["right"]
-        refused = {k: n for k, n in counter.most_common() if k.startswith("refused")}
-        print(f"{how}: tried {total}, right {right}, refused {sum(refused.values())}")
-        for reason, count in list(refused.items())[:10]:
-            print(f"  {count} {reason}")
+            for step, found in zip(("loaded", "int8"), verdict(model, rows), strict=True):
+                if not found:
+                    continue
+                counts.setdefault(f"{step}, {how}", Counter())[found] += 1
+                if found.startswith(("wrong", "crash")):
+                    bad.append(f"{name} ({step}, {how}): {found}")
+                    print(bad[-1], flush=True)
+    text = report(counts, bad)
+    print(text)
+    if every == 1:
+        heading = (
+            "# ONNX's own backend tests\n\n"
+            f"onnx {onnx.__version__}, onnxruntime {ort.__version__}: the tests of single nodes "
+            "and small models that onnxruntime runs\n(`benchmarks/conformance.py`).\n\n"
+        )
+        (HERE / "results" / "conformance.md").write_text(heading + text, encoding="utf-8")
     return 1 if bad else 0
+
+
+def report(counts: dict[str, Counter[str]], bad: list[str]) -> str:
+    """The counts as a table, the reasons of what is refused, and what is wrong."""
+    lines = ["| | tried | right | refused | wrong or crashed |", "|---|---|---|---|---|"]
+    reasons: Counter[str] = Counter()
+    for how, counter in counts.items():
+        refused = {k: n for k, n in counter.items() if k.startswith("refused")}
+        total, right, left = sum(counter.values()), counter["right"], sum(refused.values())
+        lines.append(f"| {how} | {total} | {right} | {left} | {total - right - left} |")
+        reasons.update(refused)
+    lines += ["", *(f"- {count} {reason}" for reason, count in reasons.most_common())]
+    return "\n".join([*lines, *(f"- {line}" for line in bad), ""])
 
 
 if __name__ == "__main__":

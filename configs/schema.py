@@ -264,7 +264,9 @@ class Compare(Section):
         default=32, description="evaluation pictures that layers are compared on"
     )
     memory: Bytes = Field(
-        default=1 << 30, description="what the compared tensors may use at a time"
+        default=1 << 30,
+        description="what the compared tensors may use at a time; a quarter of it, at most 256 "
+        "MiB, for the FP32 outputs that are kept, the others lie on disk",
     )
     alone: bool = Field(
         default=True,

@@ -16,6 +16,7 @@ from trtune.configs.errors import ModelError
 from trtune.precision.graph.inference import infer_shapes
 from trtune.precision.graph.proto import (
     FreshNames,
+    captured,
     copy_model,
     copy_of,
     names_in,
@@ -54,9 +55,10 @@ def has_halves(proto: onnx.ModelProto) -> bool:
 def in_float32(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the typed model `proto` that gives a GPU's numbers on a CPU, in float32 throughout.
 
-    Nodes and tensors keep their names; a tensor that was half holds the same values as float32.
-    Without half types the result is `proto` itself. Raises ModelError if an input or output of the
-    model, or the body of an If or Loop, has a half type.
+    Nodes and tensors keep their names; a tensor that was half holds the same values as float32, but
+    inputs and outputs of the model stay what they are. Without half types the result is `proto`
+    itself. Raises ModelError if an input or output is bfloat16, which NumPy has not, or the body of
+    an If or Loop has a half type or reads a half input or output.
     """
     if not has_halves(proto):
         return proto
@@ -72,16 +74,25 @@ class _Rounding:
         self._dtypes = view.dtypes
         self._fresh = FreshNames(names_in(proto.graph)).new
         self._nodes: list[onnx.NodeProto] = []
+        self._ends: dict[str, str] = {}
         for name in (*view.graph_inputs, *view.graph_outputs):
+            if self._dtypes.get(name) == HALVES["bf16"].word:
+                raise ModelError(f"{name!r} is bfloat16; inputs and outputs have to be float32 or "
+                                 "float16 here")  # fmt: skip
             if self._dtypes.get(name) in HALF_WORDS:
-                raise ModelError(
-                    f"{name!r} is {self._dtypes[name]}; inputs and outputs have to be float32 here"
-                )
+                self._ends[name] = self._fresh(f"{name}/float32")
+        for name in view.graph_inputs:
+            if name in self._ends:
+                self._cast(name, self._ends[name], name, onnx.TensorProto.FLOAT)
+        self._outputs = [name for name in view.graph_outputs if name in view.producer]
 
     def finish(self) -> onnx.ModelProto:
         """The model in float32."""
         for node in self._proto.graph.node:
             self._add(node)
+        for name in self._outputs:
+            if name in self._ends:
+                self._cast(self._ends[name], name, name, TYPES[self._dtypes[name]])
         model = without_graph(self._proto)
         graph, old = model.graph, self._proto.graph
         graph.node.extend(self._nodes)
@@ -89,7 +100,7 @@ class _Rounding:
         for info in old.value_info:
             kept = graph.value_info.add()
             kept.CopyFrom(info)
-            if info.type.tensor_type.elem_type in TYPES.values():
+            if info.type.tensor_type.elem_type in TYPES.values() and info.name not in self._ends:
                 kept.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
         return model
 
@@ -97,6 +108,10 @@ class _Rounding:
         node = copy_of(source)
         if any(has_halves(onnx.ModelProto(graph=body)) for body in subgraphs(node)):
             raise ModelError(f"the body of {node.name!r} has half types")
+        if not self._ends.keys().isdisjoint(set(captured(node)).difference(node.input)):
+            raise ModelError(f"the body of {node.name!r} reads a half input or output of the model")
+        for index, tensor in enumerate(node.input):
+            node.input[index] = self._ends.get(tensor, tensor)
         self._nodes.append(node)
         for entry in node.attribute:
             if entry.name == "value" and entry.t.data_type in TYPES.values():
@@ -108,14 +123,16 @@ class _Rounding:
             word = self._dtypes.get(tensor)
             if word not in HALF_WORDS:
                 continue
+            float32 = self._ends.get(tensor, tensor)
+            node.output[index] = float32
             if node.op_type == "Cast":
                 node.output[index] = self._fresh(f"{tensor}/rounded")
-                self._cast(node.output[index], tensor, tensor, onnx.TensorProto.FLOAT)
+                self._cast(node.output[index], float32, tensor, onnx.TensorProto.FLOAT)
             elif rounding:
                 node.output[index] = self._fresh(f"{tensor}/exact")
                 rounded = self._fresh(f"{tensor}/rounded")
                 self._cast(node.output[index], rounded, tensor, TYPES[word])
-                self._cast(rounded, tensor, tensor, onnx.TensorProto.FLOAT)
+                self._cast(rounded, float32, tensor, onnx.TensorProto.FLOAT)
 
     def _cast(self, source: str, target: str, tensor: str, kind: int) -> None:
         name = self._fresh(f"{tensor}/Round")

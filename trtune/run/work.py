@@ -16,6 +16,7 @@ from trtune.precision.tune.prepared import Ready
 from trtune.precision.tune.preparing import extended_plan
 from trtune.precision.tune.scales import Calibrated
 from trtune.reports.measures.sense import Oddity
+from trtune.reports.outputs import IN_MEMORY
 from trtune.run.backends import Backends, Runtimes, backends_of, check_precisions
 from trtune.run.data import RunData, data_of, left_out
 from trtune.run.stages.calibration import calibration
@@ -185,7 +186,8 @@ class RunWork:
     def _bench(self, data: RunData) -> Bench:
         setup = self.setup
         metric = metric_of(setup.config.precision.target, setup.subject.model)
-        return Bench(setup.subject.model, metric, data, setup.progress, self.device)
+        kept = min(IN_MEMORY, setup.config.compare.memory // 4)
+        return Bench(setup.subject.model, metric, data, setup.progress, self.device, kept)
 
     def candidate(self, plan: PrecisionPlan) -> Candidate:
         """`plan` with this run's model and table; what is all float is the model as it was."""

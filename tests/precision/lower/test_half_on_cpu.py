@@ -116,11 +116,31 @@ def test_names_that_are_taken() -> None:
     assert {"t/exact", "t/exact_2"} <= set(made)
 
 
-def test_half_inputs_are_refused() -> None:
+def test_half_inputs_and_outputs_stay_half() -> None:
     net = Net()
-    net.op("Relu", net.input("x", ("N", 2), TensorProto.FLOAT16), out="r")
-    net.op("Cast", "r", out="y", to=TensorProto.FLOAT)
-    with pytest.raises(ModelError, match="'x' is float16; inputs and outputs have to be float32"):
+    x = net.input("x", ("N", 2), TensorProto.FLOAT16)
+    t = net.op("Tanh", x, out="t")
+    e = net.op("Exp", t, out="e")
+    net.op("Mul", e, x, out="y")
+    half = TensorProto.FLOAT16
+    proto = net.model({"e": (("N", 2), half), "y": (("N", 2), half), "t": (("N", 2), half)})
+    found = in_float32(proto)
+    onnx.checker.check_model(found, full_check=True)
+    values = np.float16([[0.3, -2.7], [0.1, 5.0]])
+    e_of = np.exp(np.tanh(values.astype(np.float32)).astype(np.float16).astype(np.float32))
+    got = outputs(found, {"x": values})
+    assert [array.dtype for array in got.values()] == [np.float16] * 3
+    np.testing.assert_array_equal(got["e"], e_of.astype(np.float16))
+    product = got["e"].astype(np.float32) * values.astype(np.float32)
+    np.testing.assert_array_equal(got["y"], product.astype(np.float16))
+    kinds = {node.name: node.op_type for node in found.graph.node if "Cast" not in node.op_type}
+    assert kinds == {"n_t": "Tanh", "n_e": "Exp", "n_y": "Mul"}
+
+
+def test_bfloat16_inputs_are_refused() -> None:
+    net = Net(opset=22)
+    net.op("Cast", net.input("x", ("N", 2), TensorProto.BFLOAT16), out="y", to=TensorProto.FLOAT)
+    with pytest.raises(ModelError, match="'x' is bfloat16; inputs and outputs have to be float32"):
         in_float32(net.model({"y": ("N", 2)}))
 
 

@@ -22,7 +22,7 @@ from trtune.reports.measures.base import PythonMetric
 from trtune.reports.measures.fidelity import CLOSENESS, FIDELITY_METRICS
 from trtune.reports.measures.find import METRICS, TOP1, Asked, find_metric, higher_is_better
 from trtune.reports.measures.recognise import task_of
-from trtune.reports.outputs import Layout, StoredOutputs, collect_outputs
+from trtune.reports.outputs import IN_MEMORY, Layout, StoredOutputs, collect_outputs
 from trtune.run.data import RunData, fixed_batch
 from trtune.run.stage import Need, Stage, as_json, device_needs, flat, versions
 from trtune.run.stages.engines import build, measured_with
@@ -86,13 +86,17 @@ def metric_of(target: Target | None, model: Model) -> TargetMetric:
 
 @dataclass(frozen=True)
 class Bench:
-    """What candidates are measured on: the metric, the data, and the FP32 model's outputs."""
+    """What candidates are measured on: the metric, the data, and the FP32 model's outputs.
+
+    Of those at most `memory` bytes are held, the others lie on disk.
+    """
 
     model: Model
     metric: TargetMetric
     data: RunData
     progress: Progress
     device: str = "cpu"
+    memory: int = IN_MEMORY
 
     @property
     def layout(self) -> Layout:
@@ -110,6 +114,7 @@ class Bench:
                 layout=self.layout,
                 progress=self.progress,
                 what="fp32",
+                memory=self.memory,
             )
 
     def needs(self) -> dict[str, Any]:
