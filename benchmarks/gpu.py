@@ -2,19 +2,25 @@
 """Calibration on a GPU: seconds over plain inference on the same GPU, and against the CPU.
 
 usage: gpu.py [--data DIR] [--cpu] [--out FILE.json] [CASE ...]
+       gpu.py --whole [--out FILE.json]
 
 Each case runs the network on batches of random pictures: plain (the outputs alone, inputs and
 outputs bound to the device's memory), then while every tensor that would carry a scale is counted.
 Both are the median of several rounds in one process. `--cpu` also times calibration on the CPU.
 Networks that --data does not hold are left out; resnet50 is made here, with random weights.
+
+`--whole` runs everything for resnet50 (method auto, preparation, comparison, tuning) first on the
+GPU and then on the CPU of the same machine, each in a process of its own, and tells the stages.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,11 +35,13 @@ from onnx import TensorProto, helper, numpy_helper
 from trtune.calibrate.collect import collect
 from trtune.calibrate.gpu.memory import cuda_core
 from trtune.calibrate.sessions import open_session
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch
 from trtune.precision.graph.file import load_model, model_from_proto
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.rules import make_plan
+from trtune.run.stages.engines import cpu_model
 
 CASES = {  # name: file, pictures an inference, height and width, batches
     "resnet50 b64": ("", 64, 224, 8),
@@ -133,6 +141,16 @@ def plain_inference(model: onnx.ModelProto, source: Pictures) -> Callable[[], fl
     return run
 
 
+def machine() -> dict[str, Any]:
+    """What the figures are of."""
+    return {
+        "gpu": cuda_core().Device(0).name,
+        "host": cpu_model(),
+        "cores": usable_cores(),
+        "onnxruntime": ort.__version__,
+    }
+
+
 def measured(name: str, data: Path, *, cpu: bool, rounds: int) -> dict[str, Any] | None:
     file, step, size, batches = CASES[name]
     if file and not (data / "models" / file).is_file():
@@ -175,6 +193,53 @@ def measured(name: str, data: Path, *, cpu: bool, rounds: int) -> dict[str, Any]
     return found
 
 
+WHOLE = """
+version: 1
+name: resnet50-{device}
+model: {{path: resnet50.onnx}}
+runtime: {{device: {device}}}
+data:
+  calibration: {{source: arrays, path: pictures.npz, take: {pictures}, batch: 16}}
+  evaluation: {{source: arrays, path: pictures.npz, skip: {pictures}, batch: 16}}
+calibration: {{method: auto, prepare: {prepare}}}
+precision: {{target: {{metric: sqnr_db, min: {least}}}, max_pins: 4}}
+backends: [{{name: onnxruntime, lowering: emulate}}]
+report: {{formats: [json], latency: null}}
+"""
+
+
+def whole(
+    folder: Path, device: str, *, pictures: int, prepare: str, least: float
+) -> dict[str, Any]:
+    """The seconds of a whole run of resnet50 on `device`, and of its stages, in a new process."""
+    if not (folder / "resnet50.onnx").is_file():
+        onnx.save(resnet50(), folder / "resnet50.onnx")
+        rng = np.random.default_rng(3)
+        flat = rng.standard_normal((2 * pictures, 3, 28, 28)).astype(np.float32)
+        np.savez(folder / "pictures.npz", input=np.kron(flat, np.ones((1, 1, 8, 8), np.float32)))
+    config = folder / f"{device}.yaml"
+    config.write_text(WHOLE.format(device=device, pictures=pictures, prepare=prepare, least=least))
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "trtune", "run", str(config), "--out", str(folder), "--json", "-v"],
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode not in (0, 3):
+        raise SystemExit(done.stderr[-4000:])
+    record = json.loads(done.stdout)
+    log = next(folder.glob(f"resnet50-{device}-*/log.txt")).read_text()
+    return {
+        "device": device,
+        "seconds": seconds,
+        "calibration": record["calibration"],
+        "variants": {v["name"]: v["sqnr_db"] for v in record["variants"]},
+        "steps": [[s["pinned"], s["value"], s["seconds"]] for s in record["tuning"]],
+        "log": log.splitlines(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -184,7 +249,23 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--whole", nargs="*", metavar="DEVICE", help="cuda and cpu by default")
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--prepare", default="auto")
+    parser.add_argument("--least", type=float, default=30.0, help="dB that tuning is to reach")
     asked = parser.parse_args()
+    if asked.whole is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            found = [
+                whole(Path(folder), device, pictures=asked.pictures, prepare=asked.prepare,
+                      least=asked.least)
+                for device in asked.whole or ("cuda", "cpu")
+            ]  # fmt: skip
+        for one in found:
+            print(json.dumps(one, indent=1))
+        if asked.out:
+            asked.out.write_text(json.dumps({"where": machine(), "rows": found}, indent=1))
+        return
     rows = []
     for case in asked.cases or CASES:
         found = measured(case, asked.data, cpu=asked.cpu, rounds=asked.rounds)
@@ -194,13 +275,7 @@ def main() -> None:
         rows.append(found)
         print(json.dumps(found), flush=True)
     if asked.out:
-        core = cuda_core()
-        where = {
-            "gpu": core.Device(0).name,
-            "host": platform.processor() or platform.machine(),
-            "onnxruntime": ort.__version__,
-        }
-        asked.out.write_text(json.dumps({"where": where, "rows": rows}, indent=1))
+        asked.out.write_text(json.dumps({"where": machine(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 
 import pytest
@@ -48,3 +49,14 @@ def copier(source: DeviceBuffer, target: DeviceBuffer, times: int = 1) -> Callab
             )
 
     return enqueue
+
+
+def require_onnxruntime_gpu() -> str:
+    """ "cuda:0"; skips where onnxruntime has no use for a GPU, or fails where it is required."""
+    from trtune.calibrate.sessions import why_no_gpu
+
+    reason = why_no_gpu(0)
+    if reason:
+        required = os.environ.get("TRTUNE_REQUIRE", "").split(",")
+        (pytest.fail if "onnxruntime-gpu" in required else pytest.skip)(reason)
+    return "cuda:0"
