@@ -81,6 +81,7 @@ class ArraySource:
             counted["\0labels"] = self._labels
         shown = {**matched, "\0labels": label_name or ""}
         count = sample_count(counted, self._axes, where=where, names=shown)
+        self.available = count
         self._rows = selection.rows(count, where)
         self._make(self._rows[:1], check_values=False)
 

@@ -37,6 +37,12 @@ class _Around:
         return tuple(getattr(self.source, "names", ()))
 
     @property
+    def available(self) -> int | None:
+        """Samples that there are, chosen or not, where the source can tell."""
+        found: int | None = getattr(self.source, "available", None)
+        return found
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the result should know of the source."""
         return tuple(getattr(self.source, "notes", ()))

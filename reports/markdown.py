@@ -18,6 +18,7 @@ from trtune.reports.summary import (
     plural,
     plus_minus,
     ratio_text,
+    samples_text,
     seconds_text,
     verdict,
 )
@@ -39,6 +40,7 @@ def report_markdown(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         f"# {escape(record.name)}",
         f"**{escape(headline(record))}**",
         escape(verdict(record)),
+        escape(samples_text(record)),
         table_markdown(result_table(record)),
         *_section("Outputs", _outputs(record)),
         *_section("Not honoured", _not_honoured(record)),

@@ -35,11 +35,15 @@ class Latency(_Value):
 
 
 class Baseline(_Value):
-    """The FP32 model's value of the target metric. For sqnr_db and cosine there is none: null."""
+    """The FP32 model's value of the target metric. For sqnr_db and cosine there is none: null.
+
+    `output` is the output that was scored, where the metric chose it.
+    """
 
     metric: str
     value: float | None
     samples: int
+    output: str | None = None
 
 
 class EngineFinding(_Value):
@@ -149,6 +153,13 @@ class FrontPoint(_Value):
     sqnr_db: float | None = None
 
 
+class Used(_Value):
+    """How many samples of a section of the data were used, `of` how many; null where unknown."""
+
+    used: int
+    of: int | None = None
+
+
 class Chosen(_Value):
     """What the pins were chosen by, where `data.validation` gives pictures of its own for that.
 
@@ -220,10 +231,11 @@ class RunRecord(_Value):
     """Everything `run.json` holds; the report is drawn from it and from `layers.csv` alone.
 
     `prepared` maps a tensor or node to the moves it was prepared with: scale, shift, round, bias.
-    `front` has pins against value; `pins_needed` says how many pins a missed target would take, as
-    far as can be predicted. With `validation` the values of `tuning` and `front` are of those
-    pictures, and all others of data.evaluation, which then decides the status. `command` repeats
-    the run, `polygraphy` are lines that show and repeat its outputs, in its folder.
+    `data` says how many samples each section of the data gave. `front` has pins against value;
+    `pins_needed` says how many pins a missed target would take, as far as can be predicted. With
+    `validation` the values of `tuning` and `front` are of those pictures, and all others of
+    data.evaluation, which then decides the status. `command` repeats the run, `polygraphy` are
+    lines that show and repeat its outputs, in its folder.
     """
 
     schema_version: int = Field(1, alias="schema")
@@ -238,6 +250,7 @@ class RunRecord(_Value):
     front: list[FrontPoint] = Field(default_factory=list)
     pins_needed: int | None = None
     validation: Chosen | None = None
+    data: dict[str, Used] = Field(default_factory=dict)
     calibration: CalibrationRecord | None = None
     histograms: list[HistogramPlot] = Field(default_factory=list)
     prepared: dict[str, list[str]] = Field(default_factory=dict)

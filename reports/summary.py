@@ -384,6 +384,32 @@ def _apart(record: RunRecord) -> list[str]:
     return [f"It is met on {met}; {values}."]
 
 
+def samples_text(record: RunRecord) -> str:
+    """How many pictures did what, and which output was scored; empty if nothing is known.
+
+    >>> from trtune.reports.record import Baseline, Used
+    >>> base = Baseline(metric="top1", value=0.8, samples=744, output="logits")
+    >>> data = {"calibration": Used(used=256, of=1000), "evaluation": Used(used=744)}
+    >>> samples_text(RunRecord(schema=1, name="a", key="k", status="met", baseline=base, data=data))
+    "Calibrated on 256 of 1000 pictures, measured on 744 pictures; top-1 of output 'logits'."
+    """
+    verbs = {"calibration": "calibrated", "validation": "pins chosen", "evaluation": "measured"}
+    parts = []
+    for name, verb in verbs.items():
+        if name in record.data:
+            used = record.data[name]
+            of = "" if used.of is None or used.of == used.used else f"of {used.of} "
+            noun = "picture" if used.used == 1 and not of else "pictures"
+            parts.append(f"{verb} on {used.used} {of}{noun}")
+    if not parts:
+        return ""
+    text = ", ".join(parts)
+    scored = record.baseline.output
+    label = metric_label(record.baseline.metric)
+    scored = f"; {label} of output {scored!r}" if scored and record.baseline.value else ""
+    return f"{text[0].upper()}{text[1:]}{scored}."
+
+
 def _chosen_elsewhere(record: RunRecord) -> list[str]:
     """A sentence on the pictures that pins were chosen on, where those are others."""
     chosen, metric = record.validation, record.baseline.metric

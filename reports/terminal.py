@@ -19,7 +19,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from trtune.reports.record import RunRecord
-from trtune.reports.summary import STATUS, headline, outlier_sentences, verdict
+from trtune.reports.summary import (
+    STATUS,
+    headline,
+    outlier_sentences,
+    samples_text,
+    verdict,
+)
 from trtune.reports.tables import Table, compare_table, result_table
 
 GAP = 3
@@ -84,7 +90,8 @@ def render_result(record: RunRecord) -> RenderableType:
     style = STATUS_STYLES[record.status]
     badge = STATUS[record.status] if record.target or record.status == "failed" else "done"
     title = Text.assemble((record.name, "bold"), "  ", (badge, style))
-    lines = [Text(line) for line in (headline(record), verdict(record)) if line]
+    said = (headline(record), verdict(record), samples_text(record))
+    lines = [Text(line) for line in said if line]
     hints = [Text(f"• {hint}", style="dim") for hint in [*outlier_sentences(record), *record.notes]]
     return Group(title, *lines, render_table(result_table(record)), *hints)
 

@@ -134,6 +134,11 @@ class ImageSource:
         return tuple(sorted(self._skipped))
 
     @property
+    def available(self) -> int:
+        """The pictures that were listed, chosen or not."""
+        return len(self.listing.files)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The files that a pass reads."""
         return tuple(str(self._folder / file) for file in self._files)

@@ -33,6 +33,9 @@ from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.scales import held_batches
 
 _Outputs = Mapping[str, NDArray[Any]]
+Yardstick = Callable[[Sequence[Batch], Sequence[_Outputs], Sequence[_Outputs]], float]
+"""How far outputs are from FP32's: batches, FP32's outputs, the outputs -> 0 or more, less is
+better."""
 
 CHUNKS = 4
 """How many chunks of nodes are measured again after a pin, at most; a chunk has a node a core."""
@@ -65,11 +68,15 @@ class Quantizing:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The FP32 outputs for some batches of `pictures`, and the `groups` that are judged apart."""
+    """The FP32 outputs for some batches of `pictures`, and the `groups` that are judged apart.
+
+    `yardstick`, if there is one, says how far outputs are from these instead of their noise.
+    """
 
     pictures: tuple[Batch, ...]
     outputs: tuple[_Outputs, ...]
     groups: tuple[OutputGroup, ...]
+    yardstick: Yardstick | None = None
 
     @classmethod
     def of(cls, model: Model, pictures: Sequence[Batch], *, device: str = "cpu") -> Reference:
@@ -84,11 +91,15 @@ class Reference:
         return cls(tuple(pictures), tuple(found), groups)
 
     def noise(self, run: Callable[[int], _Outputs]) -> float:
-        """Noise by signal of the group that suffers most, over all batches.
+        """Noise by signal of the group that suffers most, over all batches, or what the yardstick
+        says.
 
         `run` gives the outputs of a batch. What is not finite makes it infinite; 0 where the
         outputs are those of FP32, or nothing can be compared.
         """
+        if self.yardstick is not None:
+            found = [run(batch) for batch in range(len(self.outputs))]
+            return self.yardstick(self.pictures, self.outputs, found)
         sums: dict[str, ErrorSums] = {}
         for batch, exact in enumerate(self.outputs):
             sums = add_parts(sums, self.groups, exact, run(batch))

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from tinyproject import config_of, write_project
 
+from trtune.reports.record import Used
+from trtune.reports.summary import samples_text
 from trtune.run.pipeline import run
 from trtune.run.tuning import is_enough, noise_of
 
@@ -72,3 +74,13 @@ def test_enough(value: float | None, threshold: float | None, higher: bool, enou
 def test_noise_of_decibels() -> None:
     assert noise_of(10.0) == pytest.approx(0.1)
     assert noise_of(float("inf")) == 0.0
+
+
+def test_how_many_pictures_did_what(project: Path) -> None:
+    target = "precision.target={metric: top1, max_drop: 0.5}"
+    some = ("data.evaluation.take=50", "data.calibration.take=20")
+    record = run(config_of(project, target, *some), out=project / "runs")
+    assert record.data["evaluation"] == Used(used=50, of=96)
+    assert record.data["calibration"].of == 24
+    assert record.baseline.output == "logits"
+    assert samples_text(record).endswith("measured on 50 of 96 pictures; top-1 of output 'logits'.")

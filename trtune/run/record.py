@@ -25,7 +25,15 @@ from trtune.reports.entries.calibration import calibration_record
 from trtune.reports.entries.histograms import histogram_plots
 from trtune.reports.entries.tuning import front_points, tuning_steps
 from trtune.reports.measures.fidelity import CLOSENESS
-from trtune.reports.record import ORIGINAL, Baseline, CalibrationRecord, Chosen, RunRecord, Variant
+from trtune.reports.record import (
+    ORIGINAL,
+    Baseline,
+    CalibrationRecord,
+    Chosen,
+    RunRecord,
+    Used,
+    Variant,
+)
 from trtune.reports.summary import metric_label, metric_text, plural
 from trtune.run.comparing import compared
 from trtune.run.naming import config_hash, run_key
@@ -81,7 +89,9 @@ def run_record(
             metric=target.metric if target else CLOSENESS,
             value=None if metric.is_fidelity else fp32.value,
             samples=fp32.samples,
+            output=fp32.output,
         ),
+        data=used_of(work),
         variants=variants,
         tuning=tuning_steps(tuned.steps, sign=1 if metric.higher else -1) if target else [],
         front=front_points(tuned, sign=1 if metric.higher else -1) if target else [],
@@ -130,6 +140,20 @@ def _status(
     if work.setup.validation is not None and reported:
         return "met" if set(reported.values()) == {"met"} else "missed"
     return "met" if tuned.met and not nothing else "missed"
+
+
+def used_of(work: RunWork) -> dict[str, Used]:
+    """How many samples of each section of the data were used, of how many."""
+    setup = work.setup
+    counts = [(setup.evaluation, work.workspace.get(baseline(work.bench)).samples)]
+    if is_lowered(work.untuned) and work.plain.pictures:
+        counts.insert(0, (setup.calibration, work.plain.pictures))
+    if setup.validation is not None:
+        counts.append((setup.validation, work.workspace.get(baseline(work.choosing)).samples))
+    return {
+        data.where.rpartition(".")[2]: Used(used=count, of=getattr(data.source, "available", None))
+        for data, count in counts
+    }
 
 
 def chosen_by(work: RunWork, tuned: Tuned) -> Chosen | None:
