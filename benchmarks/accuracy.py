@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Accuracy of calibrated and tuned models on real data, each case in a process of its own.
 
-    python benchmarks/accuracy.py                       all cases
+    python benchmarks/accuracy.py --all                 all cases
+    python benchmarks/accuracy.py --methods             each shared model with each method, no pins
     python benchmarks/accuracy.py --only resnet20       those whose name holds a text
+    python benchmarks/accuracy.py --jobs 4 --cores 4    several at a time, each on cores of its own
     python benchmarks/accuracy.py --peers PEERS.py      other tools on the same pictures as well
 
 Each case is one config of `benchmarks/configs/` as `trtune run` takes it, some with another
 method. `--peers` names a script that quantizes MODEL with TOOL METHOD and prints one JSON line.
-The data is found through TRTUNE_DATA, or beside the checkout. Writes `results/accuracy.md`.
+The data is found through TRTUNE_DATA, or beside the checkout. `--json` names a file that gets every
+row as it is measured; `--all` writes `results/accuracy.md`.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +50,28 @@ FP16 = (
     "precision.target={metric: top1, max_drop: 0.002}",
     "backends=[{name: onnxruntime}]",
 )
-DEFAULT = ("calibration.method=auto", "calibration.prepare=auto", "precision.target=null")
+NO_PINS = ("precision.max_pins=0", "backends=[{name: onnxruntime, lowering: emulate}]")
+PREPARED = "auto, prepared"
+METHODS = {
+    PREPARED: ("calibration.method=auto", "calibration.prepare=auto"),
+    "auto": ("calibration.method=auto", "calibration.prepare=none"),
+    **{
+        name: (f"calibration.method={name}", "calibration.prepare=none")
+        for name in ("entropy", "mse", "percentile", "max")
+    },
+}
+"""How a model is calibrated without pins: as it is by default, and what that must not be behind."""
+
+WANTED = {
+    "resnet20_cifar10": (30.5, 89.6),
+    "vit_cifar10": (30.0, 76.3),
+    "mobilenetv2_cifar10": (30.5, 86.6),
+    "efficientnet_b0_cifar10": (15.0, 85.0),
+    "mobilenetv2_imagenet": (20.0, 84.3),
+    "squeezenet1.1_imagenet": (30.5, None),
+    "yolox_nano_coco_ap": (None, 30.0),
+}
+"""SQNR in dB and top-1 or AP in per cent that the default method is to reach."""
 HALF_AROUND = ("precision.fallback=fp16",)
 
 CASES = (
@@ -58,7 +85,6 @@ CASES = (
     Case("vit_cifar10", "entropy, at most 0.5 points lost, 4 pins"),
     Case("mobilenetv2_imagenet_deploy", "auto, at most 0.5 points lost on both"),
     Case("yolox_nano_coco", "entropy, 20 dB"),
-    *(Case(name, "as it is by default, no pins", DEFAULT) for name in (*FLOAT, "yolox_nano_coco")),
     Case("resnet20_cifar10_qat", "QAT as it is"),
     Case("mobilenetv2_cifar10_qat", "QAT as it is"),
     Case("mobilenetv2_imagenet_qat_uint8", "QAT made symmetric, top-1 of 82.5"),
@@ -66,92 +92,204 @@ CASES = (
     *(Case(name, "INT8 with FP16 around it", HALF_AROUND) for name in FLOAT[:4]),
 )  # fmt: skip
 
+METHOD_CASES = tuple(
+    Case(name, label, (*overrides, *NO_PINS))
+    for name in WANTED
+    for label, overrides in METHODS.items()
+)
+
 PEERS = (("ort", "MinMax"), ("modelopt", "max"), ("modelopt", "entropy"))
 
 
-def run_case(case: Case, out: Path) -> dict[str, Any]:
-    """Run one config; its record with the wall time of the whole process."""
+@dataclass(frozen=True)
+class Row:
+    """One variant of one case; accuracies in per cent, `failed` says why there are none."""
+
+    model: str
+    case: str
+    lowering: str
+    variant: str
+    value: float | None
+    sqnr_db: float | None
+    agreement: float | None
+    pins: int
+    status: str
+    seconds: float
+    failed: str = ""
+
+
+def run_case(case: Case, cores: frozenset[int]) -> list[Row]:
+    """Run one config in a folder of its own, on `cores` if any are given."""
     command = [sys.executable, "-m", "trtune", "run", str(HERE / "configs" / f"{case.config}.yaml")]
-    command += ["--json", "--out", str(out)]
-    for override in case.overrides:
-        command += ["--set", override]
-    started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=out, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["--json", "--out", folder]
+        for override in case.overrides:
+            command += ["--set", override]
+        if cores:
+            listed = ",".join(str(core) for core in sorted(cores))
+            command = ["taskset", "-c", listed, *command]
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+        seconds = time.perf_counter() - started
     if done.returncode not in (0, 3):
-        raise SystemExit(f"{case.config}: exit {done.returncode}\n{done.stderr[-3000:]}")
+        why = f"exit {done.returncode}: {done.stderr.strip()[-500:]}"
+        return [Row(case.config, case.label, "", "", None, None, None, 0, "failed", seconds, why)]
     record: dict[str, Any] = json.loads(done.stdout)
-    return {**record, "wall_seconds": time.perf_counter() - started, "exit": done.returncode}
+    return [_row(case, variant, record["status"], seconds) for variant in record["variants"]]
 
 
-def rows_of(case: Case, record: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for variant in record["variants"]:
-        top1 = variant["top1"]
-        rows.append([
-            case.config, case.label, variant["backend"].split("/")[-1], variant["name"],
-            "" if top1 is None else f"{100 * top1:.2f}",
-            "" if variant["sqnr_db"] is None else f"{float(variant['sqnr_db']):.1f}",
-            "" if variant["agreement"] is None else f"{100 * variant['agreement']:.1f}",
-            str(len(variant["pinned"])), record["status"],
-        ])  # fmt: skip
-    return rows
+def _row(case: Case, variant: dict[str, Any], status: str, seconds: float) -> Row:
+    def per_cent(value: Any) -> float | None:
+        return None if value is None else 100 * float(value)
+
+    value = variant["top1"] if variant.get("top1") is not None else None
+    if value is None and case.config.endswith("_ap"):
+        value = variant["value"]
+    return Row(
+        case.config, case.label, variant["backend"].split("/")[-1], variant["name"],
+        per_cent(value), None if variant["sqnr_db"] is None else float(variant["sqnr_db"]),
+        per_cent(variant["agreement"]), len(variant["pinned"]), status, seconds,
+    )  # fmt: skip
 
 
-def peer_rows(script: Path, python: str, model: str) -> list[list[str]]:
+HEADER = (
+    *("model", "case", "lowering", "variant", "top-1 or AP %", "SQNR dB", "agree %", "pins"),
+    *("target", "seconds"),
+)
+
+
+def _text(number: float | None, digits: int) -> str:
+    return "" if number is None else f"{number:.{digits}f}"
+
+
+def cells_of(row: Row) -> list[str]:
+    return [
+        row.model, row.case, row.lowering, row.variant, _text(row.value, 2), _text(row.sqnr_db, 2),
+        _text(row.agreement, 1), str(row.pins), row.failed or row.status, f"{row.seconds:.0f}",
+    ]  # fmt: skip
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+    return ["| " + " | ".join(cell.replace("\n", " ") for cell in line) + " |" for line in lines]
+
+
+def methods_table(rows: Sequence[Row]) -> list[str]:
+    """A line a model: FP32, what each method reaches, and what is wanted."""
+    lines = []
+    for model, (decibels, value) in WANTED.items():
+        own = [row for row in rows if row.model == model]
+        if not own:
+            continue
+        plain = next((row.value for row in own if row.variant == "fp32"), None)
+        line = [model, _text(plain, 2)]
+        for label in METHODS:
+            found = [row for row in own if row.case == label and row.variant == "int8"]
+            held = found[0] if found else None
+            line.append(
+                "" if held is None else f"{_text(held.sqnr_db, 2)} dB, {_text(held.value, 2)}"
+            )
+        wanted = ", ".join(
+            text
+            for text in (f"{decibels} dB" if decibels else "", f"{value}" if value else "")
+            if text
+        )
+        seconds = [row.seconds for row in own if row.case == PREPARED]
+        lines.append([*line, wanted, f"{seconds[0]:.0f}" if seconds else ""])
+    header = ["model", "FP32", *METHODS, "wanted", "seconds, prepared"]
+    return markdown(header, lines)
+
+
+def peer_rows(script: Path, python: str, model: str) -> list[Row]:
     rows = []
     for tool, method in PEERS:
         command = [python, str(script), str(DATA / "models" / f"{model}.onnx"), tool, method]
+        started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+        seconds = time.perf_counter() - started
         lines = done.stdout.strip().splitlines()
         if done.returncode or not lines:
-            rows.append([model, "", tool, method, "failed", "", "", "", ""])
+            why = done.stderr.strip()[-300:]
+            rows.append(Row(model, "", tool, method, None, None, None, 0, "failed", seconds, why))
             continue
         found = json.loads(lines[-1])
-        rows.append([
-            model, f"{found['seconds']} s", tool, method, f"{100 * found['top1']:.2f}",
-            str(found["sqnr_db"]), f"{100 * found['agreement']:.1f}", "", "",
-        ])  # fmt: skip
+        rows.append(
+            Row(model, "", tool, method, 100 * found["top1"], float(found["sqnr_db"]),
+                100 * found["agreement"], 0, "", float(found["seconds"]))
+        )  # fmt: skip
     return rows
 
 
-def main() -> None:
+def report(rows: Sequence[Row], jobs: int, cores: int) -> str:
+    each = f", {cores} cores a run, {jobs} at a time" if cores else ""
+    labels = set(METHODS)
+    others = [cells_of(row) for row in rows if row.case not in labels]
+    parts = [
+        f"# Accuracy\n\nMeasured {time.strftime('%Y-%m-%d')}, {platform.platform()}, "
+        f"{platform.machine()}{each}, whole evaluation sets. Seconds are the wall time of the "
+        "whole process, evaluations included.",
+        "## By method, no pins, `emulate`",
+        "\n".join(methods_table(rows)),
+        "## Other cases",
+        "\n".join(markdown(HEADER, others)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--all", action="store_true", help="every case; writes results/accuracy.md")
+    parser.add_argument("--methods", action="store_true", help="the cases by method alone")
     parser.add_argument("--only", default="", help="cases whose config name holds this text")
+    parser.add_argument("--label", default="", help="cases whose label is this text")
+    parser.add_argument("--json", type=Path, help="a file for every row, written as it is measured")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
+    parser.add_argument("--cores", type=int, default=0, help="cores a case is bound to; 0: all")
     parser.add_argument("--peers", type=Path, help="a script that runs other tools")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter for --peers")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
     if not DATA.is_dir():
         raise SystemExit(f"the models and pictures are not at {DATA}: set TRTUNE_DATA")
-    header = [
-        "model",
-        "case",
-        "lowering",
-        "variant",
-        "top-1 %",
-        "SQNR dB",
-        "agree %",
-        "pins",
-        "target",
+    chosen = METHOD_CASES if arguments.methods else (*METHOD_CASES, *CASES)
+    cases = [
+        case
+        for case in chosen
+        if arguments.only in case.config and arguments.label in ("", case.label)
     ]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    seen: set[str] = set()
-    with tempfile.TemporaryDirectory() as folder:
-        for case in CASES:
-            if arguments.only not in case.config:
-                continue
-            rows = rows_of(case, run_case(case, Path(folder)))
-            if arguments.peers and case.config not in seen:
-                rows += peer_rows(arguments.peers, arguments.peer_python, case.config)
-            seen.add(case.config)
-            lines += ["| " + " | ".join(row) + " |" for row in rows]
-            print("\n".join(lines[-len(rows) :]), flush=True)
-    if not arguments.only:
-        results = HERE / "results"
-        results.mkdir(exist_ok=True)
-        title = f"# Accuracy\n\nMeasured {time.strftime('%Y-%m-%d')}, {platform.platform()}.\n\n"
-        (results / "accuracy.md").write_text(title + "\n".join(lines) + "\n", encoding="utf-8")
+    usable = sorted(os.sched_getaffinity(0))
+    free: Queue[frozenset[int]] = Queue()
+    for number in range(arguments.jobs):
+        start = number * arguments.cores
+        free.put(frozenset(usable[start : start + arguments.cores]))
+    rows: list[Row] = []
+
+    def one(case: Case) -> list[Row]:
+        cores = free.get()
+        try:
+            return run_case(case, cores)
+        finally:
+            free.put(cores)
+
+    print("\n".join(markdown(HEADER, [])), flush=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for done in as_completed([pool.submit(one, case) for case in cases]):
+            rows += done.result()
+            print("\n".join(markdown(HEADER, map(cells_of, done.result()))[2:]), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if arguments.peers:
+        for model in dict.fromkeys(case.config for case in cases if case.config in FLOAT):
+            rows += peer_rows(arguments.peers, arguments.peer_python, model)
+    text = report(rows, arguments.jobs, arguments.cores)
+    print(text)
+    if arguments.all:
+        (HERE / "results" / "accuracy.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

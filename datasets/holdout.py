@@ -27,6 +27,24 @@ def hold_out(source: BatchSource, count: int) -> tuple[Batch, ...]:
     once. Reads the data once and keeps `count` pictures. Raises DataError for an empty source,
     ValueError for a count below one.
     """
+    kept, total = _smallest(source, count)
+    return kept[: max(1, total // SHARE)]
+
+
+def hold_out_more(
+    source: BatchSource, count: int, more: int
+) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+    """The pictures of `hold_out(source, count)`, and up to `more` others that come next.
+
+    Both together are at most half of all. Reads the data once; raises what `hold_out` raises.
+    """
+    kept, total = _smallest(source, count + more)
+    first = min(count, max(1, total // SHARE))
+    return kept[:first], kept[first : max(first, min(first + more, total // 2))]
+
+
+def _smallest(source: BatchSource, count: int) -> tuple[tuple[Batch, ...], int]:
+    """The `count` different pictures with the smallest hashes, and how many there are in all."""
     if count < 1:
         raise ValueError(f"count is {count}; at least one picture must be set apart")
     kept: list[tuple[int, Batch]] = []
@@ -48,8 +66,8 @@ def hold_out(source: BatchSource, count: int) -> tuple[Batch, ...]:
                 seen.discard(heapq.heappop(kept)[0])
     if not total:
         raise DataError("the calibration data is empty; check path, take and skip")
-    ordered = [picture for _, picture in sorted(kept, key=lambda entry: -entry[0])]
-    return tuple(ordered[: max(1, total // SHARE)])
+    ordered = tuple(picture for _, picture in sorted(kept, key=lambda entry: -entry[0]))
+    return ordered, total
 
 
 def _digest(picture: Batch) -> bytes:

@@ -111,7 +111,8 @@ class Change:
     """What is quantized: `edges` read their tensor quantized, `weights` are replaced.
 
     `codes` is what the weights become, int8 or fp8. `scales` are those of weights that have others
-    than max|w| / 127 or 448. `values` are constants that stand at an input instead of the model's.
+    than max|w| / 127 or 448. `values` are constants that stand at an input instead of the model's,
+    or at an optional one that it leaves out.
     """
 
     edges: tuple[Edge, ...]
@@ -177,6 +178,8 @@ class Alone:
             copies[name].input[index] = f"{weight}/changed"
         for number, ((name, index), value) in enumerate(change.values.items()):
             weights[f"{name}/value{number}"] = value
+            while len(copies[name].input) <= index:
+                copies[name].input.append("")
             copies[name].input[index] = f"{name}/value{number}"
         proto = self._submodel(list(copies.values()), weights)
         session = make_session(

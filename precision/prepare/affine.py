@@ -202,9 +202,13 @@ def _update_reader(draft: Draft, edge: Edge, scale: Array, shift: float) -> None
         draft.set_constant((node.name, 1), changed)
     if not shift:
         return
-    exact = changed.astype(np.float64)
+    add_to_bias(draft, node.name, shift * output_sums(node, changed))
+
+
+def output_sums(node: onnx.NodeProto, weights: Array) -> NDArray[np.float64]:
+    """What a compute node makes of ones without padding, one number an output channel."""
+    exact = weights.astype(np.float64)
     if node.op_type == "Conv":
-        sums = exact.reshape(len(exact), -1).sum(axis=1)
-    else:
-        sums = exact.sum(axis=1 if attribute(node, "transB", 0) else 0)
-    add_to_bias(draft, node.name, shift * sums)
+        sums: NDArray[np.float64] = exact.reshape(len(exact), -1).sum(axis=1)
+        return sums
+    return np.asarray(exact.sum(axis=1 if attribute(node, "transB", 0) else 0))

@@ -42,6 +42,22 @@ def rounded_codes(
     return codes
 
 
+def left_of_columns(moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the columns rounded after it do not explain of each column, shape (groups, columns).
+
+    It is 1 / U_jj^2 with the factor and the order that `rounded_codes` uses; all of the column's
+    energy where the moments cannot be factored.
+    """
+    found = np.empty(moments.shape[:2])
+    for group, held in enumerate(moments):
+        factor, order = _factor(held)
+        if factor is None:
+            found[group] = np.diag(held)
+        else:
+            found[group, order] = 1 / np.diag(factor) ** 2
+    return found
+
+
 def _nearest(scaled: Array) -> NDArray[np.int8]:
     return np.clip(np.rint(scaled), -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
 

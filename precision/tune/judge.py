@@ -5,7 +5,9 @@ Channels of one output that differ by orders of magnitude (boxes beside scores) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -132,23 +134,79 @@ def gain(
     return whole, noise
 
 
-def is_better(before: Sequence[NDArray[np.float64]], after: Sequence[NDArray[np.float64]]) -> bool:
-    """Whether the worst group's error is smaller, and beyond the noise of the pictures.
+LEAST_ERROR = 1e-12
+"""A group whose error is less than this is as good as exact."""
 
-    Beyond it is either the mean gain (`gain`) or the mean logarithm of the ratio of the errors,
-    picture by picture, by one standard error: a few pictures far worse than the others make the
-    first uncertain even where nearly all of them gain.
+HURT = 0.1
+"""A group may lose this many decibels, or what its noise allows."""
+
+
+def level(errors: Sequence[NDArray[np.float64]]) -> float:
+    """10 log10 of the mean error of a group, averaged over the groups: smaller is better."""
+    means = np.concatenate(errors, axis=1).mean(axis=1)
+    with np.errstate(invalid="ignore"):
+        return float(np.mean(10 * np.log10(np.maximum(means, LEAST_ERROR))))
+
+
+@dataclass(frozen=True, slots=True)
+class Improvement:
+    """Decibels gained, averaged over the groups, with their standard error, paired over pictures.
+
+    `typical` and `typical_noise` are the same of the typical picture: the mean of the logarithms
+    instead of the logarithm of the mean. `groups` and `group_noises` are those of each group.
     """
-    part, noise = gain(before, after)
-    if part <= 0:
-        return False
-    old, new = np.concatenate(before, axis=1), np.concatenate(after, axis=1)
-    group = int(np.argmax(old.mean(axis=1)))
-    usable = (old[group] > 0) & (new[group] > 0) & np.isfinite(old[group])
-    if part > noise or np.count_nonzero(usable) < 2:
-        return part > noise
-    ratios = np.log(old[group][usable] / new[group][usable])
-    return bool(ratios.mean() > ratios.std(ddof=1) / np.sqrt(ratios.size))
+
+    decibels: float
+    noise: float
+    typical: float
+    typical_noise: float
+    groups: NDArray[np.float64]
+    group_noises: NDArray[np.float64]
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the gain is beyond its noise, of the mean or of the typical picture, and no group
+        loses more than `HURT` beyond its own."""
+        if not self.decibels > 0 or np.any(self.groups < -np.maximum(HURT, self.group_noises)):
+            return False
+        return self.decibels > self.noise or self.typical > self.typical_noise
+
+
+def improvement(
+    before: Sequence[NDArray[np.float64]], after: Sequence[NDArray[np.float64]]
+) -> Improvement:
+    """What `after` has gained over `before`; errors as `Judge` gives them, of the same pictures.
+
+    Averaging over the groups keeps one noisy group from hiding what all the others say. Errors that
+    are not finite count as a gain or loss without bounds.
+    """
+    old, new = (np.concatenate(errors, axis=1) for errors in (before, after))
+    if not np.isfinite(old).all() or not np.isfinite(new).all():
+        sign = np.isfinite(new).all() and not np.isfinite(old).all()
+        way = np.full(len(old), np.inf if sign else -np.inf)
+        return Improvement(float(way[0]), 0.0, float(way[0]), 0.0, way, np.zeros(len(old)))
+    old, new = np.maximum(old, LEAST_ERROR), np.maximum(new, LEAST_ERROR)
+    parts = (old - new) / old.mean(axis=1, keepdims=True)
+    ratios = np.log(old / new)
+    groups = np.log(old.mean(axis=1) / new.mean(axis=1))
+    to_db = 10 / math.log(10)
+    return Improvement(
+        decibels=to_db * float(groups.mean()),
+        noise=to_db * _standard_error(parts.mean(axis=0)),
+        typical=to_db * float(ratios.mean()),
+        typical_noise=to_db * _standard_error(ratios.mean(axis=0)),
+        groups=to_db * groups,
+        group_noises=to_db * np.array([_standard_error(row) for row in parts]),
+    )
+
+
+def _standard_error(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else 0.0
+
+
+def is_better(before: Sequence[NDArray[np.float64]], after: Sequence[NDArray[np.float64]]) -> bool:
+    """Whether `after` has less error, beyond the noise of the pictures (`Improvement.is_shown`)."""
+    return improvement(before, after).is_shown
 
 
 def _finite(values: Array) -> Array:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,11 @@ log = logging.getLogger(__name__)
 Array = NDArray[Any]
 
 PICTURES = 64
+POSITIONS = 32
+"""Positions sampled of each picture of a tensor."""
+
+LOUDEST = 8.0
+EMPTY: Mapping[str, int] = MappingProxyType({})
 SEED = 20231
 
 
@@ -41,7 +47,7 @@ class Seen:
 
     products: NDArray[np.float64]
     sums: NDArray[np.float64]
-    count: int
+    count: float
 
     def plus(self, other: Seen) -> Seen:
         """Both together."""
@@ -58,6 +64,18 @@ class Seen:
     def centred(self) -> NDArray[np.float64]:
         """The products less those of the mean."""
         return self.products - self.count * self.mean[:, :, None] * self.mean[:, None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a few layers of the quantized network meet.
+
+    `seen` are the moments of the columns that an int8 node multiplies its weights with; `samples`
+    values of tensors before they are quantized, shape (pictures, positions, channels).
+    """
+
+    seen: Mapping[str, Seen]
+    samples: Mapping[str, NDArray[np.float32]]
 
 
 def rounded_weights(
@@ -80,25 +98,56 @@ def rounded_weights(
     Without round the codes are the nearest.
     """
     view = GraphView.of(model)
+    codes: dict[str, Codes] = {}
+    for part in observed(
+        model, plan, table, source, memory=memory, device=device, progress=progress
+    ):
+        codes |= codes_of(view, part.seen, kinds, progress=progress)
+    return codes
+
+
+def codes_of(
+    view: GraphView, seen: Mapping[str, Seen], kinds: Sequence[str], *, progress: Progress = silent
+) -> dict[str, Codes]:
+    """Initializer -> codes for the weights of the nodes in `seen`; see `rounded_weights`."""
+    names = list(seen)
+
+    def one(name: str) -> Codes:
+        return _codes(view, name, seen[name], kinds)
+
+    found = in_parallel(one, names, what="round", progress=progress)
+    return {view.by_name[n].input[1]: codes for n, codes in zip(names, found, strict=True)}
+
+
+def observed(
+    model: Model,
+    plan: PrecisionPlan,
+    table: CalibrationTable,
+    source: Iterable[Batch],
+    *,
+    axes: Mapping[str, int] = EMPTY,
+    memory: int,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Iterator[Observed]:
+    """What the int8 nodes of `plan` meet in the quantized network, as many as fit `memory` at a
+    time, those that read one tensor together.
+
+    `axes` names the tensors to sample, with the axis of their channels. At most `PICTURES` of
+    `source` are looked at. A picture whose values at a node have many times the usual energy counts
+    less there, so that it has no more weight than `LOUDEST` usual ones.
+    """
+    view = GraphView.of(model)
     proto = lower_emulate(model, plan, table)
     inputs = {node.name: node.input[0] for node in proto.graph.node if node.name in plan.nodes}
     names = [name for name in plan.int8_nodes if _columns_of(view, name)]
-    codes: dict[str, Codes] = {}
     parts = _parts(view, names, memory)
     for number, part in enumerate(parts):
-        sums = _moments(
-            model, proto, view, {name: inputs[name] for name in part}, source,
-            what="round weights" if len(parts) == 1 else f"round weights, part {number + 1}",
+        yield _look(
+            model, proto, view, {name: inputs[name] for name in part}, axes, source,
+            what="look at layers" if len(parts) == 1 else f"look at layers, part {number + 1}",
             device=device, progress=progress,
         )  # fmt: skip
-
-        def one(name: str, sums: Mapping[str, Seen] = sums) -> Codes:
-            return _codes(view, name, sums[name], kinds)
-
-        found = in_parallel(one, [n for n in part if n in sums], what="round", progress=progress)
-        for name, value in zip([n for n in part if n in sums], found, strict=True):
-            codes[view.by_name[name].input[1]] = value
-    return codes
 
 
 def _columns_of(view: GraphView, name: str) -> int:
@@ -112,34 +161,44 @@ def _columns_of(view: GraphView, name: str) -> int:
 
 
 def _parts(view: GraphView, names: Sequence[str], memory: int) -> list[list[str]]:
-    """`names` in order, so that the moments of each part take at most half of `memory`."""
+    """`names` in order, so that the moments of each part take at most half of `memory`; those that
+    read one tensor in one part."""
+    together: dict[str, list[str]] = {}
+    for name in names:
+        together.setdefault(view.by_name[name].input[0], []).append(name)
     parts: list[list[str]] = []
     room = 0
-    for name in names:
-        node = view.by_name[name]
-        weights = grouped(node, view.constant(node.input[1]))
-        assert weights is not None
-        size = 8 * len(weights) * weights.shape[2] ** 2
+    for readers in together.values():
+        size = 0
+        for name in readers:
+            node = view.by_name[name]
+            weights = grouped(node, view.constant(node.input[1]))
+            assert weights is not None
+            size += 8 * len(weights) * weights.shape[2] ** 2
+            size += 4 * PICTURES * POSITIONS * len(weights) * weights.shape[2]
         if not parts or size > room:
             parts.append([])
             room = memory // 2
-        parts[-1].append(name)
+        parts[-1] += readers
         room -= size
     return parts
 
 
-def _moments(
+def _look(
     model: Model,
     proto: Any,
     view: GraphView,
     inputs: Mapping[str, str],
+    axes: Mapping[str, int],
     source: Iterable[Batch],
     *,
     what: str,
     device: str,
     progress: Progress,
-) -> dict[str, Seen]:
-    tensors = list(dict.fromkeys(inputs.values()))
+) -> Observed:
+    read = {view.by_name[name].input[0] for name in inputs}
+    sampled = [tensor for tensor in axes if tensor in read]
+    tensors = list(dict.fromkeys([*inputs.values(), *sampled]))
     inner = [t for t in tensors if t not in {i.name for i in model.inputs}]
     session = make_session(
         proto,
@@ -149,22 +208,57 @@ def _moments(
         device=device,
     )
     sums: dict[str, Seen] = {}
+    usual = {name: _Usual() for name in inputs}
+    samples: dict[str, list[NDArray[np.float32]]] = {tensor: [] for tensor in sampled}
     rng = np.random.default_rng(SEED)
     size = batch_size(model.inputs, 4)
     for number, batch in enumerate(islice(rebatch(source, size), -(-PICTURES // size))):
         if len(batch) < batch_size(model.inputs, 1):
             break
-        values = named_values(session, inner, batch.feeds)
+        values = {**batch.feeds, **named_values(session, inner, batch.feeds)}
+        for tensor in sampled:
+            samples[tensor].append(_sample(values[tensor], axes[tensor], rng))
         for name, tensor in inputs.items():
-            node = view.by_name[name]
-            data = values[tensor] if tensor in values else batch.feeds[tensor]
-            shape = tuple(view.constant(node.input[1]).shape)
-            sampled = columns(node, data, shape, rng)
-            total = sampled.sum(axis=1, dtype=np.float64)
-            found = Seen(moments(sampled), total, sampled.shape[1])
-            sums[name] = sums[name].plus(found) if name in sums else found
+            for rows, weight in usual[name].apart(values[tensor]):
+                found = _seen(view, name, rows, weight, rng)
+                sums[name] = sums[name].plus(found) if name in sums else found
         progress(what, min((number + 1) * size, PICTURES), PICTURES)
-    return sums
+    joined = {tensor: np.concatenate(rows) for tensor, rows in samples.items() if rows}
+    return Observed(sums, joined)
+
+
+def _seen(view: GraphView, name: str, data: Array, weight: float, rng: np.random.Generator) -> Seen:
+    node = view.by_name[name]
+    sampled = columns(node, data, tuple(view.initializers[node.input[1]].dims), rng)
+    total = sampled.sum(axis=1, dtype=np.float64)
+    products = moments(sampled)
+    if weight != 1:
+        products, total = weight * products, weight * total
+    return Seen(products, total, weight * sampled.shape[1])
+
+
+def _sample(values: Array, axis: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """At most `POSITIONS` of each row of the batch, shape (rows, positions, channels)."""
+    rows = np.moveaxis(values, axis, -1).reshape(len(values), -1, values.shape[axis])
+    if rows.shape[1] > POSITIONS:
+        rows = rows[:, np.sort(rng.choice(rows.shape[1], POSITIONS, replace=False))]
+    return np.ascontiguousarray(rows, np.float32)
+
+
+class _Usual:
+    """Which rows of a node's input are far louder than what it met so far."""
+
+    def __init__(self) -> None:
+        self._energies: list[float] = []
+
+    def apart(self, data: Array) -> list[tuple[Array, float]]:
+        """The rows that are like others, with weight 1, and each that is not with its own."""
+        energies = (data.reshape(len(data), -1).astype(np.float64) ** 2).mean(axis=1)
+        self._energies += energies.tolist()
+        limit = LOUDEST * float(np.median(self._energies))
+        loud = (energies > limit) & (limit > 0)
+        parts: list[tuple[Array, float]] = [(data[~loud], 1.0)] if not loud.all() else []
+        return parts + [(data[k : k + 1], float(limit / energies[k])) for k in np.flatnonzero(loud)]
 
 
 def _codes(view: GraphView, name: str, seen: Seen, kinds: Sequence[str]) -> Codes:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from trtune.calibrate.collect import DEFAULT_MEMORY
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.machine import usable_cores
-from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch
-from trtune.datasets.holdout import Without, hold_out, join
+from trtune.datasets.batches import Batch, BatchSource
+from trtune.datasets.holdout import Without, hold_out_more
+from trtune.precision.compare.alone import Alone
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.half_ranges import tensors_for_ranges
@@ -25,6 +26,7 @@ from trtune.precision.plan.placement import place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.prepare.codes import with_codes
 from trtune.precision.prepare.values import (
+    ALL_MOVES,
     CORRECT,
     ROUND_CODES,
     SCALE_CHANNELS,
@@ -34,13 +36,14 @@ from trtune.precision.prepare.values import (
     Prepared,
 )
 from trtune.precision.runtime.session import make_session
-from trtune.precision.tune.judge import Judge, counted_outputs, gain, is_better, worst
-from trtune.precision.tune.moments import rounded_weights
+from trtune.precision.tune.again import Again
+from trtune.precision.tune.judge import Judge, counted_outputs, improvement, level, worst
+from trtune.precision.tune.moments import codes_of, observed, rounded_weights
 from trtune.precision.tune.preparing import (
+    Chooser,
     Move,
     apply_moves,
     channel_tensors,
-    choose_moves,
     extended_plan,
     reaches,
 )
@@ -48,18 +51,21 @@ from trtune.precision.tune.scales import (
     AUTO_METHOD,
     Calibrated,
     calibrate_model,
+    enough_pictures,
+    exact_outputs,
     held_batches,
+    in_batches,
     without_zero_ranges,
 )
 
 log = logging.getLogger(__name__)
 
-AUTO_MOVES = (SCALE_CHANNELS, SHIFT_ALL, ROUND_CODES)
-"""What is tried by default. Bias correction adds nothing measurable once codes are rounded."""
+AUTO_MOVES = ALL_MOVES
+"""What is tried by default. A shift needs the bias correction: what codes do to a mean that the
+shift has made large is worse than what it saves."""
 
-
-JUDGED = 3
-"""Pictures held out in all by those that choose: the others judge what was chosen."""
+JUDGED = 2
+"""Pictures that judge what was chosen, by those that it was chosen on."""
 
 FEWEST = 8
 """Held-out pictures, at least, to choose and to judge by."""
@@ -70,8 +76,8 @@ class Ready:
     """A prepared model with its plan and table, which replace those it was made from.
 
     `plan` holds the nodes that were added too. `tried` maps each set of moves that was tried to
-    the error of the worst output, and to the gain over none with its standard error, both as parts
-    of the error without any.
+    the error of the worst output, and to the gain over none with its standard error, in decibels
+    averaged over the outputs.
     """
 
     prepared: Prepared
@@ -126,10 +132,10 @@ def prepare_model(
     start = _Variant("none", model, without_zero_ranges(view, plan, base.table), base)
     if not start.plan.int8_nodes or not kinds:
         return Ready(Prepared(model), plan, base, {})
-    found = hold_out(source, JUDGED * holdout)
-    half = min(holdout, (len(found) + 1) // 2)
-    chosen_on, judged_on, fitted, seen = found[:half], found[half:], source, source
-    if len(found) >= FEWEST:
+    count = enough_pictures(model, view, place(view, start.plan), source, holdout)
+    chosen_on, judged_on = hold_out_more(source, count, JUDGED * count)
+    found, fitted, seen = chosen_on + judged_on, source, source
+    if len(found) >= FEWEST and judged_on:
         fitted = Without(source, frozenset(i for b in judged_on for i in b.items))
         seen = Without(fitted, frozenset(i for b in chosen_on for i in b.items))
     elif moves is None:
@@ -137,16 +143,12 @@ def prepare_model(
         return Ready(Prepared(model), plan, base, {})
     else:
         chosen_on = judged_on = found
-    variants = [start]
-    if SCALE_CHANNELS in kinds or SHIFT_ALL in kinds:
-        moved = _moved(
-            start, view, fitted, seen, chosen_on, kinds,
-            lowerings=lowerings, method=method, percentile=percentile, holdout=holdout,
-            memory=memory, halves=halves, device=device, provenance=provenance, progress=progress,
-        )  # fmt: skip
-        variants += [moved] if moved is not None else []
-    if ROUND_CODES in kinds or CORRECT in kinds:
-        variants += [_rounded(v, seen, kinds, memory, device, progress) for v in list(variants)]
+    job = _Job(
+        view, kinds, lowerings=tuple(lowerings), method=method, percentile=percentile,
+        holdout=holdout, memory=memory, halves=halves, device=device, provenance=provenance,
+        progress=progress,
+    )  # fmt: skip
+    variants = _variants(start, job, fitted, seen, chosen_on)
     best, tried = _best(
         variants, judged_on, model, forced=moves is not None, device=device, progress=progress
     )
@@ -159,65 +161,100 @@ def prepare_model(
     return Ready(result, whole, best.calibrated, tried, best.moves)
 
 
-def _moved(
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """How variants are made: what `prepare_model` was asked for."""
+
+    view: GraphView
+    kinds: Sequence[str]
+    lowerings: tuple[str, ...]
+    method: str
+    percentile: float
+    holdout: int
+    memory: int
+    halves: bool
+    device: str
+    provenance: Mapping[str, Any] | None
+    progress: Progress
+
+    @property
+    def moves(self) -> str:
+        """scale, shift, both or nothing."""
+        return "+".join(kind for kind in self.kinds if kind in (SCALE_CHANNELS, SHIFT_ALL))
+
+    @property
+    def rounding(self) -> str:
+        """round, bias, both or nothing."""
+        return "+".join(kind for kind in self.kinds if kind in (ROUND_CODES, CORRECT))
+
+
+def _variants(
     start: _Variant,
-    view: GraphView,
+    job: _Job,
     fitted: BatchSource,
     seen: BatchSource,
     chosen_on: Sequence[Batch],
-    kinds: Sequence[str],
-    *,
-    lowerings: Iterable[str],
-    method: str,
-    percentile: float,
-    holdout: int,
-    memory: int,
-    halves: bool,
-    device: str,
-    provenance: Mapping[str, Any] | None,
-    progress: Progress,
-) -> _Variant | None:
-    """The model with its channels scaled and shifted, calibrated again; None if none is better."""
-    model, placement = start.model, place(view, start.plan)
-    axes = channel_tensors(view, placement)
-    reach = reaches(model, axes, seen, device=device, progress=progress)
-    pictures = held_batches(model, view, placement, tuple(chosen_on), memory=memory)
-    rounded = ROUND_CODES in kinds
-    moves = choose_moves(
-        model, view, placement, start.calibrated.table, reach, axes, pictures, kinds,
-        rounded=rounded, device=device, progress=progress,
-    )  # fmt: skip
-    rewritten, moved = apply_moves(model, moves)
+) -> list[_Variant]:
+    """What is to be compared: `start`, its codes rounded, moved, and both.
+
+    One look at the layers of the quantized network serves the choice of moves and the rounding of
+    the model as it is.
+    """
+    model, table, view = start.model, start.calibrated.table, job.view
+    chooser, axes = None, {}
+    if job.moves:
+        placement = place(view, start.plan)
+        axes = channel_tensors(view, placement)
+        reach = reaches(model, axes, seen, device=job.device, progress=job.progress)
+        batches = held_batches(model, view, placement, tuple(chosen_on), memory=job.memory)
+        alone = Alone(model, view, placement, batches, device=job.device)
+        chooser = Chooser(alone, view, placement, table, reach, axes, job.kinds)
+    moves: list[Move] = []
+    codes: dict[str, Codes] = {}
+    for part in observed(
+        model, start.plan, table, seen,
+        axes=axes, memory=job.memory, device=job.device, progress=job.progress,
+    ):  # fmt: skip
+        moves += [] if chooser is None else chooser.moves(part, progress=job.progress)
+        codes |= codes_of(view, part.seen, job.kinds) if job.rounding else {}
+    variants = [start]
+    if job.rounding:
+        variants.append(replace(start, name=job.rounding, codes=codes))
+    return variants + _moved(start, job, moves, fitted, seen)
+
+
+def _moved(
+    start: _Variant, job: _Job, moves: Sequence[Move], fitted: BatchSource, seen: BatchSource
+) -> list[_Variant]:
+    """The model with its channels scaled and shifted, calibrated again, without and with rounded
+    codes; nothing if there are no moves."""
+    model, moved = apply_moves(start.model, moves)
     if not moved:
-        return None
-    new = GraphView.of(rewritten)
-    plan = extended_plan(start.plan, new)
+        return []
+    view = GraphView.of(model)
+    plan = extended_plan(start.plan, view)
+    again = Again(
+        model, start.calibrated, moves, moved, seen,
+        kinds=job.kinds if job.rounding else (), memory=job.memory, device=job.device,
+        progress=job.progress,
+    )  # fmt: skip
     calibrated = calibrate_model(
-        rewritten, new, plan, fitted,
-        lowerings=lowerings, method=method, percentile=percentile, holdout=holdout, memory=memory,
-        also=tensors_for_ranges(new) if halves else (),
-        device=device, provenance=provenance, progress=progress,
+        model, view, plan, fitted,
+        lowerings=job.lowerings, method=job.method, percentile=job.percentile,
+        holdout=job.holdout, memory=job.memory, also=tensors_for_ranges(view) if job.halves else (),
+        ranges=again.ranges, device=job.device, provenance=job.provenance, progress=job.progress,
     )  # fmt: skip
-    plan = without_zero_ranges(new, plan, calibrated.table)
-    name = "+".join(kind for kind in kinds if kind in (SCALE_CHANNELS, SHIFT_ALL))
-    return _Variant(name, rewritten, plan, calibrated, moved, tuple(moves))
-
-
-def _rounded(
-    variant: _Variant,
-    seen: BatchSource,
-    kinds: Sequence[str],
-    memory: int,
-    device: str,
-    progress: Progress,
-) -> _Variant:
-    codes = rounded_weights(
-        variant.model, variant.plan, variant.calibrated.table, seen,
-        kinds=kinds, memory=memory, device=device, progress=progress,
-    )  # fmt: skip
-    done = "+".join(k for k in kinds if k in (ROUND_CODES, CORRECT))
-    name = done if variant.name == "none" else f"{variant.name}+{done}"
-    return replace(variant, name=name, codes=codes)
+    plan = without_zero_ranges(view, plan, calibrated.table)
+    plain = _Variant(job.moves, model, plan, calibrated, moved, tuple(moves))
+    if not job.rounding:
+        return [plain]
+    codes = again.codes
+    if not codes:
+        codes = rounded_weights(
+            model, plan, calibrated.table, seen,
+            kinds=job.kinds, memory=job.memory, device=job.device, progress=job.progress,
+        )  # fmt: skip
+    return [replace(plain, name=f"{job.moves}+{job.rounding}", codes=codes)]
 
 
 def _best(
@@ -229,12 +266,10 @@ def _best(
     device: str,
     progress: Progress,
 ) -> tuple[_Variant, dict[str, tuple[float, float, float]]]:
-    """The variant with the least error whose gain is beyond its noise; the last if `forced`."""
-    batches = join(tuple(pictures), batch_size(model.inputs, 4))
-    batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
+    """The variant with the least error of those whose gain is shown; the last if `forced`."""
+    batches = in_batches(model, pictures)
     names = [output.name for output in model.outputs]
-    exact = make_session(model.proto, external_dir=model.external_dir, device=device)
-    references = [exact.run(names, dict(batch.feeds)) for batch in batches]
+    references = exact_outputs(model, batches, device=device)
     judge = Judge(references, [len(batch) for batch in batches], counted_outputs(model))
     found: dict[str, list[NDArray[np.float64]]] = {}
     for number, variant in enumerate(variants):
@@ -249,8 +284,9 @@ def _best(
         ]
         progress("judge moves", number + 1, len(variants))
     none = found[variants[0].name]
-    tried = {name: (worst(errors), *gain(none, errors)) for name, errors in found.items()}
+    gains = {name: improvement(none, errors) for name, errors in found.items()}
+    tried = {n: (worst(found[n]), g.decibels, g.noise) for n, g in gains.items()}
     if forced:
         return variants[-1], tried
-    better = [v for v in variants if is_better(none, found[v.name])]
-    return min([variants[0], *better], key=lambda v: tried[v.name][0]), tried
+    better = [v for v in variants if gains[v.name].is_shown]
+    return min([variants[0], *better], key=lambda v: level(found[v.name])), tried

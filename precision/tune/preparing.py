@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from trtune.calibrate.table import CalibrationTable
@@ -31,36 +32,45 @@ from trtune.precision.plan.rules import make_plan, weight_axis
 from trtune.precision.prepare.affine import (
     Affine,
     apply_affine,
+    bias_edge,
     input_channels,
     is_depthwise,
     may_shift,
+    output_sums,
     reader_axis,
     rescaled,
     weights_by_channel,
 )
+from trtune.precision.prepare.columns import grouped
 from trtune.precision.prepare.draft import Draft
+from trtune.precision.prepare.local import Local, Weights, weights_of
 from trtune.precision.prepare.scale import balanced_factors, depthwise_factors
 from trtune.precision.prepare.statistics import Reach, merged, reach_of
-from trtune.precision.prepare.values import SCALE_CHANNELS, SHIFT_ALL, Moved
+from trtune.precision.prepare.values import (
+    CORRECT,
+    ROUND_CODES,
+    SCALE_CHANNELS,
+    SHIFT_ALL,
+    Moved,
+)
 from trtune.precision.runtime.session import make_session, named_values
-from trtune.precision.tune.judge import Judge, gain, judge_of, worst
+from trtune.precision.tune.judge import Judge, improvement, judge_of, level
+from trtune.precision.tune.moments import Observed
 from trtune.precision.tune.ranges import screening_batches
 
 log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
-POWERS = (0.3, 0.6, 1.0)
-RANGES = (0.75, 1.0, 1.3)
-"""How the range of a rewritten tensor is tried, by its present one and the channels' reach."""
+POWERS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+RANGES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15)
+"""How the range of a rewritten tensor is tried, by the channels' reach."""
 
-ROUNDED = 0.35
-"""What rounding leaves of the error of nearest codes, roughly."""
-
-PICTURES = 512
-FINALISTS = 3
-LEAST = 0.03
-"""A move on a tensor has to take away this part of the error that its quantization makes."""
+PICTURES = 256
+PROPOSED = 0.9
+FINALISTS = 2
+LEAST = 0.15
+"""A move on a tensor has to take away this many decibels of what its quantization does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,100 +119,165 @@ def channel_tensors(view: GraphView, placement: Placement) -> dict[str, int]:
     return {tensor: axis for tensor, axis in axes.items() if axis is not None}
 
 
-def choose_moves(
-    model: Model,
-    view: GraphView,
-    placement: Placement,
-    table: CalibrationTable,
-    reach: Mapping[str, Reach],
-    axes: Mapping[str, int],
-    pictures: Sequence[Batch],
-    kinds: Sequence[str],
-    *,
-    rounded: bool,
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> list[Move]:
+class Chooser:
     """For each tensor the rewrite that leaves the least error at the output, if any is better.
 
-    `kinds` are scale, shift or both; `rounded` says that codes will be rounded on the data, so
-    that errors of weights count less. Tensors whose range is zero are left alone.
+    Local noise (`prepare.local`) proposes: the best scale, shift and both, each with its amax. The
+    output disposes: what a proposal does there alone, its readers' weights quantized with it.
+    `kinds` are all moves that will be made: with round among them errors of weights count as what
+    rounding leaves of them, with bias without what they do to the mean. Tensors whose range is zero
+    are left alone. `alone` holds the pictures.
     """
-    alone = Alone(model, view, placement, pictures, device=device)
-    judge = judge_of(alone)
-    blend = ROUNDED if rounded else 1.0
-    names = [t for t in axes if t in reach and table.scales.get(t, 0) > 0]
 
-    def best(tensor: str) -> Move | None:
-        edges = placement.activations[tensor]
-        moves = candidates(model, view, edges, tensor, axes[tensor], reach[tensor], table, kinds)
+    def __init__(
+        self,
+        alone: Alone,
+        view: GraphView,
+        placement: Placement,
+        table: CalibrationTable,
+        reach: Mapping[str, Reach],
+        axes: Mapping[str, int],
+        kinds: Sequence[str],
+    ) -> None:
+        self._alone, self._view, self._placement = alone, view, placement
+        self._table, self._reach, self._axes, self._kinds = table, reach, axes, kinds
+        self._judge = judge_of(alone)
+
+    def moves(self, part: Observed, *, progress: Progress = silent) -> list[Move]:
+        """The best move of each tensor that `part` has samples of, where one helps."""
+        names = [t for t in part.samples if t in self._reach and self._table.scales.get(t, 0) > 0]
+
+        def best(tensor: str) -> Move | None:
+            return self._best(tensor, part)
+
+        found = in_parallel(best, names, what="choose moves", progress=progress)
+        return [move for move in found if move is not None]
+
+    def _best(self, tensor: str, part: Observed) -> Move | None:
+        edges = self._placement.activations[tensor]
+        readers: dict[str, Weights] = {}
+        means: dict[str, NDArray[np.float64]] = {}
+        for name, _ in edges:
+            node = self._view.by_name[name]
+            seen = part.seen.get(name)
+            if seen is None:
+                return None
+            products = seen.products
+            if CORRECT in self._kinds and bias_edge(self._view, node) is not None:
+                products, means[name] = seen.centred, seen.mean
+            weights = self._view.constant(node.input[1])
+            held = weights_of(
+                node, weights, products, max(seen.count, 1e-9), rounded=ROUND_CODES in self._kinds
+            )
+            if held is None:
+                return None
+            readers[name] = held
+        local = Local(part.samples[tensor], tuple(readers.values()))
+        moves = proposals(
+            self._alone.model, self._view, edges, tensor, self._axes[tensor],
+            self._reach[tensor], self._table.amax(tensor), local, self._kinds,
+        )  # fmt: skip
         if not moves:
             return None
-        return _Trial(alone, judge, view, edges, blend).best(
-            moves, table.amax(tensor), axes[tensor]
-        )
-
-    found = in_parallel(best, names, what="choose moves", progress=progress)
-    return [move for move in found if move is not None]
+        trial = _Trial(self._alone, self._judge, self._view, edges, readers, means)
+        return trial.best(moves, self._table.amax(tensor), self._axes[tensor])
 
 
-def candidates(
+def proposals(
     model: Model,
     view: GraphView,
     edges: tuple[Edge, ...],
     tensor: str,
     axis: int,
     reach: Reach,
-    table: CalibrationTable,
+    amax: float,
+    local: Local,
     kinds: Sequence[str],
 ) -> list[Move]:
-    """The rewrites worth trying for a tensor that the model allows."""
+    """The best scale, shift and both that the model allows, by their local noise.
+
+    Those that leave more than `PROPOSED` of the noise there is without are left out.
+    """
     nodes = [view.by_name[name] for name, _ in edges]
     channels = input_channels(view, nodes[0])
     maxima = reach.maxima
     if maxima.size != channels or not np.any(maxima > 0):
         return []
-    factors = [np.ones(channels, np.float32)]
-    if SCALE_CHANNELS in kinds:
-        if all(is_depthwise(view, node) for node in nodes):
-            factors.append(depthwise_factors(maxima))
-        else:
-            parts = [
-                np.abs(weights_by_channel(view, n, view.constant(n.input[1]))).max(axis=1)
-                for n in nodes
-            ]
-            weights = np.max(parts, axis=0)
-            factors += [balanced_factors(maxima, weights, power) for power in POWERS]
+    ones = np.ones(channels, np.float32)
+    ratio = amax / float(maxima.max())
+    scales = _factors(view, nodes, maxima) if SCALE_CHANNELS in kinds else []
     shifts = SHIFT_ALL in kinds and may_shift(view, edges)
-    moves = []
-    for scale in factors:
-        plain = Affine(tensor, edges, scale, 0.0, axis)
-        if np.any(scale != 1) and apply_affine(Draft(model), plain) is None:
+    none = min(local.noise(ones, 0.0, part * amax) for part in RANGES)
+    found = []
+    for factors, shifted in ((scales, False), ([ones], True), (scales, True)):
+        if not factors or (shifted and not shifts):
             continue
-        ratio = table.amax(tensor) / float(maxima.max())
-        top = ratio * float((maxima * scale).max())
-        for part in RANGES:
-            amax = part * top
-            if np.any(scale != 1):
-                moves.append(Move(plain, amax))
-            low = float((reach.low.min(axis=0) * scale).min())
-            low = max(min(low, 0.0), -amax)
-            if shifts and amax + low > 0.5 * amax:
-                shifted = replace(plain, shift=(amax + low) / 2)
-                moves.append(Move(shifted, (amax - low) / 2))
-    if shifts and apply_affine(Draft(model), Affine(tensor, edges, factors[0], 1.0, axis)) is None:
-        moves = [move for move in moves if not move.affine.shift]
-    return moves
+        trials = (
+            m for c in factors for m in _ranged(tensor, edges, c, axis, reach, ratio, shifted)
+        )
+        noises = [(local.noise(m.affine.scale, m.affine.shift, m.amax), m) for m in trials]
+        if not noises:
+            continue
+        noise, move = min(noises, key=lambda entry: entry[0])
+        if noise < PROPOSED * none and apply_affine(Draft(model), move.affine) is not None:
+            found.append((noise, move))
+    return [move for _, move in sorted(found, key=lambda entry: entry[0])]
+
+
+def _factors(
+    view: GraphView, nodes: Sequence[onnx.NodeProto], maxima: Array
+) -> list[NDArray[np.float32]]:
+    if all(is_depthwise(view, node) for node in nodes):
+        found = [depthwise_factors(maxima)]
+    else:
+        parts = [
+            np.abs(weights_by_channel(view, n, view.constant(n.input[1]))).max(axis=1)
+            for n in nodes
+        ]
+        weights = np.max(parts, axis=0)
+        found = [balanced_factors(maxima, weights, power) for power in POWERS]
+    return [factors for factors in found if np.any(factors != 1)]
+
+
+def _ranged(
+    tensor: str,
+    edges: tuple[Edge, ...],
+    scale: NDArray[np.float32],
+    axis: int,
+    reach: Reach,
+    ratio: float,
+    shifted: bool,
+) -> Iterator[Move]:
+    """A rewrite with each range to try: by what the channels reach, and as much of it as now."""
+    top = float((reach.maxima * scale).max())
+    for part in RANGES:
+        amax = part * max(ratio, 1.0) * top
+        low = float((reach.low.min(axis=0) * scale).min())
+        low = max(min(low, 0.0), -amax)
+        if not shifted:
+            yield Move(Affine(tensor, edges, scale, 0.0, axis), amax)
+        elif amax + low > 0.5 * amax:
+            yield Move(Affine(tensor, edges, scale, (amax + low) / 2, axis), (amax - low) / 2)
 
 
 class _Trial:
-    """What rewrites of one tensor do at the output, its readers' weights quantized too."""
+    """What rewrites of one tensor do at the output, its readers' weights quantized too.
+
+    Errors of weights are those of nearest codes, as much of them as rounding leaves (`readers`),
+    less what they do to the mean where that goes into the bias (`means` of the columns).
+    """
 
     def __init__(
-        self, alone: Alone, judge: Judge, view: GraphView, edges: tuple[Edge, ...], blend: float
+        self,
+        alone: Alone,
+        judge: Judge,
+        view: GraphView,
+        edges: tuple[Edge, ...],
+        readers: Mapping[str, Weights],
+        means: Mapping[str, NDArray[np.float64]],
     ) -> None:
         self._alone, self._judge, self._view = alone, judge, view
-        self._edges, self._blend = edges, blend
+        self._edges, self._readers, self._means = edges, readers, means
         (self._tensor,) = {view.by_name[name].input[index] for name, index in edges}
         self._screening = screening_batches([alone.pictures(b) for b in range(alone.batches)])
 
@@ -210,19 +285,20 @@ class _Trial:
         """The best of `moves`, with its gain over leaving the tensor as it is with `amax`."""
         size = moves[0].affine.scale.size
         none = Move(Affine(self._tensor, self._edges, np.ones(size, np.float32), 0.0, axis), amax)
-        first = {k: self._errors(m, range(self._screening)) for k, m in enumerate([none, *moves])}
-        ranked = sorted((k for k in first if k), key=lambda k: (worst(first[k]), k))[:FINALISTS]
+        first = [self._errors(move, range(self._screening)) for move in (none, *moves)]
+        ranked = sorted(range(1, len(first)), key=lambda k: (level(first[k]), k))[:FINALISTS]
         rest = range(self._screening, self._alone.batches)
         before = [*first[0], *self._errors(none, rest)]
         best: Move | None = None
         least = math.inf
         for k in ranked:
+            if level(first[k]) > level(first[0]):
+                continue
             after = [*first[k], *self._errors(moves[k - 1], rest)]
-            part, noise = gain(before, after)
-            if part > max(noise, LEAST) and worst(after) < least:
-                least = worst(after)
-                better = 10 * math.log10(max(worst(before), 1e-300) / max(least, 1e-300))
-                best = replace(moves[k - 1], gain_db=better)
+            gained = improvement(before, after)
+            if gained.is_shown and gained.decibels > LEAST and level(after) < least:
+                least = level(after)
+                best = replace(moves[k - 1], gain_db=gained.decibels)
         return best
 
     def _errors(self, move: Move, batches: Iterable[int]) -> list[NDArray[np.float64]]:
@@ -249,14 +325,30 @@ class _Trial:
         return ((quantized + np.float32(affine.shift)) / by).astype(np.float32)
 
     def _weights(self, affine: Affine) -> dict[Edge, Array]:
+        """Weights that do to the old tensor what codes do to the rewritten one, and biases: those
+        that make up for the mean, or what a shift does that is taken back with exact weights."""
         found: dict[Edge, Array] = {}
         for name, _ in self._edges:
             node = self._view.by_name[name]
             exact = self._view.constant(node.input[1]).astype(np.float32)
             moved = rescaled(node, exact, affine.scale)
-            codes = fake_quantize_weights(moved, weight_axis(node))
-            back = rescaled(node, codes, (1 / affine.scale).astype(np.float32))
-            found[(name, 1)] = exact + np.float32(self._blend) * (back - exact)
+            lost = fake_quantize_weights(moved, weight_axis(node)) - moved
+            lost *= np.float32(self._readers[name].share(affine.scale))
+            back = rescaled(node, lost, (1 / affine.scale).astype(np.float32))
+            found[(name, 1)] = exact + back
+            added = None
+            if name in self._means:
+                parts = grouped(node, back)
+                assert parts is not None
+                added = (parts * self._means[name][:, None, :]).sum(axis=2).reshape(-1)
+            elif affine.shift:
+                added = affine.shift * output_sums(node, lost)
+            if added is not None:
+                place = bias_edge(self._view, node)
+                assert place is not None
+                held = self._view.by_name[place[0]].input[place[1] : place[1] + 1]
+                bias = self._view.constant(held[0]) if held and held[0] else np.float32(0)
+                found[place] = (bias - added).astype(np.float32)
         return found
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -21,8 +21,9 @@ from trtune.calibrate.methods import better_methods, choose
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import DataError
 from trtune.configs.progress import Progress, silent
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, rebatch
-from trtune.datasets.holdout import WholeBatches, Without, hold_out, join
+from trtune.datasets.holdout import WholeBatches, Without, hold_out_more, join
 from trtune.precision.compare.alone import Alone, held_tensors
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.deploy import deploy_tensors
@@ -36,9 +37,10 @@ from trtune.precision.plan.placement import (
     shared_ranges,
 )
 from trtune.precision.plan.plan import RANGE, PrecisionPlan
+from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.choice import Choice
 from trtune.precision.tune.company import Company
-from trtune.precision.tune.judge import worst
+from trtune.precision.tune.judge import level
 from trtune.precision.tune.ranges import USUAL, choose_by_output
 
 log = logging.getLogger(__name__)
@@ -47,12 +49,35 @@ AUTO_METHOD = "auto"
 UNIFORM = ("entropy", "mse", "percentile", "max")
 """The methods that `auto` must not be behind of: each for all ranges is tried as a whole."""
 
+OTHERS = 2
+"""Pictures that decide between tables, by those that a range is chosen on."""
+
+LIGHT = 256 << 20
+"""Held-out pictures may be more than asked for while their tensors take no more bytes than this."""
+
+PLENTY = 4
+"""... but not more than this many times as many."""
+
 PERCENTILE = 99.99
 IMPLICIT = "implicit"
 """The lowering of weakly typed TensorRT 10: scales for every tensor, no Q/DQ."""
 BESIDE_AUTO = "mse"
 PICTURES_AT_ONCE = 4
 """Held-out pictures a batch: small, so that several tensors are tried at a time."""
+
+
+Ranges = Callable[
+    [
+        GraphView,
+        PrecisionPlan,
+        Placement,
+        Mapping[str, str],
+        Sequence[Batch],
+        Mapping[str, Histogram],
+    ],
+    dict[str, Choice],
+]
+"""The view, plan, placement, roots, held-out pictures and histograms of `auto_ranges`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +152,14 @@ def calibrate_model(
     memory: int = DEFAULT_MEMORY,
     device: str = "cpu",
     also: Sequence[str] = (),
+    ranges: Ranges | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Calibrated:
     """Scales for every tensor that `plan` quantizes, from one pass over `source`.
 
     `method` is a key of `AMAX_METHODS`, or `auto`: histograms of all but `holdout` pictures, and
-    `auto_ranges` on those. Histograms are made of the tensors `also` too,
+    `auto_ranges` on those, or `ranges` in its place. Histograms are made of the tensors `also` too,
     in the same pass. With `implicit` among `lowerings` the table also holds what TensorRT 10 alone
     asks for; all other entries stay as they are. `device` is where the network runs. Raises
     DataError for too few pictures.
@@ -142,13 +168,17 @@ def calibrate_model(
     started = time.perf_counter()
     tensors = carried_tensors(view, plan, lowerings)
     roots = shared_ranges(view, dict.fromkeys(tensors))
-    ranges = list(dict.fromkeys(roots.values()))
-    held = hold_out(source, holdout) if method == AUTO_METHOD and ranges else ()
+    names = list(dict.fromkeys(roots.values()))
+    held: tuple[Batch, ...] = ()
+    others: tuple[Batch, ...] = ()
+    if method == AUTO_METHOD and names:
+        count = enough_pictures(model, view, with_deploy(view, plan, tensors), source, holdout)
+        held, others = hold_out_more(source, count, OTHERS * count)
     seen = seen_pictures(source, held, batch_size(model.inputs, 1))
     beside = implicit_only(view, plan, lowerings)
     moved = with_clamped(view, dict.fromkeys(tensors, 1.0))
     alone = [tensor for tensor in beside if tensor not in moved]
-    wanted = list(dict.fromkeys([*ranges, *also]))
+    wanted = list(dict.fromkeys([*names, *also]))
     found = collect(
         model.proto,
         wanted,
@@ -163,18 +193,23 @@ def calibrate_model(
     if held:
         placement = with_deploy(view, plan, tensors)
         batches = held_batches(model, view, placement, held, memory=memory)
-        choices = auto_ranges(
-            model, view, plan, placement, roots, batches, found.histograms,
-            device=device, progress=progress,
-        )  # fmt: skip
+        if ranges is not None:
+            choices = ranges(view, plan, placement, roots, batches, found.histograms)
+        else:
+            choices = auto_ranges(
+                model, view, plan, placement, roots, batches, found.histograms,
+                others=in_batches(model, others), device=device, progress=progress,
+            )  # fmt: skip
     else:
-        chosen = {name: found.histograms[name] for name in ranges}
+        chosen = {name: found.histograms[name] for name in names}
         choices = _chosen_alike(chosen, method, percentile)
         _say_what_is_better(chosen, choices)
     ranged = {tensor: choices[root] for tensor, root in roots.items()}
-    table = _table(ranged, provenance)
+    table = choices_table(ranged, provenance)
     if beside:
-        more = _table(_implicit_choices(view, alone, found.histograms, method, percentile), None)
+        more = choices_table(
+            _implicit_choices(view, alone, found.histograms, method, percentile), None
+        )
         table = _whole(view, table, more, beside)
     return Calibrated(
         table,
@@ -224,6 +259,7 @@ def auto_ranges(
     pictures: Sequence[Batch],
     histograms: Mapping[str, Histogram],
     *,
+    others: Sequence[Batch] = (),
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Choice]:
@@ -232,13 +268,15 @@ def auto_ranges(
     `roots` maps each tensor of `placement` to its range, a key of `histograms`. First every range
     by what it does alone (`choose_by_output`); of those ranges and the tables that `UNIFORM` give
     the one with the least error of the whole quantized network; from there every range once more
-    with all the others quantized (`Company.round`).
+    with all the others quantized (`Company.round`), which is kept if it has less error. Both are
+    decided on `others`, pictures that no range was chosen on, if there are any: what a search finds
+    on a few pictures is too good there.
     """
     alone = Alone(model, view, placement, pictures, device=device)
     choices = choose_by_output(alone, histograms, _edges(placement, roots), progress=progress)
     references = [alone.reference(batch) for batch in range(alone.batches)]
     del alone  # its activations make room for those of the quantized network
-    table = _table({tensor: choices[root] for tensor, root in roots.items()}, None)
+    table = choices_table({tensor: choices[root] for tensor, root in roots.items()}, None)
     quantized = without_zero_ranges(view, plan, table)
     ranges: dict[str, list[str]] = {}
     for tensor in place(view, quantized).activations:
@@ -246,9 +284,16 @@ def auto_ranges(
     if not ranges:
         return choices
     company = Company(model, quantized, table, ranges, pictures, references, device=device)
-    best = _best_start(company, choices, histograms, progress)
-    limits = {name: _limits(histograms[name], best[name].amax) for name in ranges}
-    return company.round(best, limits, progress=progress)
+    judging = company
+    if others:
+        exact = exact_outputs(model, others, device=device)
+        judging = Company(model, quantized, table, ranges, others, exact, device=device)
+    best = _best_start(judging, choices, histograms, progress)
+    limits = {name: range_limits(histograms[name], best[name].amax) for name in ranges}
+    found = company.round(best, limits, progress=progress)
+    before, after = (judging.errors({n: c.amax for n, c in x.items()}) for x in (best, found))
+    log.info("in company: %.2f dB, before %.2f", -level(after), -level(before))
+    return found if level(after) <= level(before) else best
 
 
 def _best_start(
@@ -267,16 +312,21 @@ def _best_start(
         )
     errors = []
     for number, start in enumerate(starts):
-        errors.append(worst(company.errors({name: c.amax for name, c in start.items()})))
+        errors.append(level(company.errors({name: c.amax for name, c in start.items()})))
         progress("compare methods", number + 1, len(starts))
     best = min(range(len(starts)), key=lambda k: (errors[k], k))
     names = ("each range alone", *UNIFORM)
-    log.info("auto starts from %s: %s", names[best], dict(zip(names, errors, strict=True)))
+    log.info(
+        "auto starts from %s: %s",
+        names[best],
+        ", ".join(f"{n} {-e:.2f} dB" for n, e in zip(names, errors, strict=True)),
+    )
     return starts[best]
 
 
-def _limits(histogram: Histogram, amax: float) -> tuple[float, float]:
-    """From what most pictures reach, unless `amax` is below it already, to the maximum."""
+def range_limits(histogram: Histogram, amax: float) -> tuple[float, float]:
+    """Where a range may go: from what most pictures reach, unless `amax` is below it, to the
+    maximum."""
     return min(quantile(histogram.pictures.counts, USUAL), amax), max(histogram.maximum, amax)
 
 
@@ -288,7 +338,10 @@ def _chosen_alike(
     return {name: Choice(amax, method, 0.0) for name, amax in amaxes.items()}
 
 
-def _table(chosen: Mapping[str, Choice], provenance: Mapping[str, Any] | None) -> CalibrationTable:
+def choices_table(
+    chosen: Mapping[str, Choice], provenance: Mapping[str, Any] | None
+) -> CalibrationTable:
+    """The table of these choices, with their methods and factors."""
     return CalibrationTable.from_amax(
         {tensor: choice.amax for tensor, choice in chosen.items()},
         methods={tensor: choice.method for tensor, choice in chosen.items()},
@@ -385,6 +438,47 @@ def held_batches(
     if count < len(batches):
         log.info("%d of %d held-out batches, to stay within %d bytes", count, len(batches), memory)
     return batches[:count]
+
+
+def enough_pictures(
+    model: Model, view: GraphView, placement: Placement, source: BatchSource, holdout: int
+) -> int:
+    """`holdout`, or up to `PLENTY` times as many where the network is small (`LIGHT`).
+
+    A few pictures decide much of the error of a small network, and there more cost little.
+    """
+    size = batch_size(model.inputs, 1)
+    first = next(iter(rebatch(source, size)), None)
+    if first is None:
+        return holdout
+    extents = measure(
+        model.proto,
+        held_tensors(view, placement),
+        fit_batch(first, size),
+        external_dir=model.external_dir,
+    )
+    each = max(sum(extent.bytes for extent in extents.values()), 1)
+    return min(max(holdout, LIGHT // each), PLENTY * holdout)
+
+
+def in_batches(model: Model, pictures: Sequence[Batch]) -> list[Batch]:
+    """`pictures` in batches that the model takes; the last picture fills the last one."""
+    if not pictures:
+        return []
+    batches = join(tuple(pictures), batch_size(model.inputs, PICTURES_AT_ONCE))
+    batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
+    return batches
+
+
+def exact_outputs(
+    model: Model, batches: Sequence[Batch], *, device: str = "cpu"
+) -> list[list[Any]]:
+    """The FP32 outputs of each batch, in the model's order."""
+    session = make_session(
+        model.proto, threads=usable_cores(), external_dir=model.external_dir, device=device
+    )
+    names = [output.name for output in model.outputs]
+    return [session.run(names, dict(batch.feeds)) for batch in batches]
 
 
 def without_zero_ranges(

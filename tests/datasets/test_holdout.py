@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError
 from trtune.datasets.batches import Batch
-from trtune.datasets.holdout import SHARE, WholeBatches, Without, hold_out, join
+from trtune.datasets.holdout import SHARE, WholeBatches, Without, hold_out, hold_out_more, join
 
 
 @dataclass(frozen=True)
@@ -232,3 +232,23 @@ def test_join(shapes: list[tuple[int, ...]], size: int, expected: list[str]) -> 
     for batch in joined:
         numbers = [int(item[1:]) for item in batch.items]
         assert batch.feeds["x"][:, 0].tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "more", "sizes"),
+    [
+        pytest.param(40, 4, 8, (4, 8), id="enough"),
+        pytest.param(16, 6, 12, (4, 4), id="a quarter, and half together"),
+        pytest.param(3, 2, 4, (1, 0), id="too few for others"),
+        pytest.param(1, 2, 4, (1, 0), id="one"),
+    ],
+)
+def test_others_follow_those_that_are_held_out(
+    total: int, count: int, more: int, sizes: tuple[int, int]
+) -> None:
+    data = source(total)
+    first, others = hold_out_more(data, count, more)
+    assert (len(first), len(others)) == sizes
+    assert [b.items for b in first] == [b.items for b in hold_out(data, count)]
+    names = [b.items for b in (*first, *others)]
+    assert len(set(names)) == len(names)

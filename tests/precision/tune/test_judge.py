@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trtune.precision.tune.judge import Judge, gain, is_better, worst
+from trtune.precision.tune.judge import Judge, gain, improvement, is_better, level, worst
 
 
 def errors(reference: list[object], test: list[object]) -> NDArray[np.float64]:
@@ -121,3 +121,35 @@ def test_rows_that_are_no_pictures_count_for_all_of_them() -> None:
     np.testing.assert_allclose(found, [[0.25, 0.25], [0, 0]], rtol=1e-5)
     other = judge.errors(0, [picked[:7], np.ones((2, 4), np.float32)])
     np.testing.assert_allclose(other, np.zeros((2, 2)))
+
+
+def test_improvement_is_averaged_over_the_groups_and_hurts_none() -> None:
+    before = np.array([[0.2, 0.4, 0.3], [0.01, 0.01, 0.01]])
+    found = improvement([before], [before / np.array([[2.0], [8.0]])])
+    assert found.decibels == pytest.approx(5 * math.log10(16))
+    assert found.typical == pytest.approx(found.decibels)
+    np.testing.assert_allclose(found.groups, 10 * np.log10([2, 8]))
+    assert found.is_shown
+    worse = improvement([before], [before * np.array([[1.1], [0.1]])])
+    assert worse.decibels > 4
+    assert not worse.is_shown  # the first group loses 0.4 dB in every picture
+    assert not improvement([before], [before]).is_shown
+    assert level([before]) == pytest.approx(5 * math.log10(0.3 * 0.01))
+
+
+def test_improvement_of_errors_that_are_not_finite() -> None:
+    fine, broken = np.array([[0.1, 0.2]]), np.array([[0.1, np.inf]])
+    assert improvement([broken], [fine]).is_shown
+    assert improvement([fine], [broken]).decibels == -math.inf
+    assert not improvement([broken], [broken]).is_shown
+
+
+def test_one_noisy_group_does_not_hide_what_the_others_gain() -> None:
+    rng = np.random.default_rng(3)
+    before = np.exp(rng.normal(-3, 0.2, (5, 16)))
+    after = before * np.exp(rng.normal(-0.3, 0.1, (5, 16)))
+    before[0] *= np.exp(rng.normal(0, 2, 16))
+    after[0] = before[0] * np.exp(rng.normal(-0.2, 0.8, 16))
+    found = improvement([before], [after])
+    assert found.groups[0] < 2 * found.group_noises[0]
+    assert found.is_shown

@@ -30,6 +30,7 @@ from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.errors import sqnr_db
 from trtune.precision.tune.scales import (
+    PLENTY,
     Calibrated,
     alone_on,
     calibrate_model,
@@ -248,10 +249,10 @@ def test_auto_sees_the_held_out_pictures_only_when_it_chooses() -> None:
     proto = tinymodels.conv_relu()
     source = pictures(proto, 20)
     found = calibrated(proto, source, method="auto", holdout=3)
-    held = {int(batch.items[0][1:]) for batch in hold_out(source, 3)}
-    assert len(held) == 3
+    held = {int(batch.items[0][1:]) for batch in hold_out(source, PLENTY * 3)}
+    assert len(held) == 5  # a quarter, since so small a network may have more than asked for
     seen = [source.feeds["input"][row] for row in range(20) if row not in held]
-    assert found.pictures == 17
+    assert found.pictures == 15
     assert np.array_equal(found.histograms["input"].counts, Histogram.of(*seen).counts)
 
 
