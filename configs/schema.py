@@ -102,7 +102,8 @@ class Calibration(Section):
     )
     holdout: Count = Field(
         default=24,
-        description="calibration pictures that method auto and the tuner's ranking measure on",
+        description="calibration pictures that method auto and the tuner's ranking measure on; "
+        "auto takes up to four times as many where the network is small",
     )
     prepare: Literal["auto", "none"] | tuple[PrepareMove, ...] = Field(
         default="auto",
