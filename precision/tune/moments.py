@@ -102,11 +102,11 @@ def rounded_weights(
     for part in observed(
         model, plan, table, source, memory=memory, device=device, progress=progress
     ):
-        codes |= codes_of(view, part.seen, kinds, progress=progress)
+        codes |= rounded_codes_of(view, part.seen, kinds, progress=progress)
     return codes
 
 
-def codes_of(
+def rounded_codes_of(
     view: GraphView, seen: Mapping[str, Seen], kinds: Sequence[str], *, progress: Progress = silent
 ) -> dict[str, Codes]:
     """Initializer -> codes for the weights of the nodes in `seen`; see `rounded_weights`."""

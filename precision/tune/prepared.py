@@ -38,7 +38,7 @@ from trtune.precision.prepare.values import (
 from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.again import Again
 from trtune.precision.tune.judge import Judge, counted_outputs, improvement, level, worst
-from trtune.precision.tune.moments import codes_of, observed, rounded_weights
+from trtune.precision.tune.moments import observed, rounded_codes_of, rounded_weights
 from trtune.precision.tune.preparing import (
     Chooser,
     Move,
@@ -216,7 +216,7 @@ def _variants(
         axes=axes, memory=job.memory, device=job.device, progress=job.progress,
     ):  # fmt: skip
         moves += [] if chooser is None else chooser.moves(part, progress=job.progress)
-        codes |= codes_of(view, part.seen, job.kinds) if job.rounding else {}
+        codes |= rounded_codes_of(view, part.seen, job.kinds) if job.rounding else {}
     variants = [start]
     if job.rounding:
         variants.append(replace(start, name=job.rounding, codes=codes))
