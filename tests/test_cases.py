@@ -134,7 +134,12 @@ def test_a_quantized_model_is_imported_whole(name: str, tmp_path: Path) -> None:
     original, imported = variant(record, "original"), variant(record, "qat")
     assert record.status == "met"
     assert imported.nodes["int8"] == 3
-    assert imported.sqnr_db == pytest.approx(original.sqnr_db, abs=0.1)
+    assert imported.sqnr_db is not None
+    assert original.sqnr_db is not None
+    # onnxruntime 1.23 itself loses 9 dB where Q/DQ in the file is float16; it is float32 in ours
+    assert imported.sqnr_db > original.sqnr_db - 0.1
+    if name != "fp16_rest":
+        assert imported.sqnr_db == pytest.approx(original.sqnr_db, abs=0.1)
 
 
 @slow
