@@ -28,7 +28,13 @@ from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.describe import inspect_model
 from trtune.precision.quantized.migrate_pins import read_pins
+from trtune.precision.runtime.errors import ErrorSums
+from trtune.reports.accuracy import Evaluation
 from trtune.run.pipeline import report
+from trtune.run.stage import Need, Stage
+from trtune.run.stages.layers import ERROR_SUMS
+from trtune.run.stages.measuring import EVALUATION
+from trtune.run.workspace import STAGES, Workspace
 
 EXAMPLES = int(os.environ.get("TRTUNE_FUZZ", "40"))
 bounded = settings(
@@ -189,6 +195,39 @@ def test_plans(text: str) -> None:
         read_pins(text)
     except InputError as error:
         said(error)
+
+
+KEPT = {
+    "sums": Stage(
+        "sums",
+        {"model": "abc", "data": Need("d", {"data.path": "rows.npz"})},
+        lambda folder: {"n_conv": ErrorSums(signal=4.0, noise=0.5, count=7)},
+        ERROR_SUMS,
+    ),
+    "value": Stage(
+        "value",
+        {"model": "abc", "metric": None},
+        lambda folder: Evaluation(metric="top1", value=0.5, samples=8),
+        EVALUATION,
+    ),
+}
+
+
+@bounded
+@given(st.sampled_from(sorted(KEPT)), st.data())
+def test_stage_files(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    stage, folder = KEPT[name], tmp_path_factory.getbasetemp() / "stages-fuzzed"
+    whole = Workspace(folder).get(stage)
+    path = folder / STAGES / f"{name}.json"
+    text = path.read_text(encoding="utf-8")
+    damage = damaged_json(text) if data.draw(st.booleans()) else damaged_text(text)
+    path.write_text(data.draw(damage), encoding="utf-8")
+    again = Workspace(folder)
+    again.why(stage)
+    assert again.get(stage) == whole
+    assert Workspace(folder).holds(stage)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ again = insert_quantization(model.model, model.table)      # the same outputs, b
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,14 +98,14 @@ class Imported:
         return _plan(GraphView.of(self.model), self.table, self.floats, "fp32", {})
 
 
-def load_quantized(path: Path) -> tuple[Model, tuple[Finding, ...]]:
-    """The model at `path` as it stands, and what had to be done to read it.
+def load_quantized(path: Path, outputs: Sequence[str] = ()) -> tuple[Model, tuple[Finding, ...]]:
+    """The model at `path` as it stands up to `outputs`, and what had to be done to read it.
 
     Scales with an axis in an opset before 13, which is not valid there, are read as opset 13 has
     them. Raises ModelError as `load_model` does.
     """
     try:
-        return load_model(path, fold="none"), ()
+        return load_model(path, fold="none", outputs=outputs), ()
     except ModelError as error:
         proto = _old_with_axis(Path(path))
         if proto is None:
@@ -113,7 +113,7 @@ def load_quantized(path: Path) -> tuple[Model, tuple[Finding, ...]]:
         log.info("%s: %s", path, error)
     opset = default_opset(proto)
     bare, axes = drop_axis(proto)
-    model = model_from_proto(bare, Path(path), fold="none")
+    model = model_from_proto(bare, Path(path), fold="none", outputs=outputs)
     model = replace(model, proto=restore_axis(model.proto, axes))
     nodes = [node.name for node in model.proto.graph.node if node.output[0] in axes]
     found = tuple(
@@ -144,11 +144,12 @@ def _old_with_axis(path: Path) -> onnx.ModelProto | None:
 def import_quantized(
     path: Path,
     *,
+    outputs: Sequence[str] = (),
     allow_requantize: bool = False,
     fallback: str = "fp32",
     pins: Mapping[str, str] | None = None,
 ) -> Imported:
-    """Take the quantized ONNX model at `path` apart.
+    """Take the quantized ONNX model at `path` apart, up to `outputs` if there are any.
 
     Repairs that keep every value are made; those that do not (asymmetric ranges) only with
     `allow_requantize`. `pins` are the plan's. `fallback` fp32 leaves what is not int8 in the type
@@ -157,7 +158,7 @@ def import_quantized(
     Raises ModelError, with all that was found, if something is left that TensorRT cannot take, and
     for a model without quantization.
     """
-    original, notes = load_quantized(path)
+    original, notes = load_quantized(path, outputs)
     return import_model(
         original, notes, allow_requantize=allow_requantize, fallback=fallback, pins=pins
     )

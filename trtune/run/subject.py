@@ -48,6 +48,7 @@ def subject_of(config: Config) -> Subject:
         return Subject(model, GraphView.of(model))
     imported = import_quantized(
         path,
+        outputs=config.model.outputs,
         allow_requantize=section.allow_requantize,
         fallback=section.fallback,
         pins=section.pin,

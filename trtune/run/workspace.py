@@ -1,9 +1,9 @@
 """The workspace: keeps what stages made, gives it back, and explains why something is made again.
 
 One file a value: `stages/NAME.json` holds the key, what it was derived from, the hashes of the
-files beside it, and the value itself. It is written last, so that whoever is killed leaves a value
-that is whole, or none. Runs of the same name beside this one are looked through too: what another
-target or another pin does not change is not made again.
+files beside it, the value itself, and the hash of all this. It is written last, so that whoever is
+killed leaves a value that is whole, or none. Runs of the same name beside this one are looked
+through too: what another target or another pin does not change is not made again.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trtune.configs.errors import TrtuneError
-from trtune.configs.files import hash_file, write_json
+from trtune.configs.files import hash_file, hash_json, write_json
 from trtune.run.stage import Stage
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 STAGES = "stages"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, TrtuneError)
+UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, TrtuneError),
+)
+"""What a form may raise for a value that is not one of its own: it is made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +124,17 @@ class Workspace:
 
     def _keep(self, stage: Stage[T], value: T) -> None:
         held, files = stage.form.write(value, self.folder)
-        write_json(
-            self.folder / STAGES / self._file(stage),
-            {
-                "stage": stage.name,
-                "key": stage.key(),
-                "needs": stage.marks(),
-                "told": stage.told(),
-                "files": {name: hash_file(self.folder / name) for name in files},
-                "value": held,
-            },
-        )
+        record = {
+            "stage": stage.name,
+            "key": stage.key(),
+            "needs": stage.marks(),
+            "told": stage.told(),
+            "files": {name: hash_file(self.folder / name) for name in files},
+            "value": held,
+        }
+        record = json.loads(json.dumps(record))  # as it is read: lists, and keys that are text
+        path = self.folder / STAGES / self._file(stage)
+        write_json(path, {**record, "digest": hash_json(record)})
 
     def _kept(self, stage: Stage[Any]) -> _Record | None:
         """The record of exactly this stage, its files as they were written."""
@@ -174,6 +177,8 @@ def _read(folder: Path, file: str) -> _Record | None:
         return None
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
+        if held.pop("digest") != hash_json(held):
+            raise ValueError("it is not as it was written")
         told = {name: dict(paths) for name, paths in held["told"].items()}
         return _Record(folder, dict(held["needs"]), told, dict(held["files"]), held["value"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

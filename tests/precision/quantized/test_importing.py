@@ -396,6 +396,18 @@ def test_an_axis_in_an_old_opset_is_read_as_opset_13_has_it(tmp_path: Path) -> N
     assert_same_bits(tinyqat.torch_residual(), insert_quantization(found.model, found.table), feeds)
 
 
+def test_a_quantized_model_is_taken_apart_up_to_the_outputs_that_are_named(tmp_path: Path) -> None:
+    proto = tinyqat.torch_residual()
+    onnx.save(proto, tmp_path / "qat.onnx")
+    found = import_quantized(tmp_path / "qat.onnx", outputs=["sum_relu"])
+    assert [spec.name for spec in found.model.outputs] == ["sum_relu"]
+    assert found.plan.int8_nodes == ("n_stem", "n_conv1", "n_conv2")
+    feeds = tinymodels.feeds(found.model.proto, batch=2)
+    again = insert_quantization(found.model, found.table)
+    expected = outputs(proto, feeds, outputs=["sum_relu"])["sum_relu"]
+    np.testing.assert_array_equal(outputs(again, feeds)["sum_relu"], expected)
+
+
 def test_a_broken_file_keeps_its_own_message(tmp_path: Path) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"\x08\x08garbage")
