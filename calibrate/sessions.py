@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,6 +65,7 @@ def open_session(
     integer_kernels: bool = False,
     external_dir: Path | None = None,
     write_optimized: Path | None = None,
+    weights: Mapping[str, ort.OrtValue] | None = None,
 ) -> ort.InferenceSession:
     """An onnxruntime session for a serialized model, or the file that holds one.
 
@@ -73,7 +75,7 @@ def open_session(
     Q/DQ pairs are computed as they are written; with it, onnxruntime puts integer kernels in their
     place. `external_dir` is where external initializers of bytes lie (for a path: beside it). The
     graph that onnxruntime made of the model goes to `write_optimized`, with large weights beside
-    it.
+    it. `weights` takes the place of the external initializers of these names; sessions share them.
 
     Raises ModelError with onnxruntime's own words if it cannot load the model, ConfigError for
     another device than those, TrtuneError for one that is not here, ValueError for an unknown
@@ -85,6 +87,8 @@ def open_session(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(external_dir.resolve())
         )
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
     if write_optimized is not None:
         options.optimized_model_filepath = str(write_optimized)
         # Weights beside the model, so that one above 2 GiB can be written.

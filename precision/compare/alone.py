@@ -39,7 +39,7 @@ from trtune.precision.plan.placement import Edge, Placement, edges_of, place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.output_groups import OutputGroup, add_parts, output_groups, worst
-from trtune.precision.runtime.session import make_session, named_values
+from trtune.precision.runtime.session import SharedWeights, make_session, named_values
 
 Rest = Callable[[int, Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
 """The rest of a network: from a batch number and changed tensors to the model's outputs."""
@@ -142,6 +142,7 @@ class Alone:
     ) -> None:
         self.model, self._view, self._device = model, view, device
         self._outputs = tuple(o.name for o in model.outputs)
+        self._weights = SharedWeights(view.initializers.values())
         held = dict.fromkeys([*held_tensors(view, placement), *also])
         inner = [t for t in held if t not in set(view.graph_inputs)]
         session = make_session(
@@ -183,7 +184,11 @@ class Alone:
             copies[name].input[index] = f"{name}/value{number}"
         proto = self._submodel(list(copies.values()), weights)
         session = make_session(
-            proto, threads=1, external_dir=self.model.external_dir, device=self._device
+            proto,
+            threads=1,
+            external_dir=self.model.external_dir,
+            device=self._device,
+            weights=self._weights.read_by(proto),
         )
         wanted = {entry.name for entry in session.get_inputs()}
         plain = [tensor for tensor in boundary if tensor in wanted]
@@ -205,7 +210,8 @@ class Alone:
         constants = self._constants(tensor for tensor in read if tensor not in made)
         made |= {o for node in constants for o in node.output}
         names = {*read, *(name for node in constants for name in inputs_of(node))}
-        initializers = [t for name, t in self._view.initializers.items() if name in names]
+        held_once = self._weights.light
+        initializers = [held_once(t) for n, t in self._view.initializers.items() if n in names]
         initializers += [numpy_helper.from_array(value, name) for name, value in weights.items()]
         held = {t.name for t in initializers}
         inputs = [self._value_info(name) for name in read if name not in made and name not in held]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -26,6 +26,8 @@ from trtune.precision.runtime.api import MODEL_FILE
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+SHARED_BYTES = 1 << 12
+SHARED_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
 NUMPY_NAMES = MappingProxyType({"float": "float32", "double": "float64", "string": "object"})
 
 
@@ -38,6 +40,7 @@ def make_session(
     integer_kernels: bool = False,
     external_dir: Path | None = None,
     device: str = "cpu",
+    weights: Mapping[str, ort.OrtValue] | None = None,
 ) -> ort.InferenceSession:
     """An onnxruntime session for `model`, which is not touched.
 
@@ -48,7 +51,7 @@ def make_session(
     written, so that a pin stays a pin and the numbers are those of TensorRT's arithmetic; with it,
     onnxruntime puts integer kernels in their place. `external_dir` is where external initializers
     of a proto or of bytes lie (for a path: beside it). A proto above 2 GiB goes through a
-    temporary folder. `device` is as `open_session` has it.
+    temporary folder. `device` and `weights` are as `open_session` has them.
 
     Raises what `open_session` raises, and ValueError for an output that no node makes.
     """
@@ -73,7 +76,48 @@ def make_session(
             optimize=optimize,
             integer_kernels=integer_kernels,
             external_dir=external_dir,
+            weights=weights,
         )
+
+
+class SharedWeights:
+    """The large constants of a graph, held once for the sessions of many parts of it.
+
+    A session for a part is then made of a small proto: to copy 100 MB of weights into one, and
+    back out of it, takes longer than what the session itself has to do. `values` are what
+    `make_session` takes; they hold the memory that sessions made with them read.
+    """
+
+    def __init__(self, tensors: Iterable[onnx.TensorProto]) -> None:
+        self.values: dict[str, ort.OrtValue] = {}
+        self._stubs: dict[str, onnx.TensorProto] = {}
+        self._arrays: list[NDArray[Any]] = []  # whose memory is read
+        for tensor in tensors:
+            large = tensor.data_type in SHARED_TYPES and tensor_bytes(tensor) >= SHARED_BYTES
+            if large and not is_external(tensor):
+                self._hold(tensor)
+
+    def _hold(self, tensor: onnx.TensorProto) -> None:
+        array = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor))
+        self._arrays.append(array)
+        self.values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
+        stub = onnx.TensorProto(
+            name=tensor.name,
+            dims=tensor.dims,
+            data_type=tensor.data_type,
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        stub.external_data.add(key="location", value="shared")
+        self._stubs[tensor.name] = stub
+
+    def light(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        """`tensor` as a part has it: without its data, if that is shared."""
+        return self._stubs.get(tensor.name, tensor)
+
+    def read_by(self, part: onnx.ModelProto) -> dict[str, ort.OrtValue]:
+        """Those of `values` that `part` has."""
+        names = (tensor.name for tensor in part.graph.initializer if is_external(tensor))
+        return {name: self.values[name] for name in names if name in self.values}
 
 
 def named_values(

@@ -24,7 +24,7 @@ from trtune.precision.graph.proto import captured
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.plan import PrecisionPlan
-from trtune.precision.runtime.session import make_session, named_values
+from trtune.precision.runtime.session import SharedWeights, make_session, named_values
 from trtune.precision.tune.choice import Choice
 from trtune.precision.tune.judge import Judge, counted_outputs, gain, worst
 from trtune.precision.tune.ranges import screening_batches
@@ -64,6 +64,7 @@ class Company:
         pairs = _scale_inputs(proto)
         self._model = replace(model, proto=proto)
         self._view = GraphView.of(self._model)
+        self._weights = SharedWeights(self._view.initializers.values())
         self._outputs = tuple(o.name for o in model.outputs)
         self._pictures = pictures
         self._judge = Judge(references, [len(batch) for batch in pictures], counted_outputs(model))
@@ -219,9 +220,13 @@ class Company:
     ) -> Callable[[int, Mapping[str, Array]], list[Array]]:
         """A function from a batch and all scales to `outputs`, running only what is behind."""
         nodes = self._nodes_behind(name)
-        proto = _part(self._view, self._model, nodes, self._stored[0], outputs)
+        proto = _part(self._view, self._model, nodes, self._stored[0], outputs, self._weights)
         session = make_session(
-            proto, threads=1, external_dir=self._model.external_dir, device=self._device
+            proto,
+            threads=1,
+            external_dir=self._model.external_dir,
+            device=self._device,
+            weights=self._weights.read_by(proto),
         )
         wanted = [i.name for i in session.get_inputs()]
         made = [o.name for o in proto.graph.output]
@@ -259,6 +264,7 @@ def _part(
     nodes: Sequence[onnx.NodeProto],
     stored: Mapping[str, Array],
     outputs: Sequence[str],
+    weights: SharedWeights,
 ) -> onnx.ModelProto:
     """A model of `nodes` that reads what is `stored` and the scales."""
     made = {t for node in nodes for t in node.output if t}
@@ -270,7 +276,9 @@ def _part(
     read.update(dict.fromkeys(t for node in constants for t in node.input if t))
     graph = onnx.GraphProto(name="behind")
     graph.node.extend([*constants, *nodes])
-    graph.initializer.extend(t for name, t in view.initializers.items() if name in read)
+    graph.initializer.extend(
+        weights.light(t) for name, t in view.initializers.items() if name in read
+    )
     held = {t.name for t in graph.initializer}
     for name in read:
         if name not in made and name not in held:
