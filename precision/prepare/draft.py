@@ -114,6 +114,24 @@ class Draft:
         self.changed = True
         return name
 
+    def pad_behind(self, tensor: str, pads: list[int], value: float, edges: list[Edge]) -> str:
+        """A Pad of `tensor` with `value`, which `edges` read from now on; its result. `pads` are
+        ONNX's: what is put before each axis, then what is put behind each."""
+        name = self._fresh(f"{tensor}/padded")
+        sizes, constant = self._fresh(f"{name}/pads"), self._fresh(f"{name}/value")
+        self._values[sizes] = np.array(pads, np.int64)
+        self._values[constant] = np.array(value, np.float32)
+        node = onnx.helper.make_node(
+            "Pad", [tensor, sizes, constant], [name], name=self._fresh(f"{name}/Pad")
+        )
+        made = self.producer(tensor)
+        self._nodes.insert(0 if made is None else self._nodes.index(made) + 1, node)
+        self._by_name[node.name] = node
+        for reader, index in edges:
+            self._by_name[reader].input[index] = name
+        self.changed = True
+        return name
+
     def to_clip(self, name: str, low: float | None, high: float | None) -> None:
         """Make a Relu or Clip node a Clip with these bounds."""
         node = self._by_name[name]

@@ -42,6 +42,7 @@ from trtune.precision.quantized.forms.foreign_ops import foreign_quantizers
 from trtune.precision.quantized.forms.integer_ops import write_as_pairs
 from trtune.precision.quantized.forms.old_axis import drop_axis, restore_axis
 from trtune.precision.quantized.forms.pairs_behind import with_pairs_behind
+from trtune.precision.quantized.forms.shifts import with_shifts
 from trtune.precision.quantized.insert import (
     insert_quantization,
     plan_from_table,
@@ -175,7 +176,7 @@ def import_model(
     """`import_quantized` of a model that is loaded already; `notes` are findings from before."""
     model, floats, found, findings = _examine(original)
     findings = (*notes, *_repaired(findings, allow_requantize=allow_requantize))
-    if not found.pairs and not findings:
+    if not found.pairs and all(row.kind == "half-rest" for row in findings):
         raise ModelError(
             f"{original.path} holds no QuantizeLinear or DequantizeLinear, so there is nothing to "
             "import; use `precision.default: int8` to quantize it"
@@ -188,7 +189,9 @@ def import_model(
     plan = _plan(view, table, floats, fallback, {})
     fewer, spare = without_spare_reads(view, table, plan)
     rows = (*findings, *_spare(view, spare, dropped=bool(stripped.changes)))
-    table = fewer if stripped.changes else table
+    if stripped.changes:
+        stripped = with_shifts(replace(stripped, table=fewer))
+        view, table = GraphView.of(stripped.model), stripped.table
     kinds = ("weights-alone", "activation-alone", "unequal-scales")
     half = {row.node: row.found for row in rows if row.kind in kinds}
     plan = with_reasons(_plan(view, table, floats, fallback, pins or {}), half)

@@ -42,7 +42,11 @@ class Symmetric:
 @dataclass(frozen=True, slots=True)
 class Requantized:
     """A tensor whose range was made symmetric: the largest step (scale), and the range, before and
-    after. `channels` is how many scales it has now."""
+    after. `channels` is how many scales it has now.
+
+    With a `shift` the levels are those of the file: the tensor is quantized less that number, which
+    its readers add again (`with_shifts`).
+    """
 
     tensor: str
     role: str
@@ -51,6 +55,7 @@ class Requantized:
     range_before: tuple[float, float]
     range_after: tuple[float, float]
     channels: int = 1
+    shift: float = 0.0
 
 
 def code_range(dtype: str) -> tuple[int, int]:

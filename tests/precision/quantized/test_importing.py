@@ -228,12 +228,13 @@ def test_asymmetric_ranges_are_made_symmetric_when_that_is_allowed() -> None:
     changed = {change.tensor: change for change in found.changes}
     assert set(changed) == {"a_clip", "b", "sum", "flat", "a_w", "b_w"}
     clip = changed["a_clip"]
-    assert clip.step_after / clip.step_before == pytest.approx(255 / 127)
-    assert clip.range_before == pytest.approx((0, 6))
-    assert clip.range_after[1] == pytest.approx(6)
+    assert clip.step_after == clip.step_before
+    assert clip.shift == pytest.approx(128 * 6 / 255)
+    assert clip.range_before == clip.range_after == pytest.approx((0, 6))
     assert found.table.scale("input") == np.float32(0.03)
     assert found.table.scale("b") == pytest.approx(0.05 * 131 / 128)
     assert found.table.methods["input"] == "qat"
+    assert found.table.methods["a_clip"] == "qat, shifted"
     assert found.table.methods["b"] == "qat, made symmetric"
     assert all(row.repaired for row in found.findings if row.severity == "error")
 
@@ -287,19 +288,22 @@ def test_an_activation_that_only_the_range_stood_for_is_put_back(high: float, op
 def test_an_activation_that_is_there_is_not_put_twice() -> None:
     found = imported(tinyqat.tensorflow_block(), allow_requantize=True)
     assert op_counts(found.model.proto) == {
-        "Conv": 2, "Clip": 1, "Add": 1, "GlobalAveragePool": 1, "Flatten": 1, "Softmax": 1,
+        "Conv": 2, "Clip": 1, "Pad": 1, "Add": 1, "GlobalAveragePool": 1, "Flatten": 1,
+        "Softmax": 1,
     }  # fmt: skip
 
 
 def test_calibrated_scales_replace_those_made_symmetric_where_smaller() -> None:
     found = imported(tinyqat.tensorflow_block(), allow_requantize=True)
-    given = CalibrationTable({"a_clip": 0.01, "b": 9.0, "input": 0.001}, {"a_clip": "entropy"})
+    given = CalibrationTable({"a_clip": 0.01, "b": 0.01, "input": 0.001}, {"b": "entropy"})
     better = with_calibrated(found, given)
-    assert better.table.scale("a_clip") == np.float32(0.01)
-    assert better.table.methods["a_clip"] == "qat, made symmetric, entropy"
-    for tensor in ("input", "b"):
+    assert better.table.scale("b") == np.float32(0.01)
+    assert better.table.methods["b"] == "qat, made symmetric, entropy"
+    for tensor in ("input", "a_clip"):
         assert better.table.scale(tensor) == found.table.scale(tensor)
-    assert {c.tensor: c.step_after for c in better.changes}["a_clip"] == pytest.approx(0.01)
+    assert {c.tensor: c.step_after for c in better.changes}["b"] == pytest.approx(0.01)
+    larger = with_calibrated(found, CalibrationTable({"b": 9.0}))
+    assert larger.table.scale("b") == found.table.scale("b")
 
 
 def test_a_float_model_has_nothing_to_import() -> None:
