@@ -23,7 +23,13 @@ REFUSED_KINDS = frozenset(
     {
         *("uint8-zero-point-128", "uint8", "int8-zero-point", "int32-bias", "bad-scale"),
         *("scale-type", "half-model", "code-type", "blocked-scale", "non-constant-scale"),
-        *("integer-operator", "dynamic-quantization", "computed-codes", "foreign-quantizer"),
+        *(
+            "block-axis",
+            "integer-operator",
+            "dynamic-quantization",
+            "computed-codes",
+            "foreign-quantizer",
+        ),
     }
 )
 """Kinds of findings with which TensorRT gives no engine at all."""

@@ -264,6 +264,16 @@ def _code_dtype(view: GraphView, quantize: onnx.NodeProto) -> str:
     return UINT8 if len(quantize.input) < 3 or not quantize.input[2] else ""
 
 
+def blocks_fit(view: GraphView, pair: Pair) -> bool:
+    """Whether blocks of a tensor lie along the axis that the pair names: on every other one there
+    are as many scales as values. True where shapes are not known."""
+    shape = view.shapes.get(pair.source, ())
+    if pair.scale is None or pair.scale.ndim != len(shape):
+        return True
+    sizes = zip(shape, pair.scale.shape, strict=True)
+    return all(size == scales for k, (size, scales) in enumerate(sizes) if k != pair.axis)
+
+
 def _same(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
     if a is None or b is None:
         return a is b

@@ -31,6 +31,7 @@ _SAYS = {
     "foreign-quantizer": (ERROR, "cannot parse it"),
     "code-type": (ERROR, "refuses such codes"),
     "pair-disagrees": (ERROR, "takes it without a word"),
+    "block-axis": (ERROR, "refuses scales of blocks along another axis than the one named"),
     "blocked-scale": (ERROR, "knows scales for blocks in INT4 and FP4 weights only"),
     "non-constant-scale": (ERROR, "wants every scale to be constant"),
     "quantize-alone": (ERROR, "takes integer tensors, but no float model is left without them"),

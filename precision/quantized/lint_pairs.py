@@ -18,6 +18,7 @@ from trtune.precision.quantized.find import (
     WEIGHT,
     Found,
     Pair,
+    blocks_fit,
 )
 from trtune.precision.quantized.findings import EXACT, NONE, REQUANTIZE, Finding, finding
 from trtune.precision.quantized.repair import (
@@ -146,6 +147,13 @@ def _types(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:
     if pair.blocked and not kind:
         yield finding(
             pair.node, "blocked-scale", "one scale a block", "export with one scale a channel"
+        )
+    if pair.blocked and not blocks_fit(view, pair):
+        yield finding(
+            pair.node,
+            "block-axis",
+            f"blocks along axis {pair.axis}, scales along another",
+            "export it again",
         )
     if not pair.agrees:
         yield finding(

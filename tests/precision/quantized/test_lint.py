@@ -347,3 +347,16 @@ def test_codes_that_are_computed_are_refused_and_stored(op: str) -> None:
     assert found.plan.int8_nodes == ("n_conv",)
     again = insert_quantization(found.model, found.table)
     assert_same_bits(proto, again, tinymodels.feeds(found.model.proto, batch=2))
+
+
+def test_blocks_along_another_axis_than_the_one_named() -> None:
+    """As Model-Optimizer 0.47 writes the weights of a transposed Gemm: TensorRT-RTX refuses it."""
+    for shape, kinds in (((4, 1), {"block-axis", "blocked-scale"}), ((1, 32), {"blocked-scale"})):
+        net = QatNet(opset=21)
+        x = net.input("input", ("N", 32))
+        codes = net.const("codes", np.ones((4, 32)), np.int8)
+        scale = net.const("scale", np.full(shape, 0.1), np.float32)
+        weight = net.op("DequantizeLinear", codes, scale, out="w", axis=0, block_size=32)
+        proto = net.model({net.op("Gemm", x, weight, out="output", transB=1): ("N", 4)})
+        found = {row.kind for row in findings(proto)}
+        assert found & {"block-axis", "blocked-scale"} == kinds
