@@ -360,6 +360,8 @@ def _with_sidecar(path: Path, cache: Cache, sidecar: Mapping[str, Any]) -> Calib
             reads,
             factors,
             sidecar.get("axes", {}),
+            sidecar.get("float8", {}),
+            sidecar.get("float8_weights", {}),
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise CacheError(

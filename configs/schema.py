@@ -45,6 +45,8 @@ KNOWN_METRICS = (*LABELLED_METRICS, *UNLABELLED_METRICS, *OWN_METRICS)
 PrepareMove = Literal["scale", "shift", "round", "bias"]
 Method = Literal["entropy", "entropy-s7310", "percentile", "mse", "max", "auto"]
 PrecisionName = Literal["int8", "fp8", "fp16", "bf16", "fp32"]
+LADDER = ("int8", "fp8", "bf16", "fp16", "fp32")
+"""From fast to exact."""
 Default = Literal["int8", "fp8", "fp16", "bf16", "fp32", "qat"]
 ReportFormat = Literal["md", "html", "csv", "json"]
 
@@ -230,7 +232,17 @@ class Precision(Section):
     target: Target | None = Field(
         default=None, description="what must be reached; null: quantize and report, without tuning"
     )
-    max_pins: Natural = Field(default=16, description="most nodes that the tuner may pin")
+    ladder: tuple[PrecisionName, ...] = Field(
+        default=(),
+        description="what the tuner moves a node that hurts through, from fast to exact, such as "
+        "[int8, fp8, fp16, fp32]; it begins with default, and fp8 is left out where the hardware "
+        "has none; empty: default, fallback, fp32",
+    )
+    max_pins: Natural = Field(
+        default=16,
+        description="most nodes that the tuner may pin; those that it moves to fp8 cost no speed "
+        "and do not count",
+    )
     max_evaluations: Count | None = Field(
         default=None, description="most plans that the tuner may measure; null: as many as it takes"
     )
@@ -239,6 +251,21 @@ class Precision(Section):
     def _for_qat(self) -> Precision:
         if self.allow_requantize and self.default != "qat":
             raise key_error("allow_requantize", "is for a model with Q/DQ: set default: qat")
+        return self
+
+    @field_validator("ladder")
+    @classmethod
+    def _upwards(cls, ladder: tuple[PrecisionName, ...]) -> tuple[PrecisionName, ...]:
+        heights = [LADDER.index(rung) for rung in ladder]
+        if heights != sorted(set(heights)):
+            raise key_error("", f"each rung once and from fast to exact: {', '.join(LADDER)}")
+        return ladder
+
+    @model_validator(mode="after")
+    def _ladder_from_default(self) -> Precision:
+        first = self.default if self.default != "qat" else "int8"
+        if self.ladder and self.ladder[0] != first:
+            raise key_error("ladder", f"begins with default, {first}; found {self.ladder[0]}")
         return self
 
     @field_validator("pin")

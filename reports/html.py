@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from trtune.reports import plots
 from trtune.reports.differences import Difference
-from trtune.reports.record import LayerRow, RunRecord, Variant
+from trtune.reports.record import LayerRow, PinCost, RunRecord, Variant
 from trtune.reports.summary import (
     DASH,
     FRACTIONS,
@@ -132,6 +132,7 @@ def report_html(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         results=result_table(record),
         outputs=outputs_table(record),
         metric=record.baseline.metric,
+        pins=_pins(record),
         tuning_plot=Markup(plots.tuning_svg(record)),
         alone=_bars(layers, "alone_sqnr_db", pinned),
         accumulated=_bars(layers, "accumulated_sqnr_db", pinned),
@@ -218,6 +219,13 @@ def _facts(record: RunRecord) -> list[Fact]:
     facts.append(Fact("pins", str(len(variant.pinned)), _pins_note(variant)))
     facts += _speed_fact(record, variant.name)
     return [*facts, *_size_fact(record, variant), *_calibration_fact(record)]
+
+
+def _pins(record: RunRecord) -> list[PinCost]:
+    """The pins of the main variant, those that cost speed first."""
+    variant = main_variant(record)
+    found = variant.pins if variant is not None else []
+    return sorted(found, key=lambda pin: pin.precision == "fp8")
 
 
 def _accuracy_fact(record: RunRecord, variant: Variant) -> Fact:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from trtune.reports.record import CalibrationRecord, LayerRow, RunRecord
+from trtune.reports.record import CalibrationRecord, LayerRow, RunRecord, TuningStep
 from trtune.reports.summary import (
     DASH,
     count,
     decibels,
     headline,
+    main_variant,
     metric_label,
     metric_text,
     number,
@@ -46,6 +47,7 @@ def report_markdown(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         *_section("Not honoured", _not_honoured(record)),
         *_section("Engines", _engines(record)),
         *_section("Notes", [f"- {escape(note)}" for note in record.notes]),
+        *_section("Pins", _pins(record)),
         *_section("Tuning", _tuning(record)),
         *_section("Error per layer", _errors(record, layers)),
         *_section("Calibration", _calibration(record.calibration, record)),
@@ -136,7 +138,7 @@ def _tuning(record: RunRecord) -> list[str]:
         [
             str(step.step),
             step.action,
-            ", ".join(map(code, step.pinned)) or DASH,
+            _step_pins(step),
             "yes" if step.met else "no",
             str(len(step.pinned)),
             metric_text(metric, step.value) + plus_minus(metric, step.error),
@@ -152,6 +154,33 @@ def _tuning(record: RunRecord) -> list[str]:
                "measured on", "time")  # fmt: skip
     best = ["", f"Best with so many pins: {front}."] if len(record.front) > 1 else []
     return [_pipes(columns, rows, text_columns=4), *best]
+
+
+def _step_pins(step: TuningStep) -> str:
+    """What a step pinned, and how many nodes are in fp8 by then."""
+    moved = [f"{plural(len(step.moved), 'node')} in fp8"] if step.moved else []
+    return ", ".join([*moved, *map(code, step.pinned)]) or DASH
+
+
+def _pins(record: RunRecord) -> list[str]:
+    """What each pin of the main variant costs; FP8 in one line, since it costs nothing."""
+    variant = main_variant(record)
+    if variant is None or not variant.pins:
+        return []
+    free = [pin for pin in variant.pins if pin.precision == "fp8"]
+    rows = [
+        [code(p.node), p.precision, p.origin, f"{100 * p.part:.1f} %", p.cost]
+        for p in variant.pins
+        if p.precision != "fp8"
+    ]
+    columns = ("node", "precision", "by", "of the multiplications", "cost in speed")
+    lines = [_pipes(columns, rows, text_columns=3)] if rows else []
+    if free:
+        share = 100 * sum(pin.part for pin in free)
+        names = ", ".join(code(pin.node) for pin in free)
+        lines += ["", f"{plural(len(free), 'node')} ({share:.1f} % of the multiplications) in FP8, "
+                      f"at no cost in speed: {names}."]  # fmt: skip
+    return lines
 
 
 def _errors(record: RunRecord, layers: Sequence[LayerRow]) -> list[str]:

@@ -65,6 +65,17 @@ class Closeness(_Value):
     left_out: int = 0
 
 
+class PinCost(_Value):
+    """A node that the `origin` (user or tuner) holds to a precision, and what that costs in speed;
+    `part` is its part of all multiplications of the network."""
+
+    node: str
+    precision: str
+    origin: str
+    part: float
+    cost: str
+
+
 class Variant(_Value):
     """One model on one backend: `fp32`, `int8` (or another untuned one) or `tuned`.
 
@@ -81,7 +92,8 @@ class Variant(_Value):
     the pictures' own spread: of the difference to FP32 on the same `samples` pictures where that is
     what the target asks for; `within_noise` says that the target lies inside. `outputs` has how
     close every output is, and every part of one that is judged apart.
-    `reason` says why it could not run here,
+    `pinned` are the nodes that the user or the tuner holds to a precision that costs speed, `moved`
+    those in fp8, and `pins` says of each what it costs. `reason` says why it could not run here,
     `command` builds the same engine with NVIDIA's tool, `notes` is what the backend has to say.
     `lints` are what the engine's own account says against it, `explained` what its build log does.
     """
@@ -107,6 +119,8 @@ class Variant(_Value):
     nodes: dict[str, int] = Field(default_factory=dict)
     account: dict[str, int] = Field(default_factory=dict)
     pinned: list[str] = Field(default_factory=list)
+    moved: list[str] = Field(default_factory=list)
+    pins: list[PinCost] = Field(default_factory=list)
     not_honoured: list[str] = Field(default_factory=list)
     path: str | None = None
     status: Literal["done", "absent", "failed"] = "done"
@@ -118,7 +132,8 @@ class Variant(_Value):
 
 
 class TuningStep(_Value):
-    """One evaluated set of pins: `action` is start, pin, unpin (kept) or unpin-rejected.
+    """One evaluated set of pins: `action` is start, move (to fp8), pin, unpin (kept) or
+    unpin-rejected; `moved` are the nodes in fp8, which cost no speed and are no pins.
 
     `value` is that of the first backend, and `values` has those of all that it was measured on: the
     first that misses the target ends a step. `error` is the standard error of `value`, paired with
@@ -129,6 +144,7 @@ class TuningStep(_Value):
     step: int
     action: str
     pinned: list[str]
+    moved: list[str] = Field(default_factory=list)
     value: float
     builds: int
     seconds: float

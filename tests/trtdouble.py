@@ -19,7 +19,7 @@ from trtnetwork import OfLayer, OfNetwork, OfParser, OfParserError, OfTensor
 from trtstrict import Module, Strict, make_class, make_enum, new, snapshot
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-WORDS = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16", "int8": "Int8"}
+WORDS = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16", "int8": "Int8", "fp8": "FP8"}
 
 
 @dataclass
@@ -278,7 +278,7 @@ def weakly(layer: Any, config: Any, scales: dict[str, float], world: World) -> s
 
 def typed(layer: Any, world: World) -> str:
     if layer._ins and layer._ins[0]._dequantized and layer._node not in world.swallowed:
-        return "int8"
+        return str(layer._ins[0]._dequantized)
     kind = layer._ins[0]._kind if layer._ins else "FLOAT"
     return {"HALF": "fp16", "BF16": "bf16"}.get(kind, "fp32")
 

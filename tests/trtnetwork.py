@@ -22,6 +22,7 @@ LAYER_TYPES = {
     **{"GlobalAveragePool": "REDUCE", "ReduceMean": "REDUCE", "MaxPool": "POOLING"},
 }
 TYPES = {1: "FLOAT", 10: "HALF", 16: "BF16", 3: "INT8", 6: "INT32", 7: "INT64", 9: "BOOL"}
+FLOAT8 = 17
 
 
 class OfNetwork:
@@ -112,7 +113,7 @@ class Filling:
         self.types = {info.name: info.type.tensor_type for info in infos}
         self.tensors: dict[str, Any] = {}
 
-    def tensor(self, name: str, maker: str = "", computes_shape: bool = False) -> Any:
+    def tensor(self, name: str, codes: str = "", computes_shape: bool = False) -> Any:
         """The tensor called `name`, made at first sight."""
         if name not in self.tensors:
             typed = self.types.get(name)
@@ -127,9 +128,16 @@ class Filling:
                 shape=[dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims],
                 network=self.network,
                 computes_shape=computes_shape,
-                dequantized=maker == "DequantizeLinear",
+                dequantized=codes,
             )
         return self.tensors[name]
+
+    def codes(self, node: onnx.NodeProto) -> str:
+        """What a DequantizeLinear reads, int8 or fp8; empty for other nodes."""
+        if node.op_type != "DequantizeLinear":
+            return ""
+        zero = self.weights.get((*node.input, "", "")[2])
+        return "fp8" if zero is not None and zero.data_type == FLOAT8 else "int8"
 
     def layer(self, kind: str, ins: list[Any], outs: list[Any], node: Any = None) -> None:
         """A layer with the node's name and metadata, or one that the parser adds."""
@@ -160,7 +168,7 @@ class Filling:
         shapes = node.op_type == "Shape" or (
             bool(moving) and all(tensor._computes_shape for tensor in moving)
         )
-        makes = [self.tensor(name, node.op_type, shapes) for name in node.output if name]
+        makes = [self.tensor(name, self.codes(node), shapes) for name in node.output if name]
         kind = LAYER_TYPES.get(node.op_type, "IDENTITY")
         if node.op_type == "Gemm" and len(reads) == 3:
             inner = self.tensor(f"(Unnamed Layer* {len(self.network._layers)}) output")

@@ -21,6 +21,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from trtune.calibrate.float8 import float8_codes, float8_weight_scales, through_float8
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.compiled import compiled
@@ -29,12 +30,7 @@ from trtune.datasets.batches import Batch
 from trtune.precision.graph.proto import copy_of, inputs_of
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.rewrite import quantize_weights, weight_scales
-from trtune.precision.plan.float8 import (
-    FP8,
-    float8_codes,
-    float8_weight_scales,
-    through_float8,
-)
+from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.placement import Edge, Placement, edges_of, place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums

@@ -13,13 +13,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from trtune.calibrate.float8 import float8_dtype
 from trtune.calibrate.table import FLOAT8_MAX, CalibrationTable
 from trtune.configs.errors import ModelError
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.casts import insert_casts, needed_opset, raise_opset
 from trtune.precision.lower.deploy import lower_deploy
 from trtune.precision.lower.rewrite import QMAX, Rewrite
-from trtune.precision.plan.float8 import FP8, float8_dtype
+from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.half_rules import refuse_half_model
 from trtune.precision.plan.half_types import HALVES, half_above
 from trtune.precision.plan.placement import codes_read, place

@@ -11,10 +11,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from trtune.calibrate.float8 import float8_codes, float8_dtype, float8_weight_scales
 from trtune.configs.errors import ModelError
 from trtune.precision.graph.proto import FreshNames, copy_fields, copy_of, names_in, used_tensors
 from trtune.precision.graph.view import GraphView, Model
-from trtune.precision.plan.float8 import float8_codes, float8_dtype, float8_weight_scales
 
 QMAX = 127
 FLOAT8_IR = 9

@@ -177,4 +177,5 @@ def with_shared_ranges(view: GraphView, table: CalibrationTable) -> CalibrationT
     scales = {tensor: table.scales[roots[tensor]] for tensor in table.scales}
     methods = {t: table.methods.get(roots[t], "") for t in table.methods}
     factors = {t: table.factors[roots[t]] for t in table.methods if roots[t] in table.factors}
-    return CalibrationTable(scales, methods, table.provenance, factors=factors)
+    float8 = {t: table.float8[roots[t]] for t in table.scales if roots[t] in table.float8}
+    return CalibrationTable(scales, methods, table.provenance, factors=factors, float8=float8)

@@ -16,7 +16,7 @@ from trtune.precision.graph.macs import MACS, macs, parameter_tensors, parameter
 from trtune.precision.graph.proto import subgraphs
 from trtune.precision.graph.view import GraphView, Model, Shape, elements
 from trtune.precision.plan.imported import QAT
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import QUANTIZED, PrecisionPlan
 
 QUANTIZED_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 DYNAMIC_OPS = frozenset({"DynamicQuantizeLinear", "MatMulInteger", "DynamicQuantizeMatMul"})
@@ -149,7 +149,7 @@ def _problems(
             f"{len(model.tail.nodes)} nodes from there on are neither quantized nor compared"
         )
     floats = quantized_how(graph) != "static"  # such a model has a plan of its own
-    if floats and assigned is not None and not any(row.precision == "int8" for row in rows):
+    if floats and assigned is not None and not any(row.precision in QUANTIZED for row in rows):
         reasons = Counter(row.reason for row in rows if row.op in MACS and row.reason)
         usual = reasons.most_common(LISTED)
         why = "; ".join(f"{reason} ({count} nodes)" for reason, count in usual)
@@ -181,16 +181,19 @@ def refuse_quantized(view: GraphView, default: str) -> None:
 
 
 def nothing_in_int8(view: GraphView, plan: PrecisionPlan) -> str:
-    """Why a run whose default is int8 or qat has not met its target: no node is in INT8.
+    """Why a run whose default is int8, fp8 or qat has not met its target: no node is quantized.
 
     Empty if one is, or another default was asked for. Such a run gives back the model that went
     in, and a target of accuracy says nothing.
     """
-    if plan.default not in ("int8", QAT) or plan.int8_nodes:
+    if plan.default not in (*QUANTIZED, QAT) or plan.quantized_nodes:
         return ""
     reasons = Counter(plan.nodes[name].reason for name in plan.compute_nodes)
     listed = "; ".join(f"{why} ({count} nodes)" for why, count in reasons.most_common(3))
-    return f"no node runs in INT8: {listed or _nothing_to_quantize(view) or 'nothing to quantize'}"
+    kind = "FP8" if plan.default == "fp8" else "INT8"
+    return (
+        f"no node runs in {kind}: {listed or _nothing_to_quantize(view) or 'nothing to quantize'}"
+    )
 
 
 def quantized_how(view: GraphView) -> str:

@@ -8,18 +8,28 @@ far, and the value itself confirms: a plan is taken that meets the target and is
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.float8 import FP8
+from trtune.precision.plan.plan import TUNER, PrecisionPlan
+from trtune.precision.tune.leave_one_out import Gains
 from trtune.precision.tune.walk import (
     CLOSE,
     Ranked,
     Score,
+    Step,
     Tuned,
     Walk,
     pins_for,
 )
 
+log = logging.getLogger(__name__)
+
+PARTS = (0.5, 0.9, 1.0)
+"""Of the whole gain that single moves promise: the fewest nodes with so much of it are measured."""
 UNLIKELY = 1.08
 """What is predicted to lose this many times what is allowed is not tried to be taken back."""
 REJECTED = 2
@@ -151,3 +161,76 @@ def _needed_last(walk: Walk, pins: Sequence[tuple[str, str]], rung: int) -> list
         if not tried and loss <= UNLIKELY:
             cost[pin] = loss
     return sorted(cost, key=lambda pin: cost[pin])
+
+
+def move_to_float8(
+    plan: PrecisionPlan,
+    gains: Gains,
+    evaluate: Callable[[PrecisionPlan], Score],
+    *,
+    start: Score,
+    evaluations: int | None = None,
+) -> Tuned:
+    """`plan`, whose score is `start`, with the nodes in fp8 that are better there, by the task's
+    own measure.
+
+    Measured are the fewest nodes that promise `PARTS` of the whole gain, and all that can be moved,
+    since the noise that gains are told by is not the measure; until the target is met beyond
+    chance. The best of all is given back (`outranks`). At most `evaluations` plans are measured,
+    `plan` among them.
+    """
+    steps = [Step("start", (), start, 0.0, "nothing pinned by the tuner")]
+    best, score = plan, start
+    for nodes, reason in _sets(gains):
+        if (score.met and score.is_sure) or (evaluations and len(steps) >= evaluations):
+            break
+        changed = plan.pin(nodes, FP8, f"moved to fp8 by the tuner: {reason}", origin=TUNER)
+        started = time.perf_counter()
+        found = evaluate(changed)
+        spent = time.perf_counter() - started
+        steps.append(Step("move", (), found, spent, reason, nodes))
+        log.info("%s: %.5g%s", reason, found.value, ", target met" if found.met else "")
+        if outranks(found, score):
+            best, score = changed, found
+    return Tuned(best, score.met, tuple(steps))
+
+
+def outranks(score: Score, than: Score) -> bool:
+    """Whether a plan is the better one: it meets the target, or has the better value; where their
+    values differ by no more than a standard error, the one with less noise at the outputs."""
+    if score.met != than.met:
+        return score.met
+    error = max(score.error or 0.0, than.error or 0.0)
+    if abs(score.value - than.value) > error:
+        return score.value > than.value
+    return score.rank > than.rank
+
+
+def _sets(gains: Gains) -> list[tuple[tuple[str, ...], str]]:
+    """The sets of nodes to measure, each once, with what they are in words."""
+    order, every = gains.order, tuple(gains.moved)
+    found: dict[tuple[str, ...], str] = {}
+    for size in [gains.first(part) for part in PARTS] if order else []:
+        chosen = set(order[:size])
+        nodes = tuple(node for node in every if node in chosen)
+        found.setdefault(nodes, f"the {size} that gain most in fp8")
+    if every:
+        found.setdefault(every, f"all {len(every)} in fp8")
+    return list(found.items())
+
+
+def onwards(first: Tuned, then: Tuned) -> Tuned:
+    """Two walks as one: `then` began with the plan that `first` gave back, whose fp8 nodes stay.
+
+    The start of the second was measured by the first, so it is no step of its own. Where neither
+    meets the target, the better plan is kept.
+    """
+    moved = first.chosen.moved
+    steps = tuple(
+        replace(step, moved=tuple(n for n in moved if n not in set(step.pinned)))
+        for step in then.steps[1:]
+    )
+    whole = Tuned(then.plan, then.met, (*first.steps, *steps), then.needed)
+    if not then.met and outranks(first.chosen.score, whole.chosen.score):
+        return replace(whole, plan=first.plan)
+    return whole

@@ -20,13 +20,20 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch
-from trtune.precision.compare.alone import Alone, Change, in_parallel
+from trtune.precision.compare.alone import (
+    Alone,
+    Change,
+    fake_quantize_weights,
+    in_parallel,
+    read_in,
+)
 from trtune.precision.compare.sample import LARGEST_SAMPLE
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.half_types import HALVES
-from trtune.precision.plan.placement import Edge, Placement, edges_of
-from trtune.precision.plan.plan import TUNER, PrecisionPlan
+from trtune.precision.plan.placement import Edge, Placement, edges_of, place
+from trtune.precision.plan.plan import TUNER, USER, PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.output_groups import OutputGroup, add_parts, output_groups
 from trtune.precision.runtime.session import make_session
@@ -131,6 +138,8 @@ class LeaveOneOut:
 
     def __init__(self, quantizing: Quantizing, plan: PrecisionPlan, reference: Reference) -> None:
         self._view, self._plan, self._reference = quantizing.view, plan, reference
+        self._table = quantizing.table
+        self._weights = place(self._view, plan).weights
         network = quantizing.network(plan)
         self._outputs = tuple(output.name for output in network.outputs)
         self._within = GraphView.of(network)
@@ -150,6 +159,26 @@ class LeaveOneOut:
 
         def outputs(batch: int) -> _Outputs:
             changed = {read: self._alone.stored(batch, t) for read, t in exact.items()}
+            return self._named(run(batch, changed))
+
+        return self._reference.noise(outputs)
+
+    def in_float8(self, node: str) -> float:
+        """Noise by signal of the output that suffers most when the int8 `node` is fp8."""
+        edges = edges_of(self._view, self._plan, self._view.by_name[node])
+        values = self._floats(node)
+        weights = self._weights.get((node, 1))
+        if weights is not None:
+            name, axis = weights
+            values[node, 1] = fake_quantize_weights(self._view.constant(name), axis, codes=FP8)
+        run = self._alone.session(Change(edges, values=values))
+        exact = {self._within.by_name[n].input[i]: self._view.by_name[n].input[i] for n, i in edges}
+
+        def outputs(batch: int) -> _Outputs:
+            changed = {
+                read: read_in(FP8, self._alone.stored(batch, tensor), tensor, self._table)
+                for read, tensor in exact.items()
+            }
             return self._named(run(batch, changed))
 
         return self._reference.noise(outputs)
@@ -249,7 +278,7 @@ def pin_path(
     until none that was not asked again promises more (Minoux, Accelerated greedy algorithms, 1978).
     The nodes behind them follow as their gains add up, in noise energy.
     """
-    free = [name for name in plan.quantized_nodes if not plan.nodes[name].is_pinned]
+    free = [name for name in plan.quantized_nodes if plan.nodes[name].origin != USER]
     order = sorted(free, key=lambda n: (-alone.get(n, 0.0), n))[:LARGEST_SAMPLE]
     if not order:
         return PinPath(0.0)
@@ -332,3 +361,52 @@ def noise_with(
         return dict(zip(names, found, strict=True))
 
     return reference.noise(outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """Noise by signal at the output that suffers most: `start` with every node as planned, `moved`
+    with one node in fp8 and the others so."""
+
+    start: float
+    moved: Mapping[str, float]
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The nodes that gain, the one that gains most first."""
+        gaining = [node for node, noise in self.moved.items() if noise < self.start]
+        return tuple(sorted(gaining, key=lambda node: (self.moved[node], node)))
+
+    def first(self, part: float) -> int:
+        """The fewest of `order` that have `part` of the sum of their gains.
+
+        >>> Gains(10.0, {"a": 4.0, "b": 7.0, "c": 9.0, "d": 11.0}).first(0.9)
+        2
+        """
+        gained = [self.start - self.moved[node] for node in self.order]
+        total, held = sum(gained), 0.0
+        for number, gain in enumerate(gained, 1):
+            held += gain
+            if held >= part * total * (1 - 1e-9):
+                return number
+        return len(gained)
+
+
+def float8_gains(
+    quantizing: Quantizing,
+    plan: PrecisionPlan,
+    reference: Reference,
+    *,
+    progress: Progress = silent,
+) -> Gains:
+    """What moving each int8 node of `plan` to fp8 does in the quantized network, alone each."""
+    nodes = [
+        node
+        for node in plan.int8_nodes
+        if plan.nodes[node].origin != USER and not plan.may(node, FP8)
+    ]
+    if not nodes:
+        return Gains(0.0, {})
+    network = LeaveOneOut(quantizing, plan, reference)
+    found = in_parallel(network.in_float8, nodes, what="rank fp8", progress=progress)
+    return Gains(network.noise, dict(zip(nodes, found, strict=True)))

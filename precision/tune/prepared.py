@@ -117,6 +117,7 @@ def prepare_model(
     memory: int = DEFAULT_MEMORY,
     halves: bool = False,
     device: str = "cpu",
+    float8: bool = False,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Ready:
@@ -145,8 +146,8 @@ def prepare_model(
         chosen_on = judged_on = found
     job = _Job(
         view, kinds, lowerings=tuple(lowerings), method=method, percentile=percentile,
-        holdout=holdout, memory=memory, halves=halves, device=device, provenance=provenance,
-        progress=progress,
+        holdout=holdout, memory=memory, halves=halves, float8=float8, device=device,
+        provenance=provenance, progress=progress,
     )  # fmt: skip
     variants = _variants(start, job, fitted, seen, chosen_on)
     best, tried = _best(
@@ -173,6 +174,7 @@ class _Job:
     holdout: int
     memory: int
     halves: bool
+    float8: bool
     device: str
     provenance: Mapping[str, Any] | None
     progress: Progress
@@ -242,7 +244,8 @@ def _moved(
         model, view, plan, fitted,
         lowerings=job.lowerings, method=job.method, percentile=job.percentile,
         holdout=job.holdout, memory=job.memory, also=tensors_for_ranges(view) if job.halves else (),
-        ranges=again.ranges, device=job.device, provenance=job.provenance, progress=job.progress,
+        ranges=again.ranges, float8=job.float8, device=job.device,
+        provenance=job.provenance, progress=job.progress,
     )  # fmt: skip
     plan = without_zero_ranges(view, plan, calibrated.table)
     plain = _Variant(job.moves, model, plan, calibrated, moved, tuple(moves))

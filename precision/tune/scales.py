@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any
 
 from trtune.calibrate.collect import DEFAULT_MEMORY, collect, measure
+from trtune.calibrate.float8 import float8_amaxes, with_float8
 from trtune.calibrate.histogram import Histogram, quantile
 from trtune.calibrate.methods import better_methods, choose
 from trtune.calibrate.table import CalibrationTable
@@ -25,6 +26,7 @@ from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, rebatch
 from trtune.datasets.holdout import WholeBatches, Without, hold_out_more, join
 from trtune.precision.compare.alone import Alone, held_tensors
+from trtune.precision.compare.alone_float8 import choose_float8
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.deploy import deploy_tensors
 from trtune.precision.lower.implicit import implicit_tensors, in_cache_order, with_clamped
@@ -153,6 +155,7 @@ def calibrate_model(
     device: str = "cpu",
     also: Sequence[str] = (),
     ranges: Ranges | None = None,
+    float8: bool = False,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Calibrated:
@@ -161,8 +164,9 @@ def calibrate_model(
     `method` is a key of `AMAX_METHODS`, or `auto`: histograms of all but `holdout` pictures, and
     `auto_ranges` on those, or `ranges` in its place. Histograms are made of the tensors `also` too,
     in the same pass. With `implicit` among `lowerings` the table also holds what TensorRT 10 alone
-    asks for; all other entries stay as they are. `device` is where the network runs. Raises
-    DataError for too few pictures.
+    asks for; all other entries stay as they are. With `float8` it has scales for that too, where
+    those of int8 do not serve. `device` is where the network runs. Raises DataError for too few
+    pictures.
     """
     lowerings = tuple(lowerings)
     started = time.perf_counter()
@@ -206,6 +210,18 @@ def calibrate_model(
         _say_what_is_better(chosen, choices)
     ranged = {tensor: choices[root] for tensor, root in roots.items()}
     table = choices_table(ranged, provenance)
+    if float8:
+        placement, histograms = place(view, plan), found.histograms
+        if held:
+            placed = {t: roots[t] for t in placement.activations}
+            amaxes = choose_float8(
+                model, view, placement, placed, batches, histograms,
+                device=device, progress=progress,
+            )  # fmt: skip
+        else:
+            chosen = {name: histograms[name] for name in names}
+            amaxes = float8_amaxes(chosen, method, percentile=percentile)
+        table = with_float8(table, {t: amaxes[r] for t, r in roots.items() if r in amaxes})
     if beside:
         more = choices_table(
             _implicit_choices(view, alone, found.histograms, method, percentile), None

@@ -63,13 +63,15 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One evaluated plan. `action` is start, pin, unpin (taken back) or unpin-rejected."""
+    """One evaluated plan. `action` is start, move (to fp8), pin, unpin (taken back) or
+    unpin-rejected; `moved` are the nodes in fp8 by then, which cost no speed."""
 
     action: str
     pinned: tuple[str, ...]
     score: Score
     seconds: float
     reason: str
+    moved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +104,11 @@ class Tuned:
     def chosen(self) -> Step:
         """The step that measured the plan that is kept."""
         plan = self.plan
-        pins = {name for name in plan.compute_nodes if plan.nodes[name].origin == TUNER}
-        return next((step for step in self.steps if set(step.pinned) == pins), self.steps[0])
+        own = {name for name in plan.compute_nodes if plan.nodes[name].origin == TUNER}
+        moved = own & {*plan.fp8_nodes}
+        ends = (own - moved, moved)
+        found = (step for step in self.steps if ({*step.pinned}, {*step.moved}) == ends)
+        return next(found, self.steps[0])
 
     @property
     def front(self) -> tuple[Step, ...]:

@@ -15,6 +15,7 @@ def tuning_steps(steps: Sequence[Step], *, sign: int = 1) -> list[TuningStep]:
             step=number,
             action=step.action,
             pinned=list(step.pinned),
+            moved=list(step.moved),
             value=sign * step.score.value,
             builds=step.score.builds,
             seconds=round(step.seconds, 3),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from trtune.calibrate.sessions import device_of
 from trtune.configs.errors import ConfigError, TrtuneError, did_you_mean
 from trtune.configs.progress import Progress
-from trtune.configs.runtimes import TensorRT, TensorRTRTX
+from trtune.configs.runtimes import Backend as BackendSection
+from trtune.configs.runtimes import OnnxRuntime, TensorRT, TensorRTRTX
 from trtune.configs.schema import Config
 from trtune.datasets.batches import BatchSource
 from trtune.datasets.open import open_section
+from trtune.precision.backends.gpu.profiles import find_gpu
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.graph.file import Model
+from trtune.precision.plan.float8 import FP8, without_float8
 from trtune.precision.plan.half_types import HALVES
 from trtune.precision.plan.plan import QUANTIZED
 from trtune.precision.runtime.api import Backend
@@ -193,6 +196,7 @@ def check_precisions(config: Config) -> None:
         "precision.default": section.default,
         **({"precision.fallback": section.fallback} if section.default in QUANTIZED else {}),
         **{f"precision.pin.{name}": precision for name, precision in section.pin.items()},
+        **{f"precision.ladder.{n}": precision for n, precision in enumerate(section.ladder)},
     }
     half = next((key for key, precision in chosen.items() if precision in HALVES), None)
     for index, backend in enumerate(config.backends):
@@ -201,6 +205,32 @@ def check_precisions(config: Config) -> None:
                 f"backends.{index}.lowering: deploy runs in int8 and fp32 alone, and {half} is "
                 f"{chosen[half]}; use emulate, or fp32 there"
             )
+        planned = [k for k in chosen if chosen[k] == FP8 and not k.startswith("precision.ladder")]
+        reason = no_float8(backend) if planned else ""
+        if reason:
+            raise ConfigError(f"backends.{index}: {planned[0]} is fp8, and {reason}")
+
+
+def no_float8(backend: BackendSection) -> str:
+    """Why the runtime of a `backends` section takes no FP8, in words; empty if it does.
+
+    onnxruntime takes it everywhere: its emulation computes it, and deploy keeps such nodes float.
+    """
+    if isinstance(backend, TensorRT) and backend.typing == "weak":
+        return (
+            "TensorRT's weak typing has no FP8: its flag alone quantizes nothing, and calibration "
+            "is for INT8; use typing: strong, or auto"
+        )
+    targets: Sequence[str] = ()
+    if isinstance(backend, TensorRTRTX):
+        targets = backend.compute_capabilities
+    if not targets and not isinstance(backend, OnnxRuntime):
+        gpu = find_gpu()
+        targets = (gpu.compute_capability,) if gpu is not None else ()
+    lacking = without_float8(targets)
+    if not lacking:
+        return ""
+    return f"GPUs of compute capability {', '.join(lacking)} do not multiply it (8.9 and up do)"
 
 
 class BackendFailed(Exception):

@@ -12,6 +12,7 @@ from typing import Literal
 from trtune.configs.schema import Config
 from trtune.precision.graph.macs import macs
 from trtune.precision.graph.view import GraphView
+from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.half_rules import flushed_weights
 from trtune.precision.plan.plan import QUANTIZED, PrecisionPlan, is_lowered
 from trtune.precision.prepare.codes import readers_of
@@ -35,6 +36,7 @@ from trtune.reports.record import (
     Variant,
 )
 from trtune.reports.summary import metric_label, metric_text, plural
+from trtune.run.backends import no_float8
 from trtune.run.comparing import compared
 from trtune.run.naming import config_hash, run_key
 from trtune.run.stage import versions
@@ -198,6 +200,9 @@ def _notes(work: RunWork, left_out: list[str]) -> list[str]:
     for section in filter(None, (setup.calibration, setup.evaluation, setup.validation)):
         notes += [f"{section.where}: {note}" for note in getattr(section.source, "notes", ())]
     notes += flushed(work.subject.view, untuned)
+    if FP8 in setup.config.precision.ladder[1:]:
+        reasons = {backend.label: no_float8(backend) for backend in setup.config.backends}
+        notes += [f"precision.ladder: fp8 is left out: {b}: {r}" for b, r in reasons.items() if r]
     notes += prepared_notes(work)
     notes += alone_notes(work)
     if data.evaluation == data.calibration:

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from trtune.configs.errors import TrtuneError
+from trtune.configs.schema import Precision as PrecisionSection
 from trtune.configs.schema import Target
 from trtune.precision.compare.sample import by_nearest
+from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.half_types import HALVES
-from trtune.precision.plan.plan import PrecisionPlan, is_lowered
+from trtune.precision.plan.plan import QUANTIZED, PrecisionPlan, is_lowered
 from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
-from trtune.precision.tune.ladder import tune
-from trtune.precision.tune.leave_one_out import PathStep
+from trtune.precision.tune.ladder import move_to_float8, onwards, tune
+from trtune.precision.tune.leave_one_out import Gains, PathStep
 from trtune.precision.tune.walk import Ranked, Score, Step, Tuned
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.measures.fidelity import CLOSENESS
 from trtune.reports.summary import number
-from trtune.run.backends import BackendFailed, watched
+from trtune.run.backends import BackendFailed, no_float8, watched
 from trtune.run.stage import Form, Stage, as_json
 from trtune.run.stages.engines import measured_with
 from trtune.run.stages.layers import alone
@@ -198,32 +200,22 @@ def ranked(errors: Mapping[str, ErrorSums]) -> list[tuple[str, str]]:
     return [(n, f"alone it leaves {errors[n].sqnr_db:.1f} dB at the output") for n in order]
 
 
-def pin_order(work: RunWork, score: Score) -> Ranked:
-    """The order to pin in, once the plan without pins has its `score`.
+def pin_order(work: RunWork, plan: PrecisionPlan, score: Score) -> Ranked:
+    """The order to pin in, once `plan`, which nothing is pinned in yet, has its `score`.
 
     By what each gains in the quantized network, given those before it; nodes in half precision
     follow, by what they do alone. In a plan without integers that is all.
     """
-    errors = work.workspace.get(alone_of(work))
+    errors = work.workspace.get(alone_of(work, plan))
     worst_first = ranked(errors)
     alone = dict(worst_first)
-    if not work.untuned.quantized_nodes:
+    if not plan.quantized_nodes:
         return Ranked(tuple(worst_first))
-    setup, section = work.setup, work.setup.config.calibration
-    held = HeldOut(
-        work.candidate(work.untuned),
-        work.subject.view,
-        work.model_for,
-        setup.calibration,
-        section.holdout,
-        section.memory,
-        work.device,
-        setup.progress,
-    )
-    like = by_nearest(work.subject.view, work.untuned.quantized_nodes, errors)
+    held = held_out(work, plan)
+    like = by_nearest(work.subject.view, plan.quantized_nodes, errors)
     noise = {n: 10 ** (-sums.sqnr_db / 10) for n, sums in like.items()}
     enough = MARGIN / score.loss if score.loss and score.loss > 1 else 0.0
-    limit = setup.config.precision.max_pins
+    limit = work.setup.config.precision.max_pins
     path = work.workspace.get(held.path(noise, limit=limit, enough=enough))
     pins = [
         (step.node, "; ".join(filter(None, (alone.get(step.node), _gained(number, step)))))
@@ -233,6 +225,21 @@ def pin_order(work: RunWork, score: Score) -> Ranked:
     others = [pin for pin in worst_first if pin[0] not in named]
     noises = (*path.noises, *(path.noises[-1] for _ in others))
     return Ranked((*pins, *others), noises, held.noise_of)
+
+
+def held_out(work: RunWork, plan: PrecisionPlan) -> HeldOut:
+    """`plan` on the pictures that its pins are ranked on."""
+    setup, section = work.setup, work.setup.config.calibration
+    return HeldOut(
+        work.candidate(plan),
+        work.subject.view,
+        work.model_for,
+        setup.calibration,
+        section.holdout,
+        section.memory,
+        work.device,
+        setup.progress,
+    )
 
 
 def _gained(number: int, step: PathStep) -> str:
@@ -265,16 +272,24 @@ def tuning(work: RunWork) -> Stage[Tuned]:
         relative = section.target is not None and section.target.max_drop is not None
         judge = Scorer(work.workspace, bench, judges, fp32, threshold, work.candidate, relative)
         tunable = threshold is not None and is_lowered(work.untuned)
-        return tune(
-            work.untuned,
-            partial(pin_order, work) if tunable else [],
+        first = _moved_to_float8(work, judge) if tunable and float8_rung(work) else None
+        if first is not None and first.met:
+            return first
+        plan = work.untuned if first is None else first.plan
+        most, spent = section.max_evaluations, 0 if first is None else len(first.steps) - 1
+        found = tune(
+            plan,
+            partial(pin_order, work, plan) if tunable else [],
             judge.score,
             max_pins=section.max_pins,
-            evaluations=section.max_evaluations,
-            patience=PATIENCE if work.untuned.quantized_nodes else None,
-            whole=judge.whole,
-            precisions=("fp32",) if section.default in HALVES else (section.fallback, "fp32"),
+            evaluations=None if most is None else max(most - spent, 1),
+            patience=PATIENCE if plan.quantized_nodes else None,
+            whole=judge.whole
+            if first is None
+            else with_known(judge.whole, plan, first.chosen.score),
+            precisions=rungs(section),
         )
+        return found if first is None else onwards(first, found)
 
     needs: dict[str, Any] = {}
     for judge in judges:
@@ -291,15 +306,50 @@ def tuning(work: RunWork) -> Stage[Tuned]:
         "precision.target": section.target,
         "precision.max_pins": section.max_pins,
         "precision.max_evaluations": section.max_evaluations,
+        **(
+            {"precision.ladder": section.ladder, "fp8": float8_rung(work)} if section.ladder else {}
+        ),
     }
     return Stage("tune", needs, make, tuned_form(type(work.untuned)))
 
 
-def alone_of(work: RunWork) -> Stage[dict[str, ErrorSums]]:
-    """What each node of the untuned plan alone does to the output."""
+def rungs(section: PrecisionSection) -> tuple[str, ...]:
+    """What a node is pinned to where it may, the first first: above int8 and fp8."""
+    if section.ladder:
+        return tuple(rung for rung in section.ladder[1:] if rung not in QUANTIZED)
+    return ("fp32",) if section.default in HALVES else (section.fallback, "fp32")
+
+
+def float8_rung(work: RunWork) -> bool:
+    """Whether the tuner may move nodes to fp8: the ladder says so, and every backend takes it."""
+    config = work.setup.config
+    return FP8 in config.precision.ladder[1:] and not any(map(no_float8, config.backends))
+
+
+def _moved_to_float8(work: RunWork, judge: Scorer) -> Tuned:
+    """The untuned plan with the nodes in fp8 that are better there; itself if it meets the
+    target."""
+    plan, limit = work.untuned, work.setup.config.precision.max_evaluations
+    start = judge.whole(plan)
+    if start.met:
+        return move_to_float8(plan, Gains(0.0, {}), judge.whole, start=start)
+    gains = work.workspace.get(held_out(work, plan).gains())
+    return move_to_float8(plan, gains, judge.whole, start=start, evaluations=limit)
+
+
+def with_known(
+    evaluate: Callable[[PrecisionPlan], Score], plan: PrecisionPlan, score: Score
+) -> Callable[[PrecisionPlan], Score]:
+    """`evaluate`, which is not asked about `plan`: that has `score`."""
+    return lambda asked: score if asked == plan else evaluate(asked)
+
+
+def alone_of(work: RunWork, plan: PrecisionPlan | None = None) -> Stage[dict[str, ErrorSums]]:
+    """What each node of `plan`, or of the untuned plan, alone does to the output."""
     setup, section = work.setup, work.setup.config.calibration
+    plan = plan or work.untuned
     return alone(
-        work.candidate(work.untuned),
+        work.candidate(plan),
         work.subject.view,
         setup.calibration,
         holdout=section.holdout,
@@ -307,6 +357,7 @@ def alone_of(work: RunWork) -> Stage[dict[str, ErrorSums]]:
         seconds=setup.config.compare.seconds,
         device=work.device,
         progress=setup.progress,
+        name="alone-fp8" if plan is not work.untuned else "alone",
     )
 
 
@@ -330,4 +381,5 @@ def tuned_form(kind: type[PrecisionPlan]) -> Form[Tuned]:
 
 def _step(value: Any) -> Step:
     score = replace(Score(**value["score"]), cached=True, builds=0)
-    return Step(**{**value, "pinned": tuple(value["pinned"]), "score": score})
+    nodes = {name: tuple(value[name]) for name in ("pinned", "moved")}
+    return Step(**{**value, **nodes, "score": score})

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
+from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.runtime.api import Backend, BuildInfo, Candidate
 from trtune.reports.accuracy import Evaluation
+from trtune.reports.entries.pins import pin_costs
 from trtune.reports.entries.variants import (
     accounted,
     fp32_bytes,
@@ -216,7 +218,9 @@ def _variant(work: RunWork, one: OnBackend, fp32: Evaluation, name: str) -> Vari
         size_bytes=info.size_bytes,
         nodes=plan.counts(),
         account={} if emulated else accounted(plan, info),
-        pinned=list(plan.pinned),
+        pinned=[node for node in plan.pinned if plan.precision(node) != FP8],
+        moved=[node for node in plan.pinned if plan.precision(node) == FP8],
+        pins=pin_costs(work.subject.view, plan),
         not_honoured=list(info.not_honoured),
         path=info.path.relative_to(work.folder).as_posix() if info.path else None,
         reason=info.reason or None,

@@ -10,6 +10,7 @@ from trtune.calibrate.sessions import device_of
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Config
 from trtune.precision.graph.file import Model
+from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.plan import PrecisionPlan, is_lowered
 from trtune.precision.runtime.api import Candidate
 from trtune.precision.tune.prepared import Ready
@@ -86,6 +87,11 @@ class Setup:
         )
 
 
+def wants_float8(setup: Setup) -> bool:
+    """Whether scales for float8 are needed: a node is planned in it, or may be moved to it."""
+    return bool(setup.planned.fp8_nodes) or FP8 in setup.config.precision.ladder
+
+
 @dataclass(frozen=True)
 class RunWork:
     """A setup, the workspace of its stages, and what both give together."""
@@ -121,6 +127,7 @@ class RunWork:
             setup.config.calibration,
             lowerings=setup.backends.lowerings,
             device=self.device,
+            float8=wants_float8(setup),
             progress=setup.progress,
         )
         found = self.workspace.get(stage)
@@ -143,6 +150,7 @@ class RunWork:
             section,
             lowerings=setup.backends.lowerings,
             device=self.device,
+            float8=wants_float8(setup),
             progress=setup.progress,
         )
         return self.workspace.get(stage)

@@ -243,6 +243,7 @@ def complaints(
     sentences = []
     for node, assignment in plan.nodes.items():
         pinned = assignment.role != SHAPE and assignment.is_pinned
+        pinned = pinned and assignment.precision not in QUANTIZED  # that is its leader's alone
         if assignment.role != COMPUTE and not pinned:
             continue
         wanted, account = assignment.precision, found[node]

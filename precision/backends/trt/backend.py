@@ -66,8 +66,9 @@ from trtune.precision.backends.trt.version import (
 from trtune.precision.compare.inner import DEBUG_TENSORS
 from trtune.precision.graph.view import GraphView, save_model
 from trtune.precision.lower.implicit import left_in_float
+from trtune.precision.plan.float8 import without_float8
 from trtune.precision.plan.placement import place
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import QUANTIZED, PrecisionPlan
 from trtune.precision.runtime.api import (
     LOG_FILE,
     MODEL_FILE,
@@ -235,6 +236,7 @@ class TensorRTBackend:
         trt, settings = work.trt, work.settings
         builder = make_builder(trt, work.logger, work.messages)
         _check_int8(work, builder)
+        self._check_float8(work.candidate.plan)
         network = create_network(trt, builder, strongly_typed=not typed_weakly)
         model = _lowered(work, typed_weakly)
         parse_model(trt, network, work.logger, model, work.candidate.model.opset)
@@ -263,6 +265,17 @@ class TensorRTBackend:
         data = bytes(plan)
         write_bytes(work.folder / PLAN_FILE, data)
         return data
+
+    def _check_float8(self, plan: PrecisionPlan) -> None:
+        """Raise TrtuneError for FP8 on a GPU that does not multiply it."""
+        if plan.fp8_nodes:
+            gpu = self._cuda.find(self._settings.device)
+            if gpu is not None and without_float8([gpu.compute_capability]):
+                raise TrtuneError(
+                    f"GPU {self._settings.device} ({gpu.name}, compute capability "
+                    f"{gpu.compute_capability}) has no FP8 arithmetic: 8.9 and up do. Plan those "
+                    "nodes in int8, or build on such a GPU"
+                )
 
     def _weaken(
         self, work: _Build, network: Any, config: Any, profile: Any | None, stack: ExitStack
@@ -383,7 +396,7 @@ def _planned(plan: PrecisionPlan) -> dict[str, str]:
     """What each compute node should run in, and with those that were pinned their groups."""
     found = {name: plan.precision(name) for name in plan.compute_nodes}
     for name in plan.pinned:
-        if plan.precision(name) != "int8":
+        if plan.precision(name) not in QUANTIZED:
             found.update({member: plan.precision(name) for member in plan.groups.get(name, ())})
     return found
 

@@ -128,13 +128,14 @@ def _named(layers: tuple[EngineLayer, ...]) -> tuple[str, ...]:
 
 
 def quantized_nodes(view: GraphView) -> dict[str, str]:
-    """The weighted nodes of a Q/DQ model whose data is dequantized: planned in INT8."""
+    """The weighted nodes of a Q/DQ model whose data is dequantized: planned in INT8 or FP8."""
     found = {}
     for node in view.nodes:
         if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             maker = view.by_name.get(view.producer.get(node.input[0], ""))
             if maker is not None and maker.op_type == "DequantizeLinear":
-                found[node.name] = "int8"
+                codes = view.dtypes.get(maker.input[0], "int8")
+                found[node.name] = "fp8" if codes.startswith("float8") else "int8"
     return found
 
 

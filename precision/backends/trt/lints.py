@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trtune.precision.backends.trt.inspector import EngineLayer
+from trtune.precision.plan.plan import QUANTIZED
 
 FLOATS = ("fp32", "fp16", "bf16")
 CONVOLUTIONS = ("Convolution", "ConvActPool", "GemmConvolution", "correlation", "gemm", "conv")
@@ -20,7 +21,7 @@ TENSOR_CORES = re.compile(
     re.IGNORECASE,
 )
 PAIR_NAME = re.compile(r"QuantizeLinear", re.IGNORECASE)
-MULTIPLE: Mapping[str, int] = {"int8": 16, "fp16": 8, "bf16": 8}
+MULTIPLE: Mapping[str, int] = {"int8": 16, "fp8": 16, "fp16": 8, "bf16": 8}
 """Channels that tensor cores take at a time."""
 
 
@@ -45,6 +46,9 @@ class EngineLint:
 
 
 REMEDIES: Mapping[str, str] = {
+    "float though planned in FP8": (
+        "FP8 needs Q/DQ on both factors and compute capability 8.9; look at the pairs around it"
+    ),
     "float though planned in INT8": (
         "Look for a missing scale or pair at its inputs and outputs, and in the build log for what "
         "was said of it (`trtune explain`)"
@@ -104,9 +108,12 @@ def _findings(
     if pairs and len(pairs) == len(layer.parts) and not ends & {*layer.reads, *layer.writes}:
         yield "Q/DQ left over", f"a {layer.kind} of its own, {layer.precision} to {layer.output}"
         return
-    wanted = [n for n in layer.nodes if planned.get(n) == "int8"]
-    if wanted and layer.precision in FLOATS and layer.kind not in ("Reformat", "NoOp", "Constant"):
-        yield "float though planned in INT8", f"{', '.join(wanted[:3])} in {layer.precision}"
+    moves = layer.kind in ("Reformat", "NoOp", "Constant")
+    for precision in QUANTIZED if layer.precision in FLOATS and not moves else ():
+        wanted = [n for n in layer.nodes if planned.get(n) == precision]
+        if wanted:
+            found = f"{', '.join(wanted[:3])} in {layer.precision}"
+            yield f"float though planned in {precision.upper()}", found
     if is_convolution(layer):
         yield from _of_convolution(layer, ends)
 

@@ -46,6 +46,11 @@ def strong_because(candidate: Candidate) -> str:
     table = candidate.table
     if isinstance(candidate.plan, ImportedPlan) or (table is not None and table.weights):
         return "the plan comes from a quantized model, which says itself what is read quantized"
+    if candidate.plan.fp8_nodes:
+        return (
+            f"{_counted(len(candidate.plan.fp8_nodes), 'node')} of the plan run in FP8, which "
+            "TensorRT takes from Q/DQ alone"
+        )
     return ""
 
 

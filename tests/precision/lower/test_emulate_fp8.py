@@ -13,13 +13,13 @@ import tinymodels
 from onnx import TensorProto, numpy_helper
 from tinyquant import Case, case, fake, fake_weight, initializer, maker, named, outputs, read_edges
 
+from trtune.calibrate.float8 import through_float8
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import ModelError
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_deploy, lower_emulate
 from trtune.precision.lower.half_on_cpu import in_float32
-from trtune.precision.plan.float8 import through_float8
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.api import Candidate
 

@@ -44,7 +44,7 @@ class _Wanted:
     """What a pass over the pictures is made for: `plan` with scales for `tensors`, `ranges`.
 
     `implicit` are the tensors that TensorRT 10 asks a scale for beside those, `lowerings` the ways
-    of writing the plan that all of them are for.
+    of writing the plan that all of them are for; `float8` asks for scales for that too.
     """
 
     plan: PrecisionPlan
@@ -52,6 +52,7 @@ class _Wanted:
     implicit: tuple[str, ...]
     ranges: tuple[str, ...]
     lowerings: tuple[str, ...] = ()
+    float8: bool = False
 
 
 def calibration(
@@ -62,14 +63,15 @@ def calibration(
     *,
     lowerings: Iterable[str],
     device: str = "cpu",
+    float8: bool = False,
     progress: Progress,
 ) -> Stage[Calibrated]:
     """What `planned` needs to know of the activations, on the calibration `data`.
 
     Scales for every quantizable node if any is int8, so that pins never make a kept table useless;
-    ranges of what would be half if anything is. A cache that `section` names gives the scales, and
-    the pass the ranges alone; a quantized model brings its own scales, and the pass adds those that
-    a lowering needs beside them.
+    ranges of what would be half if anything is, and with `float8` scales for that. A cache that
+    `section` names gives the scales, and the pass the ranges alone; a quantized model brings its
+    own scales, and the pass adds those that a lowering needs beside them.
 
     Raises ModelError if nothing in the model can be quantized, CacheError for a cache in the config
     that does not fit; making the stage, DataError for the data.
@@ -79,7 +81,7 @@ def calibration(
     own = None if imported is None else imported.table
     if own is not None and "deploy" not in lowerings and not rules.halves:
         return _brought(subject.model, own, section)
-    wanted = _wanted(subject, rules, lowerings)
+    wanted = replace(_wanted(subject, rules, lowerings), float8=float8)
     named = None
     if section.cache is not None and wanted.tensors:
         named = named_table(Path(section.cache), subject.model, trust=section.trust_cache)
@@ -133,6 +135,7 @@ def _measured(
         memory=section.memory,
         device=device,
         also=wanted.ranges,
+        float8=wanted.float8,
         provenance=_provenance(subject, data, section, wanted),
         progress=progress,
     )
@@ -173,6 +176,7 @@ def _needs(subject: Subject, data: RunData, section: Section, wanted: _Wanted) -
         **{f"calibration.{name}": value for name, value in _method(section).items()},
         "tensors": [*wanted.tensors, *wanted.implicit],
         "ranges": wanted.ranges,
+        **({"float8": True} if wanted.float8 else {}),
         **versions("trtune", "onnx", "onnxruntime", "numpy", "numba"),
     }
 
@@ -188,6 +192,7 @@ def _provenance(
         **_method(section),
         "tensors": hash_json([*wanted.tensors, *wanted.implicit]),
         **({"ranges": hash_json(list(wanted.ranges))} if wanted.ranges else {}),
+        **({"float8": True} if wanted.float8 else {}),
     }
 
 

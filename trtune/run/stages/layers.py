@@ -90,10 +90,12 @@ def alone(
     seconds: float,
     device: str = "cpu",
     progress: Progress,
+    name: str = "alone",
 ) -> Stage[Sums]:
     """What each int8, fp8 or half node alone does to the output, on `holdout` pictures of `data`.
 
-    In a large network of some (`sampled`), and of those that were asked after `seconds`.
+    In a large network of some (`sampled`), and of those that were asked after `seconds`. `name` is
+    that of the stage.
     """
 
     def make(folder: Path) -> Sums:
@@ -115,7 +117,7 @@ def alone(
         "compare.seconds": seconds,
         **device_needs(device),
     }
-    return Stage("alone", needs, make, ERROR_SUMS)
+    return Stage(name, needs, make, ERROR_SUMS)
 
 
 def engine_gated(

@@ -1,4 +1,5 @@
-"""The order to pin in, as a stage: what un-quantizing nodes gains in the quantized network."""
+"""The order to pin in, as a stage: what un-quantizing nodes, or fp8 in the place of int8, gains in
+the quantized network."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import Candidate
 from trtune.precision.tune.leave_one_out import (
+    Gains,
     PathStep,
     PinPath,
     Quantizing,
     Reference,
+    float8_gains,
     held_reference,
     noise_with,
     pin_path,
@@ -29,6 +32,7 @@ from trtune.run.stage import Stage, as_json, device_needs, versions
 PATH = as_json(
     asdict, lambda value: PinPath(value["start"], tuple(PathStep(**s) for s in value["steps"]))
 )
+GAINS = as_json(asdict, lambda value: Gains(**value))
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,27 @@ class HeldOut:
         """Noise by signal with `pins`, of the output that suffers most."""
         return noise_with(self.network, self.candidate.plan, self.reference, pins)
 
+    def gains(self) -> Stage[Gains]:
+        """What moving each int8 node to fp8 gains."""
+
+        def make(folder: Path) -> Gains:
+            network = self.network
+            plan, reference = self.candidate.plan, self.reference
+            return float8_gains(network, plan, reference, progress=self.progress)
+
+        return Stage("moves", self._needs(), make, GAINS)
+
+    def _needs(self) -> dict[str, Any]:
+        return {
+            "model": self.candidate.model,
+            "plan": self.candidate.plan,
+            "scales": self.candidate.table,
+            self.data.where: self.data.need,
+            "calibration.holdout": self.holdout,
+            **versions("trtune", "onnx", "onnxruntime", "numpy"),
+            **device_needs(self.device),
+        }
+
     def path(self, alone: Mapping[str, float], *, limit: int, enough: float) -> Stage[PinPath]:
         """The order to pin in; `alone` is the noise of nodes that are quantized alone."""
 
@@ -88,15 +113,5 @@ class HeldOut:
                 progress=self.progress,
             )
 
-        needs: dict[str, Any] = {
-            "model": self.candidate.model,
-            "plan": self.candidate.plan,
-            "scales": self.candidate.table,
-            self.data.where: self.data.need,
-            "calibration.holdout": self.holdout,
-            "precision.max_pins": limit,
-            "enough": f"{enough:.3g}",
-            **versions("trtune", "onnx", "onnxruntime", "numpy"),
-            **device_needs(self.device),
-        }
+        needs = {**self._needs(), "precision.max_pins": limit, "enough": f"{enough:.3g}"}
         return Stage("pins", needs, make, PATH)

@@ -50,6 +50,7 @@ def preparation(
     *,
     lowerings: Iterable[str],
     device: str = "cpu",
+    float8: bool = False,
     progress: Progress,
 ) -> Stage[Ready]:
     """The model of `subject` with its channels moved and its codes rounded, where that helps.
@@ -69,6 +70,7 @@ def preparation(
         "calibration.holdout": section.holdout,
         "halves": halves,
         "lowerings": sorted(lowerings),
+        **({"float8": True} if float8 else {}),
         **versions("trtune", "onnx", "onnxruntime", "numpy", "numba"),
         **device_needs(device),
     }
@@ -88,6 +90,7 @@ def preparation(
             memory=section.memory,
             halves=halves,
             device=device,
+            float8=float8,
             provenance=dict(base.table.provenance),
             progress=progress,
         )

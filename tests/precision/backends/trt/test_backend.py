@@ -728,6 +728,37 @@ def test_scales_of_a_quantized_model_need_strong_typing(tmp_path: Path) -> None:
         machine.backend(typing="weak").build(candidate, tmp_path / "b")
 
 
+@pytest.mark.parametrize(("major", "typing"), [(10, "auto"), (10, "strong"), (11, "auto")])
+def test_fp8_is_written_as_qdq(tmp_path: Path, major: int, typing: str) -> None:
+    prepared = named("residual", pins={"n_conv1": "fp8"})
+    machine = Machine(major)
+    info = built(machine, prepared, tmp_path, typing=typing)
+    assert info.details["typing"] == "strong"
+    assert "set_flag INT8" not in machine.world.events
+    assert info.precisions["n_conv1"] == "fp8"
+    assert {info.precisions[n] for n in ("n_stem", "n_conv2", "n_logits")} == {"int8"}
+    assert info.not_honoured == ()
+    if (major, typing) == (10, "auto"):
+        assert info.details["notes"][0] == (
+            "1 node of the plan run in FP8, which TensorRT takes from Q/DQ alone: it is built "
+            "strongly typed"
+        )
+
+
+def test_weak_typing_has_no_fp8(tmp_path: Path) -> None:
+    prepared = named("residual", pins={"n_conv1": "fp8"})
+    with pytest.raises(ConfigError, match=r"typing: weak: .* FP8, which TensorRT takes from Q/DQ"):
+        built(Machine(10), prepared, tmp_path, typing="weak")
+
+
+@pytest.mark.parametrize("major", [10, 11])
+def test_a_gpu_without_fp8_is_named(tmp_path: Path, major: int) -> None:
+    ampere = replace(ADA, name="NVIDIA A10", compute_capability="8.6")
+    prepared = named("residual", pins={"n_conv1": "fp8"})
+    with pytest.raises(TrtuneError, match=r"NVIDIA A10, compute capability 8.6\) has no FP8"):
+        built(Machine(major, gpu=ampere), prepared, tmp_path)
+
+
 # 11.x: what is carried over
 
 
