@@ -63,6 +63,13 @@ class Module:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
 
+    def members(self) -> Iterator[tuple[str, frozenset[str]]]:
+        """(name, public members) of every class: fields, properties and methods of its own."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.ClassDef):
+                found = {name for part in node.body for name in _named(part)}
+                yield node.name, frozenset(name for name in found if not name.startswith("_"))
+
     def imports(self, *, at_import: bool = False) -> Iterator[tuple[int, str]]:
         """(line, dotted name) of what is imported; `from a import b` counts as a.b.
 
@@ -75,6 +82,20 @@ class Module:
             elif isinstance(node, ast.ImportFrom):
                 module = "." if node.level else node.module
                 yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def _named(part: ast.stmt) -> Iterator[str]:
+    """What a statement in a class defines; of `__init__` what it sets on the object."""
+    if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+        yield part.target.id
+    elif isinstance(part, ast.Assign):
+        yield from (target.id for target in part.targets if isinstance(target, ast.Name))
+    elif isinstance(part, ast.FunctionDef):
+        yield part.name
+        if part.name == "__init__":
+            for node in ast.walk(part):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    yield node.attr
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
@@ -169,6 +190,16 @@ def names_twice(found: Iterable[Module]) -> dict[str, list[str]]:
     return {name: sorted(places) for name, places in sorted(where.items()) if len(places) > 1}
 
 
+def own_constants(twice: Mapping[str, list[str]], found: Iterable[Module]) -> set[str]:
+    """Those of names defined `twice` that are constants which no other module imports."""
+    imported = {name for module in found for _, name in module.imports()}
+    return {
+        name
+        for name, places in twice.items()
+        if name.isupper() and not any(f"{place}.{name}" in imported for place in places)
+    }
+
+
 def main(arguments: list[str]) -> None:
     """Print the figures."""
     root = Path(arguments[0]) if arguments else Path(__file__).parents[1]
@@ -191,7 +222,8 @@ def main(arguments: list[str]) -> None:
     for group in cycles(graph):
         print(f"  {', '.join(group)}")
     twice = names_twice(found)
-    print(f"names defined twice: {len(twice)}")
+    own = own_constants(twice, found)
+    print(f"names defined twice: {len(twice)} ({len(own)} of them constants of one module's own)")
     for name, places in twice.items():
         print(f"  {name}: {', '.join(places)}")
     sizes = sorted(

@@ -34,7 +34,7 @@ from trtune.run.pipeline import report
 from trtune.run.stage import Need, Stage
 from trtune.run.stages.layers import ERROR_SUMS
 from trtune.run.stages.measuring import EVALUATION
-from trtune.run.workspace import STAGES, Workspace
+from trtune.run.workspace import FOLDER, Workspace
 
 EXAMPLES = int(os.environ.get("TRTUNE_FUZZ", "40"))
 bounded = settings(
@@ -220,7 +220,7 @@ def test_stage_files(
 ) -> None:
     stage, folder = KEPT[name], tmp_path_factory.getbasetemp() / "stages-fuzzed"
     whole = Workspace(folder).get(stage)
-    path = folder / STAGES / f"{name}.json"
+    path = folder / FOLDER / f"{name}.json"
     text = path.read_text(encoding="utf-8")
     damage = damaged_json(text) if data.draw(st.booleans()) else damaged_text(text)
     path.write_text(data.draw(damage), encoding="utf-8")

@@ -54,7 +54,7 @@ from trtune.precision.runtime.api import MODEL_FILE, BuildInfo
 from trtune.precision.runtime.engine_json import ENGINE_JSON, read_engine_json
 from trtune.precision.traces.explain import LogAccount, explain_log
 from trtune.precision.traces.plan_file import is_plan
-from trtune.run.stages.calibration import CACHE_FILE
+from trtune.run.naming import CACHE_FILE, HISTOGRAM_FILE
 from trtune.trials import hints_for
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ def dominant_pictures(run: Path) -> list[DominantPicture]:
     from trtune.calibrate.outliers import dominant, outliers
 
     try:
-        return dominant(outliers(load_histograms(run / "histograms.npz")))
+        return dominant(outliers(load_histograms(run / HISTOGRAM_FILE)))
     except FileNotFoundError:
         return []
 

@@ -32,7 +32,7 @@ from trtune.datasets.pictures.geometry import (
     resized_size,
 )
 
-Layout = Literal["NCHW", "NHWC"]
+PictureLayout = Literal["NCHW", "NHWC"]
 Channels = Literal["RGB", "BGR", "GRAY"]
 
 _ORIENTATION = 0x0112
@@ -61,7 +61,7 @@ class Preprocess:
     scale: float = 1 / 255
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    layout: Layout = "NCHW"
+    layout: PictureLayout = "NCHW"
     channels: Channels = "RGB"
     letterbox: Frame | None = None
     resample: Filter = "pillow-bilinear"

@@ -34,7 +34,12 @@ from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.placement import Edge, Placement, edges_of, place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
-from trtune.precision.runtime.output_groups import OutputGroup, add_parts, output_groups, worst
+from trtune.precision.runtime.output_groups import (
+    OutputGroup,
+    add_parts,
+    output_groups,
+    worst_output,
+)
 from trtune.precision.runtime.session import SharedWeights, make_session, named_values
 
 Rest = Callable[[int, Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
@@ -368,7 +373,7 @@ def alone_errors(
         for batch in range(alone.batches):
             changed = {t: read_in(codes, alone.stored(batch, t), t, table) for t in tensors}
             sums = alone.compared(sums, batch, run(batch, changed))
-        return worst(sums)
+        return worst_output(sums)
 
     asked = list(plan.quantized_nodes if nodes is None else nodes)
     found = in_parallel(measure, asked, what="rank layers", seconds=seconds, progress=progress)

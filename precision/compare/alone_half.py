@@ -14,7 +14,7 @@ from trtune.precision.lower.half_on_cpu import in_float32
 from trtune.precision.plan.half_types import HALVES
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
-from trtune.precision.runtime.output_groups import add_parts, output_groups, worst
+from trtune.precision.runtime.output_groups import add_parts, output_groups, worst_output
 from trtune.precision.runtime.session import make_session, named_values
 
 
@@ -61,7 +61,7 @@ def half_alone_errors(
         for batch, reference in zip(pictures, references, strict=True):
             found = dict(zip(outputs, alone.run(outputs, dict(batch.feeds)), strict=True))
             sums = add_parts(sums, groups, reference, found)
-        return worst(sums)
+        return worst_output(sums)
 
     halves = half_nodes(plan)
     asked = list(halves if nodes is None else nodes)

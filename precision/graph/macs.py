@@ -7,8 +7,9 @@ from types import MappingProxyType
 
 import onnx
 
+from trtune.precision.graph.operators import SHAPE_SLOTS
 from trtune.precision.graph.proto import attribute
-from trtune.precision.graph.view import INDEX_DTYPES, SHAPE_SLOTS, GraphView, elements
+from trtune.precision.graph.view import INDEX_DTYPES, GraphView, elements
 
 NOT_PARAMETERS = {
     *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),

@@ -22,37 +22,18 @@ from onnx import numpy_helper
 from trtune.calibrate.sessions import open_session
 from trtune.precision.graph.file import Model, load_model, model_from_proto, save_model, tensor_spec
 from trtune.precision.graph.fold import Folded
+from trtune.precision.graph.operators import SHAPE_SLOTS, SHAPE_SOURCES
 from trtune.precision.graph.proto import RANDOM_OPS, attribute, captured
 
 __all__ = ["GraphView", "Model", "attribute", "load_model", "model_from_proto", "save_model"]
 
 Shape = tuple[int | str | None, ...]
 
-SHAPE_SOURCES = {"Shape", "Size"}
 INTEGER_COMPUTE = {
     *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"),
     *("QuantizeLinear", "DynamicQuantizeLinear"),
 }
 INDEX_DTYPES = {"bool", "int16", "int32", "int64", "uint16", "uint32", "uint64"}
-
-_BY_SLOT: dict[tuple[int, ...], str] = {
-    (0,): "BlackmanWindow ConstantOfShape HammingWindow HannWindow If Where",
-    (1,): """AffineGrid CenterCropPad CumSum Expand Gather GatherElements GatherND Reshape
-        ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
-        ReduceSum ReduceSumSquare ScatterElements ScatterND Split Squeeze Tile TopK Trilu
-        Unsqueeze Upsample""",
-    (0, 1): "Loop OneHot",
-    (1, 2): "Col2Im MaxUnpool",
-    (1, 3): "Pad",
-    (0, 1, 2): "Range",
-    (1, 2, 3): "Resize",
-    (2, 3, 4): "NonMaxSuppression",
-    (1, 2, 3, 4): "Slice",
-}
-SHAPE_SLOTS: Mapping[str, tuple[int, ...]] = MappingProxyType(
-    {op: slots for slots, ops in _BY_SLOT.items() for op in ops.split()}
-)
-"""Inputs that say where or how large, never how much."""
 
 
 class GraphView:

@@ -23,10 +23,11 @@ import onnx
 from numpy.typing import NDArray
 
 from trtune.calibrate.table import CalibrationTable
+from trtune.precision.graph.operators import MOVES
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.rewrite import Rewrite, weight_scales
 from trtune.precision.plan.imported import ImportedPlan
-from trtune.precision.plan.placement import MOVES, Edge, place
+from trtune.precision.plan.placement import Edge, place
 from trtune.precision.plan.plan import COMPUTE, USER, PrecisionPlan
 
 KEEPS_SIGN = {

@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 
 from trtune.configs.errors import ModelError
 from trtune.precision.graph.inference import infer_shapes
+from trtune.precision.graph.operators import MOVES
 from trtune.precision.graph.proto import (
     FreshNames,
     captured,
@@ -25,7 +26,6 @@ from trtune.precision.graph.proto import (
 )
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_types import HALF_WORDS, HALVES
-from trtune.precision.plan.placement import MOVES
 
 UNROUNDED = MOVES | {
     *("Relu", "Clip", "Slice", "Split", "Gather", "GatherElements", "GatherND", "Max", "Min"),

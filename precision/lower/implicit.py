@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import onnx
 
-from trtune.precision.graph.view import SHAPE_SLOTS, GraphView
+from trtune.precision.graph.operators import SHAPE_SLOTS
+from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import is_move
 from trtune.precision.plan.plan import PrecisionPlan
 

@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 
 from trtune.calibrate.histogram import Histogram
+from trtune.precision.graph.operators import MOVES
 from trtune.precision.graph.proto import attribute
 from trtune.precision.graph.view import GraphView, elements
-from trtune.precision.plan.placement import MOVES
 
 Range: TypeAlias = "Histogram | float"
 """A histogram of |x|, or the largest |x| alone."""

@@ -17,8 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from trtune.precision.graph.operators import SHAPE_SLOTS
 from trtune.precision.graph.proto import RANDOM_OPS, subgraphs
-from trtune.precision.graph.view import SHAPE_SLOTS
 
 
 @dataclass(frozen=True, slots=True)

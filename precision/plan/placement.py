@@ -15,18 +15,12 @@ from dataclasses import dataclass
 import onnx
 
 from trtune.calibrate.table import CalibrationTable
+from trtune.precision.graph.operators import MOVES
 from trtune.precision.graph.proto import attribute
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import weight_axis
-
-MOVES = {
-    *("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Identity"),
-    *("Expand", "DepthToSpace", "SpaceToDepth", "Tile", "Dropout"),
-}
-"""Operators that pass values on unchanged. Not Slice, Split and Gather: the part that they pass on
-may be far smaller than what they leave out, which its range would clip."""
 
 Edge = tuple[str, int]
 

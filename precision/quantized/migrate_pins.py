@@ -16,7 +16,7 @@ from trtune.precision.plan.pins import hold
 from trtune.precision.plan.plan import COMPUTE, SHAPE, PrecisionPlan
 from trtune.precision.traces.engine_names import FOREIGN, UNNAMED, nodes_of_layer, parts_of
 from trtune.precision.traces.parser_names import explain_parser_name
-from trtune.precision.traces.pin_text import Command, bare_entries, commands_in
+from trtune.precision.traces.pin_text import PinCommand, bare_entries, commands_in
 
 __all__ = [
     "LayerPin",
@@ -131,7 +131,7 @@ def _file(pins: Sequence[LayerPin], text: str, notes: Sequence[str] = ()) -> Pin
     return PinFile(tuple(pins), tuple(notes))
 
 
-def _notes(command: Command) -> list[str]:
+def _notes(command: PinCommand) -> list[str]:
     notes = []
     if command.output_types:
         notes.append(
@@ -146,7 +146,7 @@ def _notes(command: Command) -> list[str]:
     return notes
 
 
-def _chosen(found: Sequence[Command], command: int | None) -> Command:
+def _chosen(found: Sequence[PinCommand], command: int | None) -> PinCommand:
     """The command that counts; raises ConfigError if that is not clear."""
     if command is not None:
         if not 1 <= command <= len(found):
@@ -161,11 +161,11 @@ def _chosen(found: Sequence[Command], command: int | None) -> Command:
     return found[0]
 
 
-def _said(command: Command) -> dict[str, None]:
+def _said(command: PinCommand) -> dict[str, None]:
     return dict.fromkeys(command.entries or command.output_types)
 
 
-def _counted(found: Sequence[Command]) -> str:
+def _counted(found: Sequence[PinCommand]) -> str:
     return "; ".join(f"{number}: {command}" for number, command in enumerate(found, start=1))
 
 

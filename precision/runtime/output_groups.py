@@ -109,7 +109,7 @@ def add_parts(
     return found
 
 
-def worst(sums: Mapping[str, ErrorSums]) -> ErrorSums:
+def worst_output(sums: Mapping[str, ErrorSums]) -> ErrorSums:
     """The sums with the lowest SQNR, of equals the first; those of nothing if there are none."""
     return min(sums.values(), key=lambda each: each.sqnr_db, default=ErrorSums())
 

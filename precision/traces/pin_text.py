@@ -23,7 +23,7 @@ COMPLETE = re.compile(rf".*:(?:{TYPES})(?:\+(?:{TYPES}))*", re.IGNORECASE | re.D
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class PinCommand:
     """What one command says of layers: `layer:precision` entries, output types, its words.
 
     `constrained`: whether it says that precisions are to be held to, without which trtexec does
@@ -40,7 +40,7 @@ class Command:
         return text if len(text) <= 100 else text[:97] + "..."
 
 
-def commands_in(text: str) -> list[Command]:
+def commands_in(text: str) -> list[PinCommand]:
     """The commands of a script, or of one line of it, that have some option for layers.
 
     >>> commands_in('trtexec --onnx=a.onnx --layerPrecisions="/a/Conv":fp16,b:fp32')[0].entries
@@ -56,7 +56,7 @@ def _empty_option(words: Sequence[str]) -> bool:
     return any(word in (f"--{TRTEXEC}", f"--{TRTEXEC}=", f"--{POLYGRAPHY}") for word in words)
 
 
-def _command(words: Sequence[str]) -> Command:
+def _command(words: Sequence[str]) -> PinCommand:
     entries: list[str] = []
     types: list[str] = []
     waiting = list(words)
@@ -68,13 +68,13 @@ def _command(words: Sequence[str]) -> Command:
             while waiting and _goes_on(kind, given, waiting[0]):
                 given.append(waiting.pop(0))
             if kind == POLYGRAPHY:
-                found = [part for word in given for part in listed(word)]
+                found = [part for word in given for part in split_entries(word)]
             else:
-                found = listed(" ".join(given))
+                found = split_entries(" ".join(given))
             (types if kind in OUTPUT_TYPES else entries).extend(found)
     known = any(word.startswith(("--onnx", "--uff", "--loadEngine")) for word in words)
     held = any("recisionConstraints=" in w and not w.endswith("=none") for w in words)
-    return Command(tuple(words), tuple(entries), tuple(types), held if known else None)
+    return PinCommand(tuple(words), tuple(entries), tuple(types), held if known else None)
 
 
 def _goes_on(kind: str, given: Sequence[str], word: str) -> bool:
@@ -85,10 +85,10 @@ def _goes_on(kind: str, given: Sequence[str], word: str) -> bool:
     return kind == POLYGRAPHY or not given or not COMPLETE.fullmatch(given[-1])
 
 
-def listed(text: str) -> list[str]:
+def split_entries(text: str) -> list[str]:
     """Entries divided by commas, quotes around names taken off.
 
-    >>> listed("a:fp32, PWN(b, c):fp16,")
+    >>> split_entries("a:fp32, PWN(b, c):fp16,")
     ['a:fp32', 'PWN(b, c):fp16']
     """
     return [_unquoted(entry) for entry in split_outside(text, ",") if entry]
@@ -106,11 +106,13 @@ def bare_entries(text: str) -> list[str]:
     found: list[str] = []
     for line in without_comments(text).splitlines():
         try:
-            words = [part for words in shell_commands(line) for w in words for part in listed(w)]
+            words = [
+                part for words in shell_commands(line) for w in words for part in split_entries(w)
+            ]
         except ConfigError:
             words = []
         whole = bool(words) and all(COMPLETE.fullmatch(word) for word in words)
-        found += words if whole else listed(line)
+        found += words if whole else split_entries(line)
     return found
 
 

@@ -16,8 +16,8 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from trtune.cli.github import annotate
-from trtune.cli.signals import Signals, Terminated
 from trtune.configs.errors import TrtuneError
+from trtune.configs.system.signals import Signals, Terminated
 
 FILE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe."""

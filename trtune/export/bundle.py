@@ -26,8 +26,7 @@ from trtune.precision.quantized.migrate import to_cache
 from trtune.reports.record import RunRecord
 from trtune.reports.writer import read_record
 from trtune.run.backends import tensorrt_settings
-from trtune.run.stages.calibration import CACHE_FILE
-from trtune.run.stages.preparing import PREPARED_CACHE, PREPARED_MODEL
+from trtune.run.naming import CACHE_FILE, PREPARED_CACHE, PREPARED_MODEL
 from trtune.run.subject import subject_of
 
 QDQ_FOLDERS = ("onnxruntime-emulate", "tensorrt_rtx")

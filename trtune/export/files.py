@@ -6,15 +6,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 
 from trtune.calibrate.cache import dump_cache
 from trtune.configs.files import write_text
-from trtune.export.bundle import Bundle
 from trtune.precision.graph.cut import whole
 from trtune.precision.graph.file import save_model
 from trtune.precision.graph.proto import without_weights
+
+if TYPE_CHECKING:
+    from trtune.export.bundle import Bundle
+
 
 FP32_FILE, QDQ_FILE, CACHE_NAME = "model_fp32.onnx", "model_qdq.onnx", "calibration.cache"
 

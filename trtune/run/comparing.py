@@ -25,7 +25,7 @@ def compared(work: RunWork) -> Measured:
         work.subject.view,
         setup.evaluation,
         section,
-        device=work.device,
+        device=work.setup.device,
         progress=setup.progress,
     )
     errors = work.workspace.get(stage)

@@ -23,7 +23,7 @@ from trtune.precision.backends.gpu.profiles import Profile, make_profiles
 from trtune.precision.graph.file import Model
 from trtune.run.stage import Need, Stage, flat, versions
 
-PLAIN = ("arrays", "idx", "npy", "python")
+WITHOUT_PICTURES = ("arrays", "idx", "npy", "python")
 """Sources that hold numbers, and no pictures to be decoded."""
 
 
@@ -38,7 +38,7 @@ class RunData:
     @property
     def need(self) -> Need:
         """What is in the batches, for keys: pictures depend on the Pillow that decoded them too."""
-        decoded = self.section.source not in PLAIN or self.section.preprocess is not None
+        decoded = self.section.source not in WITHOUT_PICTURES or self.section.preprocess is not None
         told = self.section.model_dump(mode="json", exclude={"batch", "on_error"})
         return Need([self.source, versions("pillow") if decoded else {}], flat(told, self.where))
 

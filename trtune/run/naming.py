@@ -1,4 +1,4 @@
-"""The name of a run's folder: the one place that says what in a config makes it another run."""
+"""Names of what a run writes: its folder, by what makes it another run, and files in it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 from trtune.configs.files import hash_json
 from trtune.configs.schema import Config
+
+CACHE_FILE, HISTOGRAM_FILE = "calibration.cache", "histograms.npz"
+PREPARED_MODEL, PREPARED_CACHE = "prepared.onnx", "prepared.cache"
 
 UNDECIDED = (
     ("report",),

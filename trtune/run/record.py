@@ -38,12 +38,10 @@ from trtune.reports.record import (
 from trtune.reports.summary import metric_label, metric_text, plural
 from trtune.run.backends import no_float8
 from trtune.run.comparing import compared
-from trtune.run.naming import config_hash, run_key
+from trtune.run.naming import CACHE_FILE, PREPARED_CACHE, PREPARED_MODEL, config_hash, run_key
 from trtune.run.stage import versions
-from trtune.run.stages.calibration import CACHE_FILE
 from trtune.run.stages.layers import alone_note, askable
 from trtune.run.stages.measuring import TargetMetric, baseline
-from trtune.run.stages.preparing import PREPARED_CACHE, PREPARED_MODEL
 from trtune.run.tuning import threshold_of
 from trtune.run.work import RunWork
 

@@ -237,7 +237,7 @@ def held_out(work: RunWork, plan: PrecisionPlan) -> HeldOut:
         setup.calibration,
         section.holdout,
         section.memory,
-        work.device,
+        work.setup.device,
         setup.progress,
     )
 
@@ -355,7 +355,7 @@ def alone_of(work: RunWork, plan: PrecisionPlan | None = None) -> Stage[dict[str
         holdout=section.holdout,
         memory=section.memory,
         seconds=setup.config.compare.seconds,
-        device=work.device,
+        device=work.setup.device,
         progress=setup.progress,
         name="alone-fp8" if plan is not work.untuned else "alone",
     )

@@ -44,6 +44,11 @@ class Setup:
     backends: Backends
     progress: Progress
 
+    @cached_property
+    def device(self) -> str:
+        """Where networks run, as `runtime.device` says."""
+        return device_of(self.config.runtime.device)
+
     @classmethod
     def of(
         cls,
@@ -101,11 +106,6 @@ class RunWork:
     findings: list[Oddity] = field(default_factory=list)
     """What does not make sense in the set-up, for the report."""
 
-    @cached_property
-    def device(self) -> str:
-        """Where networks run, as `runtime.device` says."""
-        return device_of(self.setup.config.runtime.device)
-
     @property
     def folder(self) -> Path:
         """The run's folder."""
@@ -114,7 +114,7 @@ class RunWork:
     @cached_property
     def runtimes(self) -> Runtimes:
         """The backends that are present, and which of them have failed."""
-        return Runtimes(self.setup.backends.present, self.device)
+        return Runtimes(self.setup.backends.present, self.setup.device)
 
     @cached_property
     def plain(self) -> Calibrated:
@@ -126,7 +126,7 @@ class RunWork:
             setup.calibration,
             setup.config.calibration,
             lowerings=setup.backends.lowerings,
-            device=self.device,
+            device=self.setup.device,
             float8=wants_float8(setup),
             progress=setup.progress,
         )
@@ -149,7 +149,7 @@ class RunWork:
             setup.calibration,
             section,
             lowerings=setup.backends.lowerings,
-            device=self.device,
+            device=self.setup.device,
             float8=wants_float8(setup),
             progress=setup.progress,
         )
@@ -195,7 +195,7 @@ class RunWork:
         setup = self.setup
         metric = metric_of(setup.config.precision.target, setup.subject.model)
         kept = min(IN_MEMORY, setup.config.compare.memory // 4)
-        return Bench(setup.subject.model, metric, data, setup.progress, self.device, kept)
+        return Bench(setup.subject.model, metric, data, setup.progress, setup.device, kept)
 
     def candidate(self, plan: PrecisionPlan) -> Candidate:
         """`plan` with this run's model and table; what is all float is the model as it was."""

@@ -23,7 +23,7 @@ from trtune.run.stage import Stage
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-STAGES = "stages"
+FOLDER = "stages"
 UNREADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, TrtuneError),
 )
@@ -95,7 +95,7 @@ class Workspace:
         """Take away what stage `name` kept here, its files too."""
         file = f"{name}.json"
         record = _read(self.folder, file)
-        (self.folder / STAGES / file).unlink(missing_ok=True)
+        (self.folder / FOLDER / file).unlink(missing_ok=True)
         for path in record.files if record is not None else ():
             (self.folder / path).unlink(missing_ok=True)
 
@@ -108,7 +108,7 @@ class Workspace:
                 log.warning("%s cannot be read (%s): made again", stage.name, error)
             else:
                 log.info(
-                    "%s: reused from %s", stage.name, record.folder / STAGES / self._file(stage)
+                    "%s: reused from %s", stage.name, record.folder / FOLDER / self._file(stage)
                 )
                 if record.folder != self.folder:
                     self._keep(stage, value)
@@ -133,7 +133,7 @@ class Workspace:
             "value": held,
         }
         record = json.loads(json.dumps(record))  # as it is read: lists, and keys that are text
-        path = self.folder / STAGES / self._file(stage)
+        path = self.folder / FOLDER / self._file(stage)
         write_json(path, {**record, "digest": hash_json(record)})
 
     def _kept(self, stage: Stage[Any]) -> _Record | None:
@@ -172,7 +172,7 @@ def changed(
 
 
 def _read(folder: Path, file: str) -> _Record | None:
-    path = folder / STAGES / file
+    path = folder / FOLDER / file
     if not path.is_file():
         return None
     try:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtune.calibrate.cache import check_table, load_table, save_table
 from trtune.calibrate.histogram import load_histograms, save_histograms
@@ -28,13 +28,14 @@ from trtune.precision.tune.scales import (
     implicit_only,
 )
 from trtune.run.data import RunData
+from trtune.run.naming import CACHE_FILE, HISTOGRAM_FILE
 from trtune.run.stage import Form, Kept, Need, Stage, device_needs, versions
-from trtune.run.subject import Subject
+
+if TYPE_CHECKING:
+    from trtune.run.subject import Subject
 
 log = logging.getLogger(__name__)
 
-CACHE_FILE = "calibration.cache"
-HISTOGRAM_FILE = "histograms.npz"
 EMPTY = Calibrated(CalibrationTable({}), {}, 0, 0, 0.0, 0.0, 0.0)
 COSTS = ("pictures", "passes", "seconds", "inference_seconds", "search_seconds")
 

@@ -6,7 +6,7 @@ import functools
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress
@@ -15,7 +15,9 @@ from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import Backend, BuildInfo, Candidate
 from trtune.precision.runtime.engine_json import ENGINE_JSON, read_engine_json
 from trtune.run.stage import Form, Kept, Need, Stage, device_needs
-from trtune.run.subject import Subject
+
+if TYPE_CHECKING:
+    from trtune.run.subject import Subject
 
 FP32, UNTUNED, TUNED = "fp32", "untuned", "tuned"
 INTEGER_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
@@ -77,14 +79,16 @@ def engine_of(
     """The engine of `candidate`, in the run's folder for `backend`."""
 
     def make(run: Path) -> BuildInfo:
-        return build(candidate, backend, engine_folder(run, backend, below), progress)
+        return make_engine(candidate, backend, engine_folder(run, backend, below), progress)
 
     place = engine_folder(Path(), backend, below)
     name = "-".join(filter(None, ("engine", label(backend), below)))
     return Stage(name, engine_needs(candidate, backend), make, engine_form(place))
 
 
-def build(candidate: Candidate, backend: Backend, folder: Path, progress: Progress) -> BuildInfo:
+def make_engine(
+    candidate: Candidate, backend: Backend, folder: Path, progress: Progress
+) -> BuildInfo:
     """Build the engine of `candidate` in `folder`."""
     progress(f"build {backend.name}", 0, 1)
     info = backend.build(candidate, folder)

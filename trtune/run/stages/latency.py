@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -28,7 +28,9 @@ from trtune.run.data import RunData, fixed_batch
 from trtune.run.stage import Stage, as_json
 from trtune.run.stages.engines import FP32, TUNED, cpu_model, engine_needs, label
 from trtune.run.stages.measuring import session_of
-from trtune.run.subject import Subject
+
+if TYPE_CHECKING:
+    from trtune.run.subject import Subject
 
 
 @runtime_checkable

@@ -25,7 +25,7 @@ from trtune.reports.measures.recognise import task_of
 from trtune.reports.outputs import IN_MEMORY, Layout, StoredOutputs, collect_outputs
 from trtune.run.data import RunData, fixed_batch
 from trtune.run.stage import Need, Stage, as_json, device_needs, flat, versions
-from trtune.run.stages.engines import build, measured_with
+from trtune.run.stages.engines import make_engine, measured_with
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ def evaluation(
             return bench.measure(backend.load(built), asked, what, until)
         scratch = folder / ".tuning"
         try:
-            build(candidate, backend, scratch, bench.progress)
+            make_engine(candidate, backend, scratch, bench.progress)
             return bench.measure(backend.load(scratch), asked, what, until)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

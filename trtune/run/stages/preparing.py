@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,12 +27,14 @@ from trtune.precision.tune.prepared import Ready, prepare_model
 from trtune.precision.tune.preparing import Move, apply_moves, extended_plan
 from trtune.precision.tune.scales import Calibrated
 from trtune.run.data import RunData
+from trtune.run.naming import PREPARED_CACHE, PREPARED_MODEL
 from trtune.run.stage import Form, Kept, Stage, device_needs, versions
 from trtune.run.stages.calibration import COSTS
-from trtune.run.subject import Subject
 
-PREPARED_MODEL, PREPARED_CACHE, ARRAYS = "prepared.onnx", "prepared.cache", "prepared.npz"
-HISTOGRAMS = "prepared_histograms.npz"
+if TYPE_CHECKING:
+    from trtune.run.subject import Subject
+
+ARRAYS, HISTOGRAMS = "prepared.npz", "prepared_histograms.npz"
 
 
 def is_prepared(section: Section, subject: Subject, planned: PrecisionPlan) -> bool:
