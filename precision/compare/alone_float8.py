@@ -17,7 +17,7 @@ from trtune.precision.compare.alone import Alone, Change, in_parallel
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.plan.placement import Edge, Placement
 from trtune.precision.runtime.errors import ErrorSums
-from trtune.precision.runtime.output_groups import worst
+from trtune.precision.runtime.output_groups import worst_output
 
 log = logging.getLogger(__name__)
 
@@ -87,5 +87,5 @@ def _losses(
         for batch in range(alone.batches):
             changed = {t: through_float8(alone.stored(batch, t), scale) for t in tensors}
             sums = alone.compared(sums, batch, run(batch, changed))
-        found[amax] = -worst(sums).sqnr_db
+        found[amax] = -worst_output(sums).sqnr_db
     return found
