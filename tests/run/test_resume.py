@@ -242,6 +242,68 @@ def test_a_killed_run_is_resumed(
     assert_whole(place)
 
 
+KILLED_OFTEN = """
+import os, signal, sys
+from pathlib import Path
+from trtune.configs.load import load_config
+from trtune.run.pipeline import run
+
+config, out, points = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split()
+loaded = load_config(config, overrides=sys.argv[4:])
+
+def child(number):
+    seen = 0
+    def progress(step, done, total):
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if os.fork() == 0:
+        run(loaded, out=out / point, progress=progress)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.wait()[1])
+
+for point in points:
+    print(point, child(int(point)), child(0), flush=True)
+"""
+TIMED = ("log.txt", "run.json", "report.md", "variants.csv", "engine.json")
+"""What holds the time that something took, or was written at."""
+TIMED_STAGES = ("calibrate", "engine-", "latency-", "tune")
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` that does not hold a time."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.name not in TIMED
+        and not (path.parent.name == "stages" and path.name.startswith(TIMED_STAGES))
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_thirty_kills_leave_the_same_bytes(
+    project: Path, config: Config, whole: tuple[RunRecord, list[str]], tmp_path: Path
+) -> None:
+    calls = len(whole[1])
+    points = sorted({1 + round(k * (calls - 1) / 29) for k in range(30)})
+    assert len(points) == 30
+    program = [sys.executable, "-W", "ignore", "-c", KILLED_OFTEN, str(project / "tiny.yaml")]
+    program += [str(tmp_path), " ".join(map(str, points)), *OVERRIDES]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    ends = [line.split()[1:] for line in done.stdout.splitlines()]
+    assert ends == [[str(-signal.SIGKILL), "0"]] * 30, done.stdout
+    run(config, out=tmp_path / "whole")
+    expected = written(run_folder(config, tmp_path / "whole"))
+    for point in points:
+        found = written(run_folder(config, tmp_path / str(point)))
+        assert found.keys() == expected.keys(), point
+        assert [name for name in found if found[name] != expected[name]] == [], point
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
 def test_a_signal_while_tuning_from_the_command_line(project: Path, tmp_path: Path) -> None:
     """A metric of one's own that waits, so that the signal comes while a candidate is measured."""
