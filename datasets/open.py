@@ -91,12 +91,7 @@ def open_source(
     Raises DataError for data that is missing or does not fit; ValueError for an unknown `source`.
     """
     base = (base_dir or Path()).resolve()
-    if source == "auto":
-        source = source_on_disk(base / path) if ":" not in Path(path).name else "python"
-    if source not in OPENERS:
-        raise ValueError(f"unknown source {source!r}{did_you_mean(source, OPENERS)}")
-    names = read_classes(base / classes) if isinstance(classes, str) else tuple(classes)
-    return OPENERS[source](
+    return _opener(source, base / path)(
         _Request(
             path=str(path),
             inputs=inputs,
@@ -110,10 +105,19 @@ def open_source(
             base_dir=base,
             axes=axes or {},
             split=split,
-            classes=names,
+            classes=read_classes(base / classes) if isinstance(classes, str) else classes,
             images=images,
         )
     )
+
+
+def _opener(source: str, path: Path) -> Callable[[_Request], BatchSource]:
+    """What opens a `source`; ValueError for a word that is none."""
+    if source == "auto":
+        source = source_on_disk(path) if ":" not in path.name else "python"
+    if source not in OPENERS:
+        raise ValueError(f"unknown source {source!r}{did_you_mean(source, OPENERS)}")
+    return OPENERS[source]
 
 
 def open_section(data: DataSet, inputs: Sequence[InputSpec]) -> BatchSource:

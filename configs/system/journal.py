@@ -54,7 +54,7 @@ class RunFolder:
         try:
             _lock(file, self.path)
             _remove_leftovers(self.path)
-        except BaseException:
+        except BaseException:  # raised again, with the file closed
             file.close()
             raise
         self._is_new = is_new
@@ -103,7 +103,7 @@ def working_in(path: Path) -> Iterator[RunFolder]:
     error: BaseException | None = None
     try:
         yield run
-    except BaseException as raised:
+    except BaseException as raised:  # Ctrl-C too is the last line of the log; raised again
         error = raised
         raise
     finally:

@@ -173,10 +173,11 @@ def calibrate_model(
     tensors = carried_tensors(view, plan, lowerings)
     roots = shared_ranges(view, dict.fromkeys(tensors))
     names = list(dict.fromkeys(roots.values()))
+    placement = with_deploy(view, plan, tensors)
     held: tuple[Batch, ...] = ()
     others: tuple[Batch, ...] = ()
     if method == AUTO_METHOD and names:
-        count = enough_pictures(model, view, with_deploy(view, plan, tensors), source, holdout)
+        count = enough_pictures(model, view, placement, source, holdout)
         held, others = hold_out_more(source, count, OTHERS * count)
     seen = seen_pictures(source, held, batch_size(model.inputs, 1))
     beside = implicit_only(view, plan, lowerings)
@@ -194,48 +195,79 @@ def calibrate_model(
         progress=progress,
     )
     search = time.perf_counter()
-    if held:
-        placement = with_deploy(view, plan, tensors)
-        batches = held_batches(model, view, placement, held, memory=memory)
-        if ranges is not None:
-            choices = ranges(view, plan, placement, roots, batches, found.histograms)
-        else:
-            choices = auto_ranges(
-                model, view, plan, placement, roots, batches, found.histograms,
-                others=in_batches(model, others), device=device, progress=progress,
-            )  # fmt: skip
-    else:
-        chosen = {name: found.histograms[name] for name in names}
-        choices = _chosen_alike(chosen, method, percentile)
-        _say_what_is_better(chosen, choices)
-    ranged = {tensor: choices[root] for tensor, root in roots.items()}
-    table = choices_table(ranged, provenance)
+    batches = held_batches(model, view, placement, held, memory=memory) if held else []
+    counted = _Counted(
+        model, view, plan, roots, found.histograms, batches, method, percentile, device, progress
+    )
+    choices = _choices(counted, placement, others, ranges)
+    table = choices_table({t: choices[root] for t, root in roots.items()}, provenance)
     if float8:
-        placement, histograms = place(view, plan), found.histograms
-        if held:
-            placed = {t: roots[t] for t in placement.activations}
-            amaxes = choose_float8(
-                model, view, placement, placed, batches, histograms,
-                device=device, progress=progress,
-            )  # fmt: skip
-        else:
-            chosen = {name: histograms[name] for name in names}
-            amaxes = float8_amaxes(chosen, method, percentile=percentile)
+        amaxes = _float8_choices(counted)
         table = with_float8(table, {t: amaxes[r] for t, r in roots.items() if r in amaxes})
     if beside:
-        more = choices_table(
-            _implicit_choices(view, alone, found.histograms, method, percentile), None
-        )
-        table = _whole(view, table, more, beside)
+        more = _implicit_choices(view, alone, found.histograms, method, percentile)
+        table = _whole(view, table, choices_table(more, None), beside)
+    ended = time.perf_counter()
+    took = ended - search if held else 0.0
     return Calibrated(
-        table,
-        found.histograms,
-        found.pictures,
-        found.passes,
-        time.perf_counter() - started,
-        found.inference_seconds,
-        time.perf_counter() - search if held else 0.0,
-    )
+        table, found.histograms, found.pictures, found.passes, ended - started,
+        found.inference_seconds, took,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What ranges are chosen by: the histograms of those in `roots`, and held-out pictures, if any.
+
+    `roots` maps each tensor that is quantized to its range.
+    """
+
+    model: Model
+    view: GraphView
+    plan: PrecisionPlan
+    roots: Mapping[str, str]
+    histograms: Mapping[str, Histogram]
+    held: Sequence[Batch]
+    method: str
+    percentile: float
+    device: str
+    progress: Progress
+
+    @property
+    def ranged(self) -> dict[str, Histogram]:
+        """The histogram of each range."""
+        return {name: self.histograms[name] for name in dict.fromkeys(self.roots.values())}
+
+
+def _choices(
+    counted: _Counted, placement: Placement, others: Sequence[Batch], ranges: Ranges | None
+) -> dict[str, Choice]:
+    """The choice for each range: on held-out pictures where there are some, else by the method."""
+    if not counted.held:
+        choices = _chosen_alike(counted.ranged, counted.method, counted.percentile)
+        _say_what_is_better(counted.ranged, choices)
+        return choices
+    if ranges is not None:
+        return ranges(
+            counted.view, counted.plan, placement, counted.roots, counted.held, counted.histograms
+        )
+    return auto_ranges(
+        counted.model, counted.view, counted.plan, placement, counted.roots, counted.held,
+        counted.histograms,
+        others=in_batches(counted.model, others), device=counted.device, progress=counted.progress,
+    )  # fmt: skip
+
+
+def _float8_choices(counted: _Counted) -> dict[str, float]:
+    """The largest magnitude for FP8 of each range that does not take that of INT8."""
+    if not counted.held:
+        return float8_amaxes(counted.ranged, counted.method, percentile=counted.percentile)
+    placement = place(counted.view, counted.plan)
+    placed = {tensor: counted.roots[tensor] for tensor in placement.activations}
+    return choose_float8(
+        counted.model, counted.view, placement, placed, counted.held, counted.histograms,
+        device=counted.device, progress=counted.progress,
+    )  # fmt: skip
 
 
 def _whole(

@@ -124,7 +124,7 @@ class FunctionMean(Mean):
             found = np.asarray(self.function(outputs, batch), np.float64)
         except TrtuneError:
             raise
-        except Exception as error:
+        except Exception as error:  # a user's metric may raise anything
             raise TrtuneError(
                 f"metric {name} failed on the batch that starts with "
                 f"{batch.items[0]!r}: {type(error).__name__}: {error}"
@@ -169,7 +169,7 @@ class OwnMeasure:
             return getattr(self._made, method)(*values)
         except TrtuneError:
             raise
-        except Exception as error:
+        except Exception as error:  # a user's metric may raise anything
             raise TrtuneError(
                 f"measure {self.name} failed in {method}(): {type(error).__name__}: {error}"
             ) from error

@@ -126,7 +126,7 @@ class _Lines(logging.Handler):
             self._console.print(label + Text(record.getMessage()), soft_wrap=True)
             if record.levelno == logging.WARNING:
                 annotate(self._console.file, "warning", record.getMessage())
-        except Exception:
+        except Exception:  # as logging has it: a line that cannot be shown ends nothing
             self.handleError(record)
 
 
@@ -183,7 +183,7 @@ def session(
                 "out of memory; lower `calibration.memory`, `compare.memory` or `data.*.batch`"
             )
             raise typer.Exit(1) from error
-        except Exception as error:
+        except Exception as error:  # a bug of ours, whatever it is: said, with status 1
             _bug(terminal, error, verbose=verbose)
             raise typer.Exit(1) from error
 

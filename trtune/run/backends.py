@@ -248,7 +248,7 @@ def watched(backend: Backend) -> Iterator[None]:
         yield
     except BackendFailed:
         raise
-    except Exception as error:
+    except Exception as error:  # a runtime may raise anything, and the others go on
         if not isinstance(error, TrtuneError):
             log.exception("%s failed", backend.name)
         raise BackendFailed(backend.name) from error

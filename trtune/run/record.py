@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trtune.configs.schema import Config
 from trtune.precision.graph.macs import macs
@@ -31,6 +31,7 @@ from trtune.reports.record import (
     Baseline,
     CalibrationRecord,
     Chosen,
+    HistogramPlot,
     RunRecord,
     Used,
     Variant,
@@ -43,7 +44,7 @@ from trtune.run.stage import versions
 from trtune.run.stages.layers import alone_note, askable
 from trtune.run.stages.measuring import TargetMetric, baseline
 from trtune.run.tuning import threshold_of
-from trtune.run.work import RunWork
+from trtune.run.work import RunWork, Setup
 
 PACKAGES = ("trtune", "onnx", "onnxruntime", "numpy", "numba", "pillow", "polygraphy")
 
@@ -77,13 +78,7 @@ def run_record(
         name=setup.config.name,
         key=run_key(setup.config),
         status=_status(work, tuned, variants),
-        model={
-            "path": Path(setup.config.model.path).name,
-            "opset": subject.model.opset,
-            "inputs": [[s.name, list(s.shape), s.dtype] for s in subject.model.inputs],
-            "nodes": len(subject.view.nodes),
-            "macs": sum(macs(subject.view, node.name) for node in subject.view.nodes),
-        },
+        model=_model_facts(setup),
         target=None if target is None else target.model_dump(exclude_none=True),
         baseline=Baseline(
             metric=target.metric if target else CLOSENESS,
@@ -98,15 +93,7 @@ def run_record(
         pins_needed=tuned.needed,
         validation=chosen_by(work, tuned),
         calibration=_calibration(work, left_out[0]) if is_lowered(work.untuned) else None,
-        histograms=histogram_plots(
-            work.subject.view,
-            work.calibrated.table,
-            work.calibrated.histograms,
-            compared(work).alone,
-            carried_tensors(work.subject.view, work.untuned, setup.backends.lowerings),
-        )
-        if is_lowered(work.untuned)
-        else [],
+        histograms=_histograms(work) if is_lowered(work.untuned) else [],
         prepared=prepared_moves(work),
         notes=[*_notes(work, left_out[1]), *target_notes(setup.config, work, tuned, metric, fp32)],
         command=told.command,
@@ -126,6 +113,23 @@ def run_record(
             "config": config_hash(setup.config),
         },
     )
+
+
+def _model_facts(setup: Setup) -> dict[str, Any]:
+    model, view = setup.subject.model, setup.subject.view
+    return {
+        "path": Path(setup.config.model.path).name,
+        "opset": model.opset,
+        "inputs": [[s.name, list(s.shape), s.dtype] for s in model.inputs],
+        "nodes": len(view.nodes),
+        "macs": sum(macs(view, node.name) for node in view.nodes),
+    }
+
+
+def _histograms(work: RunWork) -> list[HistogramPlot]:
+    view, found = work.subject.view, work.calibrated
+    carried = carried_tensors(view, work.untuned, work.setup.backends.lowerings)
+    return histogram_plots(view, found.table, found.histograms, compared(work).alone, carried)
 
 
 def _status(

@@ -116,7 +116,7 @@ def make_listener(
                     found = np.empty(tuple(shape), dtype)
                     _read(address_of(addr), found, location == on_gpu, stream)
                     self.tensors[name] = found
-            except Exception as error:
+            except Exception as error:  # TensorRT would swallow it; raised after the call
                 self.error = self.error or error
                 return False
             return True
@@ -165,7 +165,7 @@ def make_allocator(trt: ModuleType) -> Any:
                     self.free()
                     self.buffer = DeviceBuffer(size)
                 return self.buffer.pointer
-            except Exception as error:
+            except Exception as error:  # TensorRT would swallow it; raised after the call
                 self.error = self.error or error
                 return 0
 
