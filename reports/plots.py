@@ -64,6 +64,8 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
 }
 HISTOGRAM_DECADES = 4.5
+ROW = "row:"
+"""A dot's address before it becomes the number of a row, which the page makes a link of."""
 
 
 @contextmanager
@@ -98,6 +100,11 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     text = text.replace("xlink:href=", "href=")
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    text = re.sub(rf'href="{ROW}(\d+)"(?: target="[^"]*")?', r'data-layer="\1"', text)
+    text = re.sub(
+        r"(<a [^>]*>)\s*<g clip-path=[^>]*>\s*(<use [^>]*/>)\s*</g>\s*(</a>)", r"\1\2\3", text
+    )
+    text = re.sub(r">\s+<", "><", text)
     text = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", text)
     text = re.sub(r"font: ([^;\"']*?px) [^;\"]*", r"font: \1 var(--sans)", text)
     for variable, colour in COLOURS.items():
@@ -223,7 +230,11 @@ def _dots(
 ) -> None:
     if points:
         xs, ys = [x for x, _ in points], [y for _, y in points]
-        axes.scatter(xs, ys, s=size, facecolors=fill, edgecolors=edge, linewidths=1.6, zorder=3)
+        drawn = axes.scatter(
+            xs, ys, s=size, facecolors=fill, edgecolors=edge, linewidths=1.6, zorder=3
+        )
+        if edge == "none":
+            drawn.set_urls([f"{ROW}{x}" for x in xs])
         axes.scatter([], [], s=30, facecolors=fill, edgecolors=edge, linewidths=1.4, label=label)
 
 

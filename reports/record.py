@@ -233,7 +233,10 @@ class CalibrationRecord(_Value):
 
 
 class HistogramPlot(_Value):
-    """A tensor's histogram of |x| for the report: `edges` has one entry more than `counts`."""
+    """A tensor's histogram of |x| for the report: `edges` has one entry more than `counts`.
+
+    `item` is the picture that sets its maximum.
+    """
 
     tensor: str
     edges: list[float]
@@ -241,6 +244,24 @@ class HistogramPlot(_Value):
     amax: float
     max: float
     method: str
+    item: str = ""
+
+
+class TensorRange(_Value):
+    """Range and histogram of one tensor, small enough to be kept for every one.
+
+    `heights` has a character for each of the bins of equal ratio over the four decades below `max`:
+    0 for none, then a to z and A to Z by the logarithm of the count, Z for the fullest.
+    `item` is the picture that sets `max`, `ratio` how far that is above the median picture's.
+    """
+
+    tensor: str
+    amax: float
+    max: float
+    method: str
+    heights: str
+    item: str = ""
+    ratio: float = 1.0
 
 
 class RunRecord(_Value):
@@ -248,10 +269,11 @@ class RunRecord(_Value):
 
     `prepared` maps a tensor or node to the moves it was prepared with: scale, shift, round, bias.
     `data` says how many samples each section of the data gave. `front` has pins against value;
-    `pins_needed` says how many pins a missed target would take, as far as can be predicted. With
-    `validation` the values of `tuning` and `front` are of those pictures, and all others of
-    data.evaluation, which then decides the status. `command` repeats the run, `polygraphy` are
-    lines that show and repeat its outputs, in its folder.
+    `pins_needed` says how many pins a missed target would take, as far as can be predicted.
+    `ranges` has every tensor that has a scale, `thumbnails` small pictures of those that set
+    ranges, as `data:` addresses by item. With `validation` the values of `tuning` and `front` are
+    of those pictures, and all others of data.evaluation, which then decides the status. `command`
+    repeats the run, `polygraphy` are lines that show and repeat its outputs, in its folder.
     """
 
     schema_version: int = Field(1, alias="schema")
@@ -269,6 +291,8 @@ class RunRecord(_Value):
     data: dict[str, Used] = Field(default_factory=dict)
     calibration: CalibrationRecord | None = None
     histograms: list[HistogramPlot] = Field(default_factory=list)
+    ranges: list[TensorRange] = Field(default_factory=list)
+    thumbnails: dict[str, str] = Field(default_factory=dict)
     prepared: dict[str, list[str]] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     command: str = ""
@@ -300,6 +324,7 @@ class LayerRow(_Value):
     is the precision in each runtime's own account, such as "tensorrt_rtx: int8". `runtime_*`
     compare the engine with its Q/DQ model in onnxruntime; `runtime` says which engine, and how
     inner tensors were read (the outputs are always those of the engine that is reported).
+    `producers` are the rows, counted from 1, of the nodes whose outputs it reads.
     """
 
     node: str
@@ -327,3 +352,4 @@ class LayerRow(_Value):
     runtime_max_abs: float | None = None
     time_ms: float | None = None
     origin: str = ""
+    producers: str = ""

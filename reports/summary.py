@@ -249,15 +249,41 @@ def speedup(record: RunRecord, variant: Variant) -> float | None:
     return theirs.median / ours.median
 
 
+def share_text(part: int, total: int) -> str:
+    """A share in per cent that is 100 or 0 only where it is all or nothing.
+
+    >>> share_text(321, 322), share_text(53, 53), share_text(1, 3000), share_text(2999, 3000)
+    ('99.7 %', '100 %', '0.1 %', '99.9 %')
+    """
+    if part in (0, total):
+        return "100 %" if part and total else "0 %"
+    return f"{min(max(100 * part / total, 0.1), 99.9):.1f} %"
+
+
 def nodes_text(variant: Variant) -> str:
-    """'52 of 53 layers INT8', or an empty string if the variant does not say."""
+    """'321 of 322 layers INT8 (99.7 %)', or an empty string if the variant does not say."""
     total = sum(variant.nodes.values())
     if not total:
         return ""
     low = next((p for p in PRECISIONS[:4] if variant.nodes.get(p)), None)
     if low is None:
         return f"all {plural(total, 'layer')} FP32"
-    return f"{variant.nodes[low]} of {plural(total, 'layer')} {low.upper()}"
+    part = variant.nodes[low]
+    share = "" if part == total else f" ({share_text(part, total)})"
+    return f"{part} of {plural(total, 'layer')} {low.upper()}{share}"
+
+
+def nodes_and_layers(record: RunRecord, nodes: int) -> str:
+    """'53 layers and 47 other nodes': layers are weighted nodes, as everywhere.
+
+    `nodes` are those of the table; where the record does not count the layers, '100 nodes'.
+    """
+    variant = main_variant(record)
+    layers = sum(variant.nodes.values()) if variant else 0
+    if not 0 < layers <= nodes:
+        return plural(nodes, "node")
+    others = nodes - layers
+    return plural(layers, "layer") + (f" and {plural(others, 'other node')}" if others else "")
 
 
 def headline(record: RunRecord) -> str:

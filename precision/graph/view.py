@@ -214,6 +214,11 @@ class GraphView:
                 data.update(t for t in node.output if t)
         return data
 
+    def producers_of(self, node: str) -> tuple[str, ...]:
+        """The nodes whose outputs `node` reads, in the order of its inputs, each once."""
+        made = (self.producer[tensor] for tensor in self._reads[node] if tensor in self.producer)
+        return tuple(dict.fromkeys(made))
+
     def ancestors(self, tensors: Iterable[str]) -> frozenset[str]:
         """Names of the nodes that the values of `tensors` depend on, their producers included."""
         return self._walk(tensors, self._makers, self._reads)

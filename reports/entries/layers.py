@@ -38,6 +38,7 @@ def rows_of(
     reads = {
         edge: tensor for tensor, edges in place(view, untuned).activations.items() for edge in edges
     }
+    places = {node.name: place for place, node in enumerate(view.nodes, start=1)}
     rows = []
     for node in view.nodes:
         assignment = plan.nodes[node.name]
@@ -61,6 +62,7 @@ def rows_of(
                 amax=table.amax(tensor) if table is not None and known else None,
                 method=table.method(tensor) if table is not None and known else "",
                 time_ms=measured.times.get(node.name),
+                producers=" ".join(str(places[name]) for name in view.producers_of(node.name)),
                 **_accumulated(measured.accumulated.get(node.name)),
                 **_alone(measured.alone.get(node.name)),
                 **_runtime(measured.runtime.get(node.name), measured.how),

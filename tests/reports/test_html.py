@@ -3,20 +3,31 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from trtune.reports.html import report_html, several_html
-from trtune.reports.record import Baseline, EngineFinding, LayerRow, RunRecord, Variant
+from trtune.reports.record import (
+    Baseline,
+    EngineFinding,
+    LayerRow,
+    RunRecord,
+    TensorRange,
+    Variant,
+)
 
 VOID = {"meta", "link", "input", "wbr", "br", "img", "path", "use", "rect"}
 EVIL = '<script>alert("x")</script>&"\'/<b>'
 
 
 class Page(HTMLParser):
-    """Collects ids, attributes and text, and checks that elements close in order."""
+    """Collects ids, attributes and text, and checks that elements close in order.
+
+    What is inside a script is no text.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -64,7 +75,8 @@ def parse(html: str) -> Page:
     assert "https://" not in html
     assert "@import" not in html
     for link in page.links:
-        assert link == "data:," or (link.startswith("#") and link[1:] in page.ids)
+        inside = link.startswith("#") and link[1:] in page.ids
+        assert inside or link == "data:," or link.startswith("data:image/")
     return page
 
 
@@ -156,6 +168,22 @@ def test_several_runs_on_one_page(record: RunRecord) -> None:
     assert page.text.count("another") == 4
 
 
+def title_in_browser(folder: Path, html: str, *, width: int = 1280) -> str:
+    """The title that a page's script leaves; skips where there is no Chromium."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("chromium: not installed")
+    page = folder / "report.html"
+    page.write_text(html, encoding="utf-8")
+    command = [
+        browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+        f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+        page.as_uri(),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return result.stdout.split("<title>")[1].split("</title>")[0]
+
+
 SCRIPT = """<script>
 window.onerror = function (message) { document.title = "error " + message; };
 window.addEventListener("load", function () {
@@ -180,17 +208,8 @@ window.addEventListener("load", function () {
 def test_a_browser_sorts_and_filters_without_an_error(
     tmp_path: Path, record: RunRecord, layers: list[LayerRow]
 ) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-    if browser is None:
-        pytest.skip("chromium: not installed")
-    page = tmp_path / "report.html"
-    page.write_text(report_html(record, layers).replace("</body>", SCRIPT), encoding="utf-8")
-    command = [
-        browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=420,900",
-        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    title = result.stdout.split("<title>")[1].split("</title>")[0]
+    html = report_html(record, layers).replace("</body>", SCRIPT)
+    title = title_in_browser(tmp_path, html, width=420)
     done, first, shown, too_wide = title.split("|")
     assert done == "done"
     assert "block.0/Conv pinned" in first.replace("\N{NO-BREAK SPACE}", " ")
@@ -226,7 +245,9 @@ def test_a_short_layer_table_is_open_and_a_long_one_stays_small(
 ) -> None:
     rows = [layers[0].model_copy(update={"node": f"/block/{k}/conv/Conv"}) for k in range(count)]
     html = report_html(record, rows)
-    assert ("<details open><summary>" + f"{count} layers" in html) == is_open
+    summary = f"{count} nodes" if count < 82 else f"82 layers and {count - 82} other nodes"
+    assert f"<summary>{summary}</summary>" in html
+    assert (f"<details open><summary>{summary}" in html) == is_open
     assert len(html.encode()) < 3_000_000
 
 
@@ -289,22 +310,90 @@ setTimeout(function () {
 def test_of_a_large_table_a_browser_holds_only_the_rows_in_sight(
     tmp_path: Path, record: RunRecord, layers: list[LayerRow]
 ) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-    if browser is None:
-        pytest.skip("chromium: not installed")
     rows = [layers[0].model_copy(update={"node": f"/block/{k}/conv/Conv"}) for k in range(2000)]
-    page = tmp_path / "report.html"
-    page.write_text(report_html(record, rows).replace("</body>", WINDOW), encoding="utf-8")
-    command = [
-        browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900",
-        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
-        page.as_uri(),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    title = result.stdout.split("<title>")[1].split("</title>")[0]
+    title = title_in_browser(tmp_path, report_html(record, rows).replace("</body>", WINDOW))
     first, in_sight, later, found, printed = title.split("|")
     assert int(first) < 200
     assert in_sight == "true"
     assert int(later) < 200
     assert found == "1 of 2000"
     assert int(printed) == 1
+
+
+INSPECT = """<script>
+var seen = [];
+window.onerror = function (message) { document.title = message; };
+window.addEventListener("load", function () {
+  var box = document.getElementById("inspector");
+  document.querySelector(".plotbox a[data-layer='3']").dispatchEvent(
+    new MouseEvent("click", { bubbles: true, cancelable: true }));
+  seen.push(box.open, box.querySelector("h2").textContent);
+  seen.push(box.querySelectorAll(".plotted rect").length, box.querySelectorAll("img").length);
+  seen.push(box.querySelector(".around").textContent.indexOf("/made/by/it") >= 0);
+  seen.push(box.querySelector("dl").textContent.indexOf("channels scaled") >= 0);
+  box.querySelector("[data-go='1']").click();
+  seen.push(box.querySelector("h2").textContent);
+  box.close();
+  var any = document.getElementById("anytensor");
+  any.focus();
+  any.value = document.getElementById("tensors").children[1].value;
+  any.dispatchEvent(new Event("input"));
+  seen.push(document.querySelectorAll("#anyplot rect").length);
+  var link = document.querySelector(".bars a");
+  link.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
+  seen.push(document.getElementById("tip").textContent.indexOf(" dB") > 0);
+  document.title = seen.join("|");
+});
+</script></body>"""
+
+
+@pytest.mark.slow
+def test_a_browser_shows_a_layer_with_its_histogram_picture_and_neighbours(
+    tmp_path: Path, record: RunRecord, layers: list[LayerRow]
+) -> None:
+    names = ("/first", "/reader", EVIL, "/made/by/it")
+    makers = ("", "1", "2 1", "3")
+    rows = [
+        layers[k].model_copy(update={"node": name, "producers": maker, "tensor": f"t{k}"})
+        for k, (name, maker) in enumerate(zip(names, makers, strict=True))
+    ]
+    ranges = [
+        TensorRange(tensor=f"t{k}", amax=0.5, max=1.0, method="mse", heights="0aZ", item=EVIL)
+        for k in range(4)
+    ]
+    update = {
+        "ranges": ranges,
+        "thumbnails": {EVIL: "data:image/gif;base64,R0lGODlhAQABAAAAACw="},
+        "prepared": {EVIL: ["scale"]},
+    }
+    html = report_html(record.model_copy(update=update), rows)
+    title = title_in_browser(tmp_path, html.replace("</body>", INSPECT))
+    expected = ["true", EVIL, "3", "1", "true", "true", "/made/by/it", "3", "true"]
+    assert unescape(title).split("|") == expected
+
+
+def test_pictures_are_beside_the_histograms_that_they_stretch(
+    record: RunRecord, layers: list[LayerRow]
+) -> None:
+    address = "data:image/jpeg;base64,AAAA"
+    plots = [plot.model_copy(update={"item": "321"}) for plot in record.histograms]
+    shown = record.model_copy(update={"thumbnails": {"321": address}, "histograms": plots})
+    html = report_html(shown, layers)
+    assert html.count(address) == 1 + len(plots)
+    assert 'alt="calibration picture 321"' in html
+    assert 'alt="picture 321, which sets the largest value"' in html
+    assert '<a href="#p1">321</a>' in html
+
+
+@pytest.mark.parametrize(
+    ("part", "total", "expected"),
+    [(321, 322, "321 of 322"), (53, 53, "53 of 53"), (1, 3, "1 of 3")],
+)
+def test_a_share_is_whole_only_if_all_are(
+    part: int, total: int, expected: str, record: RunRecord
+) -> None:
+    nodes = {"int8": part, "fp32": total - part}
+    variants = [v.model_copy(update={"nodes": nodes}) for v in record.variants]
+    page = parse(report_html(record.model_copy(update={"variants": variants})))
+    assert expected in page.text
+    assert ("100 %" in page.text) == (part == total)

@@ -10,7 +10,14 @@ import tinymodels
 from tinyproject import work_of, write_project
 
 from trtune.precision.tune.scales import carried_tensors
-from trtune.reports.entries.histograms import PLOTTED, histogram_plots
+from trtune.reports.entries.histograms import (
+    LEVELS,
+    PLOT_BINS,
+    PLOTTED,
+    heights,
+    histogram_plots,
+    tensor_ranges,
+)
 from trtune.reports.record import HistogramPlot
 from trtune.run.comparing import compared, layer_rows
 from trtune.run.work import RunWork
@@ -81,3 +88,37 @@ class TestLayerRows:
         )
         assert rows["n_conv2"].tensor == "relu1"
         assert rows["n_conv1"].precision == "int8"
+
+
+class TestTensorRanges:
+    def test_every_tensor_with_a_scale_has_its_histogram_and_picture(self, tmp_path: Path) -> None:
+        work = work_of(write_project(tmp_path, tinymodels.conv_relu()))
+        found, view = work.calibrated, work.setup.subject.view
+        carried = carried_tensors(view, work.untuned, ("emulate",))
+        ranges = tensor_ranges(view, found.table, found.histograms, carried)
+        named = [entry.tensor for entry in ranges]
+        assert named == [tensor for tensor in found.table.scales if tensor in named]
+        assert {row.tensor for row in layer_rows(work, work.untuned) if row.tensor} <= set(named)
+        for entry in ranges:
+            assert len(entry.heights) == PLOT_BINS
+            assert set(entry.heights) <= set("0" + LEVELS)
+            assert "Z" in entry.heights
+            assert entry.heights[-1] != "0"
+            assert entry.amax == pytest.approx(found.table.amax(entry.tensor))
+            assert entry.item
+            assert entry.ratio >= 1
+
+    def test_heights_are_by_the_logarithm(self) -> None:
+        assert heights(np.array([0, 1, 10, 100])) == "0aAZ"
+        assert heights(np.zeros(3)) == "000"
+
+
+def test_a_row_names_the_rows_of_its_producers(tmp_path: Path) -> None:
+    work = work_of(write_project(tmp_path, tinymodels.conv_relu()))
+    rows = layer_rows(work, work.untuned)
+    view = work.setup.subject.view
+    for row in rows:
+        makers = [rows[int(word) - 1].node for word in row.producers.split()]
+        assert makers == [view.producer[t] for t in view.by_name[row.node].input
+                          if t in view.producer]  # fmt: skip
+    assert any(row.producers for row in rows)

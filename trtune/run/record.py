@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from trtune.precision.tune.scales import carried_tensors
 from trtune.precision.tune.walk import Tuned
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.entries.calibration import calibration_record
-from trtune.reports.entries.histograms import histogram_plots
+from trtune.reports.entries.histograms import histogram_plots, tensor_ranges
 from trtune.reports.entries.tuning import front_points, tuning_steps
 from trtune.reports.measures.fidelity import CLOSENESS
 from trtune.reports.record import (
@@ -33,6 +33,7 @@ from trtune.reports.record import (
     Chosen,
     HistogramPlot,
     RunRecord,
+    TensorRange,
     Used,
     Variant,
 )
@@ -43,6 +44,7 @@ from trtune.run.naming import CACHE_FILE, PREPARED_CACHE, PREPARED_MODEL, config
 from trtune.run.stage import versions
 from trtune.run.stages.layers import alone_note, askable
 from trtune.run.stages.measuring import TargetMetric, baseline
+from trtune.run.stages.pictures import thumbnails_of
 from trtune.run.tuning import threshold_of
 from trtune.run.work import RunWork, Setup
 
@@ -73,6 +75,8 @@ def run_record(
     )  # fmt: skip
     left_out = [work.left_out(data) for data in (setup.calibration, setup.evaluation)]
     chosen = setup.validation
+    calibration = _calibration(work, left_out[0]) if is_lowered(work.untuned) else None
+    shown = _ranges(work, calibration)
     return RunRecord(
         schema=1,
         name=setup.config.name,
@@ -92,8 +96,10 @@ def run_record(
         front=front_points(tuned, sign=1 if metric.higher else -1) if target else [],
         pins_needed=tuned.needed,
         validation=chosen_by(work, tuned),
-        calibration=_calibration(work, left_out[0]) if is_lowered(work.untuned) else None,
-        histograms=_histograms(work) if is_lowered(work.untuned) else [],
+        calibration=calibration,
+        histograms=shown.histograms,
+        ranges=shown.ranges,
+        thumbnails=shown.thumbnails,
         prepared=prepared_moves(work),
         notes=[*_notes(work, left_out[1]), *target_notes(setup.config, work, tuned, metric, fp32)],
         command=told.command,
@@ -126,10 +132,31 @@ def _model_facts(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _histograms(work: RunWork) -> list[HistogramPlot]:
+@dataclass(frozen=True, slots=True)
+class ShownRanges:
+    """What a report shows of ranges: the worst histograms, all small, and the pictures behind."""
+
+    histograms: list[HistogramPlot] = field(default_factory=list)
+    ranges: list[TensorRange] = field(default_factory=list)
+    thumbnails: dict[str, str] = field(default_factory=dict)
+
+
+def _ranges(work: RunWork, calibration: CalibrationRecord | None) -> ShownRanges:
+    """Histograms of what is quantized, and the pictures that stretch them most."""
+    if not is_lowered(work.untuned) or calibration is None:
+        return ShownRanges()
     view, found = work.subject.view, work.calibrated
     carried = carried_tensors(view, work.untuned, work.setup.backends.lowerings)
-    return histogram_plots(view, found.table, found.histograms, compared(work).alone, carried)
+    plots = histogram_plots(view, found.table, found.histograms, compared(work).alone, carried)
+    items = [
+        *(picture.item for picture in calibration.dominant[:4]),
+        *(plot.item for plot in plots),
+        *(outlier.item for outlier in calibration.outliers),
+    ]
+    wanted = [item for item in items if item]
+    shown = "html" in work.setup.config.report.formats and wanted
+    pictures = work.workspace.get(thumbnails_of(work.setup.calibration, wanted)) if shown else {}
+    return ShownRanges(plots, tensor_ranges(view, found.table, found.histograms, carried), pictures)
 
 
 def _status(

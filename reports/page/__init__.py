@@ -1,0 +1,1 @@
+"""The parts of the HTML page, as plain values and text."""
