@@ -179,7 +179,8 @@ def row_of(path: Path) -> tuple[str, ...]:
             words = "with allow_requantize"
             model = import_quantized(path, allow_requantize=True)
     except TrtuneError as error:
-        why = next(line for line in str(error).splitlines()[1:] if line)
+        first, *rest = str(error).splitlines()
+        why = next((line for line in rest if line), first.partition(" holds ")[2])
         return path.stem, kinds, file, agreed, f"refused: {why}", "", "", "", ""
     words = f"{words}, {len(model.plan.int8_nodes)} of {len(model.plan.compute_nodes)} int8"
     return path.stem, kinds, file, agreed, words, *_of_import(path, model)
@@ -248,6 +249,11 @@ def table(folder: Path) -> None:
     for path in sorted(folder.glob("*.onnx")):
         rows.append(row_of(path))
         print(f"| {' | '.join(rows[-1])} |", flush=True)
+    write_table(rows)
+
+
+def write_table(rows: list[tuple[str, ...]]) -> None:
+    """The matrix with what it adds up to, to `results/makers.md`."""
     agreed = sum(row[3] == "agree" for row in rows)
     taken = sum(not row[4].startswith("refused") for row in rows)
     built = sum(row[6] != "" and "missed" not in row[6] for row in rows)

@@ -16,6 +16,7 @@ from trtune.precision.quantized.find import (
     find_quantization,
 )
 from trtune.precision.quantized.findings import BEYOND_INT8, ERROR, Finding
+from trtune.precision.quantized.forms.clipped_codes import with_clips_in_front
 from trtune.precision.quantized.forms.float_types import in_full_precision
 from trtune.precision.quantized.strip import renormalised
 
@@ -23,17 +24,14 @@ REFUSED_KINDS = frozenset(
     {
         *("uint8-zero-point-128", "uint8", "int8-zero-point", "int32-bias", "bad-scale"),
         *("scale-type", "half-model", "code-type", "blocked-scale", "non-constant-scale"),
-        *(
-            "block-axis",
-            "integer-operator",
-            "dynamic-quantization",
-            "computed-codes",
-            "foreign-quantizer",
-        ),
+        *("block-axis", "scalar-constant", "computed-codes", "foreign-quantizer"),
+        *("integer-operator", "dynamic-quantization"),
     }
 )
 """Kinds of findings with which TensorRT gives no engine at all."""
 NEVER_INT8 = ("ConvTranspose",)
+CONV_ALONE = "scale-shape"
+"""What keeps a convolution out of int8, and matrix products not."""
 UNTOLD = ("", "unknown")
 
 
@@ -100,12 +98,15 @@ def against_builder(
     rows = tuple(rows)
     wide, _, _ = in_full_precision(original.proto)
     view = GraphView.of(renormalised(original, wide))
+    narrow, _ = with_clips_in_front(view.proto, view)
+    if narrow is not view.proto:
+        view = GraphView.of(renormalised(original, narrow))
     found = find_quantization(view)
     misread = {pair.node for pair in found.pairs if pair.dtype == UINT8 and _around_zero(pair)}
     # uint8 around 0 is not refused but read as int8: wrong values, and int8 kernels all the same
     taken = [row for row in rows if not (row.kind == UINT8 and row.node in misread)]
     kinds = tuple(dict.fromkeys(row.kind for row in taken if row.kind in REFUSED_KINDS))
-    wrong = {row.node for row in taken if row.severity == ERROR}
+    wrong = {row.node: row.kind for row in taken if row.severity == ERROR}
     unsure = {row.node for row in rows if row.kind in BEYOND_INT8}
     products = tuple(
         Product(name, _expected(view, found, name, wrong, unsure), precisions.get(name, ""))
@@ -122,13 +123,17 @@ def _products(view: GraphView) -> list[str]:
     return [node.name for node in view.nodes if node.op_type in COMPUTE_OPS]
 
 
-def _expected(view: GraphView, found: Found, name: str, wrong: set[str], unsure: set[str]) -> str:
+def _expected(
+    view: GraphView, found: Found, name: str, wrong: Mapping[str, str], unsure: set[str]
+) -> str:
     pairs = {pair.node for pair in feeding(view, found, name)}
     if pairs & unsure:
         return ""
     quantized = name in (*found.int8, *found.products)
-    floats = view.by_name[name].op_type in NEVER_INT8
-    return "int8" if quantized and not floats and not pairs & wrong else "float"
+    op = view.by_name[name].op_type
+    kinds = {wrong[pair] for pair in pairs if pair in wrong}
+    hinders = kinds if op == "Conv" else kinds - {CONV_ALONE}
+    return "int8" if quantized and op not in NEVER_INT8 and not hinders else "float"
 
 
 def feeding(view: GraphView, found: Found, name: str) -> tuple[Pair, ...]:

@@ -46,11 +46,13 @@ _SAYS = {
     "weights-alone": (WARNING, "computes in float: it only stores such weights in int8"),
     "activation-alone": (WARNING, "computes in float; the pair costs time and accuracy"),
     "pair-before-activation": (WARNING, "computes in float what reads the activation"),
+    "clipped-codes": (INFO, "takes it, and computes what is behind it in int8"),
     "computed-codes": (ERROR, "refuses: a quantized constant stands before DequantizeLinear alone"),
     "nothing-int8": (WARNING, "computes every product in float"),
     "residual": (WARNING, "adds in float, and moves four times the bytes"),
     "spare-pair": (WARNING, "runs it as nodes of their own: no int8 kernel is behind it"),
     "inside-float": (WARNING, "loses its fused softmax or normalisation kernel"),
+    "scalar-constant": (ERROR, "refuses stored codes without an axis"),
     "constant-pair": (INFO, "takes int8 and refuses uint8"),
 }
 """What TensorRT does with each, as TensorRT-RTX 1.7 was seen to do where it could be tried."""

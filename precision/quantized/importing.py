@@ -37,6 +37,7 @@ from trtune.precision.quantized.findings import (
     finding,
     summary,
 )
+from trtune.precision.quantized.forms.clipped_codes import with_clips_in_front
 from trtune.precision.quantized.forms.float_types import HALF_TYPES, Floats, in_full_precision
 from trtune.precision.quantized.forms.foreign_ops import foreign_quantizers
 from trtune.precision.quantized.forms.integer_ops import write_as_pairs
@@ -313,12 +314,14 @@ def _examine(original: Model) -> tuple[Model, Floats, Found, tuple[Finding, ...]
     wide, floats, halves = in_full_precision(original.proto)
     proto, converted = write_as_pairs(wide)
     model = original if proto is original.proto else renormalised(original, proto)
+    proto, clipped = with_clips_in_front(model.proto, GraphView.of(model))
+    model = model if proto is model.proto else renormalised(model, proto)
     found = find_quantization(GraphView.of(model))
     proto, moved = with_pairs_behind(model.proto, GraphView.of(model), found)
     if moved:
         model = renormalised(model, proto)
         found = find_quantization(GraphView.of(model))
-    rows = (*foreign, *halves, *converted, *moved, *lint(GraphView.of(model), found))
+    rows = (*foreign, *halves, *converted, *clipped, *moved, *lint(GraphView.of(model), found))
     return model, floats, found, rows
 
 

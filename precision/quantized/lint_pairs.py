@@ -273,13 +273,10 @@ def _bias(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:
             EXACT,
         )
     elif role == CONSTANT:
-        yield finding(
-            pair.node,
-            "constant-pair",
-            "a constant that is no weight, quantized",
-            "float, the values that it gave",
-            EXACT,
-        )
+        scalar = not pair.quantize and view.shapes.get(pair.source) == ()
+        kind = "scalar-constant" if scalar else "constant-pair"
+        found_here = "a constant that is no weight, quantized"
+        yield finding(pair.node, kind, found_here, "float, the values that it gave", EXACT)
 
 
 def _channels(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:

@@ -18,7 +18,14 @@ NVIDIA_TYPES: Mapping[str, str] = MappingProxyType(
     {"MXFP8": "mxfp8", "FP8": "fp8", "INT4": "int4", "FP4": "fp4"}
 )
 """How the names of NVIDIA's operators go on, and the type that it stands for."""
-FAKE_QUANTIZERS = frozenset({"Quant", "BipolarQuant", "Trunc", "FakeQuantize", "FixedPoint"})
+FAKE_QUANTIZERS = frozenset(
+    {
+        *("Quant", "BipolarQuant", "Trunc", "FakeQuantize", "FixedPoint"),
+        *("ExtendedQuantizeLinear", "ExtendedDequantizeLinear", "ExtendedInstanceNormalization"),
+        *("BFPQuantizeDequantize", "MXQuantizeDequantize", "FixNeuron", "BFPFixNeuron"),
+    }
+)
+"""QONNX's and OpenVINO's; AMD Quark's."""
 OWN = frozenset({"", "com.microsoft"})
 
 

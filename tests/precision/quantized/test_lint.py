@@ -150,6 +150,12 @@ def constant_added() -> onnx.ModelProto:
     return net.head(net.op("Add", x, added, out="sum"), 16)
 
 
+def scalar_added() -> onnx.ModelProto:
+    net = QatNet()
+    x = net.qconv(net.pair(net.input("input"), 0.03), "conv", 3, 16)
+    return net.head(net.op("Add", x, net.stored("added", 40, 0.01), out="sum"), 16)
+
+
 def of_kind(make: Callable[[], onnx.ModelProto], kind: str) -> list[Finding]:
     return [row for row in findings(make()) if row.kind == kind]
 
@@ -204,6 +210,7 @@ CASES = [
                  id="data quantized, weights not"),
     pytest.param(tinyqat.concatenated, "unequal-scales", "warning", "exact",
                  id="a conv behind a concat of two scales"),
+    pytest.param(scalar_added, "scalar-constant", "error", "exact", id="a constant without axes"),
     pytest.param(constant_added, "constant-pair", "info", "exact", id="a constant, no weight"),
 ]  # fmt: skip
 
