@@ -63,7 +63,12 @@ def with_clips_in_front(
         for index, name in enumerate(made.input):
             made.input[index] = renamed.get(name, name)
         cut = before.get(node.name)
-        if cut is not None and (cut.low is not None or cut.high is not None):
+        cut = None if cut is None or cut.low is cut.high is None else cut
+        if cut is not None and view.is_constant(made.input[0]):
+            value = np.clip(view.constant(made.input[0]), cut.low, cut.high)
+            made.input[0] = fresh(f"{made.input[0]}/clipped")
+            model.graph.initializer.append(numpy_helper.from_array(value, made.input[0]))
+        elif cut is not None:
             result = fresh(f"{made.input[0]}/clipped")
             bounds = []
             for word, value in (("low", cut.low), ("high", cut.high)):
@@ -92,8 +97,6 @@ def _cuts(view: GraphView) -> Iterator[_Cut]:
         dequantized = all(view.by_name[n].op_type == DEQUANTIZE and k == 0 for n, k in readers)
         if not alone or ends or not readers or not dequantized:
             continue
-        if view.is_constant(quantize.input[0]):
-            continue  # weights: `computed-codes`
         bounds = _bounds(view, node, quantize)
         if bounds is not None:
             yield _Cut(node, quantize, *bounds)

@@ -63,3 +63,19 @@ def test_a_clip_that_others_read_stays() -> None:
     assert "Clip" in found
     with pytest.raises(Exception, match="quantize-alone"):
         imported(proto)
+
+
+def test_weights_of_fewer_bits() -> None:
+    net = QatNet()
+    x = net.pair(net.input("input"), 0.03)
+    parameters = [net.const("s", 0.05, np.float32), net.const("z", 0, np.int8)]
+    codes = net.op("QuantizeLinear", net.weight("w", 16, 3, 3, 3), *parameters, out="codes")
+    bounds = [net.const("low", -8, np.int8), net.const("high", 7, np.int8)]
+    codes = net.op("Clip", codes, *bounds, out="cut")
+    read = net.op("DequantizeLinear", codes, *parameters, out="read")
+    x = net.op("Conv", x, read, out="conv", kernel_shape=[3, 3], pads=[1] * 4)
+    proto = net.head(x, 16)
+    found = imported(proto)
+    assert found.plan.int8_nodes == ("n_conv",)
+    again = insert_quantization(found.model, found.table)
+    assert_same_bits(proto, again, tinymodels.feeds(proto, batch=4))
