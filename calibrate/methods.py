@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from trtune.calibrate.histogram import Histogram, bin_edges, quantile
 from trtune.configs.system.compiled import compiled
+from trtune.configs.values import PERCENTILE
 
 LEVELS = 127
 ENTROPY_BINS = 1024
@@ -40,7 +41,7 @@ def amax_max(histogram: Histogram) -> float:
     return histogram.maximum
 
 
-def amax_percentile(histogram: Histogram, *, percentile: float = 99.99) -> float:
+def amax_percentile(histogram: Histogram, *, percentile: float = PERCENTILE) -> float:
     """The magnitude that `percentile` percent of all values, zeros included, do not exceed.
 
     Within a bin, 0.8 % at most; the maximum if so many values are zero that it would be zero.
@@ -349,7 +350,7 @@ CANDIDATES: Mapping[str, Callable[[Histogram], float]] = {
 
 
 def choose(
-    histograms: Mapping[str, Histogram], method: str, *, percentile: float = 99.99
+    histograms: Mapping[str, Histogram], method: str, *, percentile: float = PERCENTILE
 ) -> dict[str, float]:
     """Tensor -> amax by one of `AMAX_METHODS`, on all usable cores.
 

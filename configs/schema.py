@@ -15,7 +15,17 @@ from pydantic_core import PydanticCustomError
 
 from trtune.configs.runtimes import Backend, OnnxRuntime, TensorRT, TensorRTRTX
 from trtune.configs.sources import Data, DataSet, Preprocess
-from trtune.configs.values import FUNCTION, Bytes, Count, Natural, Real, Section, key_error
+from trtune.configs.values import (
+    FUNCTION,
+    HELD_OUT,
+    PERCENTILE,
+    Bytes,
+    Count,
+    Natural,
+    Real,
+    Section,
+    key_error,
+)
 
 __all__ = [
     "Backend",
@@ -96,14 +106,15 @@ class Calibration(Section):
         "hurts held-out pictures least; entropy: as NVIDIA published it, which clips hard",
     )
     percentile: Annotated[Real, Field(gt=50, le=100)] = Field(
-        default=99.99, description="for method percentile: the share of |x| below amax, in percent"
+        default=PERCENTILE,
+        description="for method percentile: the share of |x| below amax, in percent",
     )
     memory: Bytes = Field(
         default=2 << 30,
         description="what calibration may use above the model's own; less means more passes",
     )
     holdout: Count = Field(
-        default=24,
+        default=HELD_OUT,
         description="calibration pictures that method auto and the tuner's ranking measure on; "
         "auto takes up to four times as many where the network is small",
     )

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from trtune.configs.values import (
     FUNCTION,
+    GREY,
     ChannelValues,
     Count,
     Natural,
@@ -55,7 +56,7 @@ class Letterbox(Section):
         tuple[Annotated[int, Field(ge=0, le=255)], ...],
         BeforeValidator(lambda value: [value] if isinstance(value, int) else value),
         Field(json_schema_extra={"minItems": 1, "maxItems": 3}),
-    ] = Field(default=(114,), description="of the frame, 0 to 255: one value, or three for RGB")
+    ] = Field(default=GREY, description="of the frame, 0 to 255: one value, or three for RGB")
     place: Literal["center", "top_left"] = Field(
         default="center",
         description="center: as Ultralytics' LetterBox, sides rounded; top_left: as YOLOX' "

@@ -18,6 +18,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 BYTE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+GREY = (114,)
+"""The frame of a letterbox where nothing else is said, as Ultralytics and YOLOX have it."""
+HELD_OUT = 24
+"""Calibration pictures that ranges are judged on."""
+PERCENTILE = 99.99
+"""Of the magnitudes that method percentile keeps."""
 FUNCTION = r".+:[A-Za-z_]\w*"
 
 

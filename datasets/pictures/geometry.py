@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trtune.configs.errors import DataError
+from trtune.configs.values import GREY
 
 Size = int | tuple[int, int]
 Place = Literal["center", "top_left"]
@@ -48,7 +49,7 @@ class Frame:
     """
 
     size: Size
-    color: tuple[int, ...] = (114,)
+    color: tuple[int, ...] = GREY
     place: Place = "center"
     stride: int | None = None
     upscale: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -20,7 +20,9 @@ from trtune.precision.graph.proto import (
     without_graph,
 )
 from trtune.precision.graph.view import GraphView, Model
-from trtune.precision.plan.placement import Edge
+
+if TYPE_CHECKING:
+    from trtune.precision.plan.placement import Edge
 
 Array = NDArray[Any]
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from trtune.calibrate.collect import DEFAULT_MEMORY
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.machine import usable_cores
+from trtune.configs.values import HELD_OUT, PERCENTILE
 from trtune.datasets.batches import Batch, BatchSource
 from trtune.datasets.holdout import Without, hold_out_more
 from trtune.precision.compare.alone import Alone
@@ -112,8 +113,8 @@ def prepare_model(
     moves: Sequence[str] | None = None,
     lowerings: Iterable[str] = ("emulate",),
     method: str = AUTO_METHOD,
-    percentile: float = 99.99,
-    holdout: int = 24,
+    percentile: float = PERCENTILE,
+    holdout: int = HELD_OUT,
     memory: int = DEFAULT_MEMORY,
     halves: bool = False,
     device: str = "cpu",

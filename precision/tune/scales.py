@@ -23,6 +23,7 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import DataError
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.machine import usable_cores
+from trtune.configs.values import HELD_OUT, PERCENTILE
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, rebatch
 from trtune.datasets.holdout import WholeBatches, Without, hold_out_more, join
 from trtune.precision.compare.alone import Alone, held_tensors
@@ -60,7 +61,6 @@ LIGHT = 256 << 20
 PLENTY = 4
 """... but not more than this many times as many."""
 
-PERCENTILE = 99.99
 IMPLICIT = "implicit"
 """The lowering of weakly typed TensorRT 10: scales for every tensor, no Q/DQ."""
 BESIDE_AUTO = "mse"
@@ -150,7 +150,7 @@ def calibrate_model(
     lowerings: Iterable[str] = ("emulate",),
     method: str = AUTO_METHOD,
     percentile: float = PERCENTILE,
-    holdout: int = 24,
+    holdout: int = HELD_OUT,
     memory: int = DEFAULT_MEMORY,
     device: str = "cpu",
     also: Sequence[str] = (),

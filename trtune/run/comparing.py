@@ -11,8 +11,7 @@ from trtune.reports.record import LayerRow
 from trtune.run.backends import BackendFailed, watched
 from trtune.run.stages.engines import engine_folder, engine_of, is_emulation
 from trtune.run.stages.layers import Sums, accumulated, of_runtime
-from trtune.run.tuning import alone_of
-from trtune.run.work import RunWork
+from trtune.run.work import RunWork, alone_of
 
 
 def compared(work: RunWork) -> Measured:

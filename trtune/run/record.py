@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from trtune.configs.schema import Config
 from trtune.precision.graph.macs import macs
-from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.float8 import FP8
-from trtune.precision.plan.half_rules import flushed_weights
-from trtune.precision.plan.plan import QUANTIZED, PrecisionPlan, is_lowered
+from trtune.precision.plan.plan import is_lowered
 from trtune.precision.prepare.codes import readers_of
 from trtune.precision.prepare.values import ROUND_CODES, sentence
 from trtune.precision.quantized.describe import nothing_in_int8
@@ -24,6 +21,7 @@ from trtune.precision.tune.walk import Tuned
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.entries.calibration import calibration_record
 from trtune.reports.entries.histograms import histogram_plots, tensor_ranges
+from trtune.reports.entries.notes import float_notes, flushed, missed_notes
 from trtune.reports.entries.tuning import front_points, tuning_steps
 from trtune.reports.measures.fidelity import CLOSENESS
 from trtune.reports.record import (
@@ -37,13 +35,12 @@ from trtune.reports.record import (
     Used,
     Variant,
 )
-from trtune.reports.summary import metric_label, metric_text, plural
 from trtune.run.backends import no_float8
 from trtune.run.comparing import compared
 from trtune.run.naming import CACHE_FILE, PREPARED_CACHE, PREPARED_MODEL, config_hash, run_key
 from trtune.run.stage import versions
 from trtune.run.stages.layers import alone_note, askable
-from trtune.run.stages.measuring import TargetMetric, baseline
+from trtune.run.stages.measuring import baseline
 from trtune.run.stages.pictures import thumbnails_of
 from trtune.run.tuning import threshold_of
 from trtune.run.work import RunWork, Setup
@@ -101,7 +98,7 @@ def run_record(
         ranges=shown.ranges,
         thumbnails=shown.thumbnails,
         prepared=prepared_moves(work),
-        notes=[*_notes(work, left_out[1]), *target_notes(setup.config, work, tuned, metric, fp32)],
+        notes=[*_notes(work, left_out[1]), *_missed(work, tuned, fp32)],
         command=told.command,
         polygraphy=list(polygraphy),
         started=told.started,
@@ -236,15 +233,23 @@ def _notes(work: RunWork, left_out: list[str]) -> list[str]:
     notes += alone_notes(work)
     if data.evaluation == data.calibration:
         notes.append("accuracy was measured on the calibration pictures: name data.evaluation")
-    for name in untuned.compute_nodes:
-        assignment = untuned.nodes[name]
-        unplanned = assignment.precision not in QUANTIZED and not assignment.is_pinned
-        if untuned.default in QUANTIZED and unplanned:
-            notes.append(f"{name} stays {assignment.precision}: {assignment.reason}")
+    notes += float_notes(untuned)
     if left_out and data.evaluation != data.calibration:
         shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         notes.append(f"left out of data.evaluation, unreadable: {len(left_out)} ({shown})")
     return notes
+
+
+def _missed(work: RunWork, tuned: Tuned, fp32: Evaluation) -> list[str]:
+    section = work.setup.config.precision
+    return missed_notes(
+        section.target,
+        tuned,
+        nothing_in_int8(work.subject.view, tuned.plan),
+        quantized=bool(work.untuned.quantized_nodes),
+        limit=section.max_pins,
+        fp32=None if work.bench.metric.is_fidelity else fp32.value,
+    )
 
 
 def prepared_moves(work: RunWork) -> dict[str, list[str]]:
@@ -282,45 +287,3 @@ def alone_notes(work: RunWork) -> list[str]:
         alone_note(len(measured), len(askable(work.untuned)), section.seconds) if measured else ""
     )
     return [note] if note else []
-
-
-def flushed(view: GraphView, plan: PrecisionPlan) -> list[str]:
-    """What becomes of small weights in half precision, in words."""
-    found = flushed_weights(view, plan) if plan.halves else {}
-    zeroed = sum(flushed.zeroed for flushed in found.values())
-    total = sum(flushed.total for flushed in found.values())
-    if not zeroed:
-        return []
-    worst = max(found, key=lambda name: found[name].zeroed)
-    return [
-        f"{zeroed} of {total} weights are too small for half precision and become 0, most of them "
-        f"in {worst}"
-    ]
-
-
-def target_notes(
-    config: Config, work: RunWork, tuned: Tuned, metric: TargetMetric, fp32: Evaluation
-) -> list[str]:
-    """Why a missed target could not be met."""
-    target = config.precision.target
-    nothing = nothing_in_int8(work.subject.view, tuned.plan)
-    notes = [nothing] if nothing else []
-    if target is None or tuned.met:
-        return notes
-    if not nothing and not work.untuned.quantized_nodes:
-        notes.append("the target cannot be met by tuning: no node is quantized")
-    if tuned.needed is not None:
-        notes.append(
-            f"about {plural(tuned.needed, 'pin')} would meet the target, as far as held-out "
-            f"pictures can tell; precision.max_pins is {config.precision.max_pins}"
-        )
-    value = fp32.value
-    if target.min is not None and not metric.is_fidelity and value is not None:
-        if value >= target.min:
-            return notes
-        label, least = metric_label(target.metric), metric_text(target.metric, target.min)
-        notes.append(
-            f"the FP32 model itself misses the target: its {label} is "
-            f"{metric_text(target.metric, value)}, and {least} is asked for"
-        )
-    return notes

@@ -27,10 +27,9 @@ from trtune.reports.summary import number
 from trtune.run.backends import BackendFailed, no_float8, watched
 from trtune.run.stage import Form, Stage, as_json
 from trtune.run.stages.engines import measured_with
-from trtune.run.stages.layers import alone
 from trtune.run.stages.measuring import Bench, TargetMetric, baseline, evaluation
 from trtune.run.stages.pins import HeldOut
-from trtune.run.work import RunWork
+from trtune.run.work import RunWork, alone_of
 from trtune.run.workspace import Workspace
 
 ROUNDING = 1e-9
@@ -342,23 +341,6 @@ def with_known(
 ) -> Callable[[PrecisionPlan], Score]:
     """`evaluate`, which is not asked about `plan`: that has `score`."""
     return lambda asked: score if asked == plan else evaluate(asked)
-
-
-def alone_of(work: RunWork, plan: PrecisionPlan | None = None) -> Stage[dict[str, ErrorSums]]:
-    """What each node of `plan`, or of the untuned plan, alone does to the output."""
-    setup, section = work.setup, work.setup.config.calibration
-    plan = plan or work.untuned
-    return alone(
-        work.candidate(plan),
-        work.subject.view,
-        setup.calibration,
-        holdout=section.holdout,
-        memory=section.memory,
-        seconds=setup.config.compare.seconds,
-        device=work.setup.device,
-        progress=setup.progress,
-        name="alone-fp8" if plan is not work.untuned else "alone",
-    )
 
 
 def tuned_form(kind: type[PrecisionPlan]) -> Form[Tuned]:

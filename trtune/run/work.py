@@ -13,6 +13,7 @@ from trtune.precision.graph.file import Model
 from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.plan import PrecisionPlan, is_lowered
 from trtune.precision.runtime.api import Candidate
+from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.tune.prepared import Ready
 from trtune.precision.tune.preparing import extended_plan
 from trtune.precision.tune.scales import Calibrated
@@ -20,8 +21,10 @@ from trtune.reports.measures.sense import Oddity
 from trtune.reports.outputs import IN_MEMORY
 from trtune.run.backends import Backends, Runtimes, backends_of, check_precisions
 from trtune.run.data import RunData, data_of, left_out
+from trtune.run.stage import Stage
 from trtune.run.stages.calibration import calibration
 from trtune.run.stages.engines import candidate_of
+from trtune.run.stages.layers import alone
 from trtune.run.stages.measuring import Bench, metric_of
 from trtune.run.stages.preparing import is_prepared, preparation, prepared_subject
 from trtune.run.subject import Subject, plan_by_ranges, plan_by_rules, subject_of
@@ -210,3 +213,20 @@ class RunWork:
     def model_for(self, plan: PrecisionPlan) -> Model:
         """The model that is lowered for `plan`: prepared ones carry codes where it is int8."""
         return self.subject.model if self.ready is None else self.ready.model_for(plan)
+
+
+def alone_of(work: RunWork, plan: PrecisionPlan | None = None) -> Stage[dict[str, ErrorSums]]:
+    """What each node of `plan`, or of the untuned plan, alone does to the output."""
+    setup, section = work.setup, work.setup.config.calibration
+    plan = plan or work.untuned
+    return alone(
+        work.candidate(plan),
+        work.subject.view,
+        setup.calibration,
+        holdout=section.holdout,
+        memory=section.memory,
+        seconds=setup.config.compare.seconds,
+        device=work.setup.device,
+        progress=setup.progress,
+        name="alone-fp8" if plan is not work.untuned else "alone",
+    )
