@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("calibrate", "configs", "datasets", "precision", "reports")
@@ -51,6 +52,23 @@ def test_a_folder_imported_by_its_bare_name_is_loud(folder: str) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert f"use trtune.{folder}" in done.stderr
+
+
+def test_the_version_stands_in_one_place() -> None:
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert 'dynamic = ["version"]' in project
+    assert not re.search(r"^version = \"", project, re.M)
+    found = re.findall(r'^__version__ = "(.*)"$', (ROOT / "trtune/__init__.py").read_text(), re.M)
+    assert len(found) == 1
+    assert f"\n## {found[0]}" in (ROOT / "docs/changelog.md").read_text("utf-8")
+
+
+def test_the_release_workflow_tries_what_it_publishes() -> None:
+    text = (ROOT / ".github/workflows/release.yml").read_text("utf-8")
+    jobs = yaml.safe_load(text)["jobs"]
+    assert jobs["publish"]["needs"] == "try"
+    assert jobs["try"]["needs"] == "build"
+    assert {"make lint", "make test", "make docs"} <= {s.get("run") for s in jobs["build"]["steps"]}
 
 
 def required() -> set[str]:

@@ -122,7 +122,7 @@ def test_what_nvinfer_does_to_a_pixel(
 
 @pytest.mark.parametrize("model", ["conv_relu", "fixed_batch", "two_outputs", "int64_input"])
 def test_triton_reads_its_configuration(model: str, tmp_path: Path) -> None:
-    pb = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs tritonclient")
+    pb = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs trtune[exports]")
     text_format = pytest.importorskip("google.protobuf.text_format")
     folder = write_project(tmp_path / "project", getattr(tinymodels, model)())
     config = config_of(folder)

@@ -151,7 +151,8 @@ def _called_by_typer(work: Work) -> Callable[..., None]:
         parameters = [*ours, *OF_ALL]
     else:
         parameters = [OF_A_CONFIG[0], *ours, *OF_A_CONFIG[1:], *OF_ALL]
-    called.__name__, called.__doc__ = work.__name__, work.__doc__
+    # a line end of the source is none of the help's: rich would keep it
+    called.__name__, called.__doc__ = work.__name__, " ".join((work.__doc__ or "").split())
     called.__annotations__ = {p.name: p.annotation for p in parameters}
     vars(called)["__signature__"] = inspect.Signature(parameters)
     return called
