@@ -55,6 +55,7 @@ UNIFORM = ("entropy", "mse", "percentile", "max")
 OTHERS = 2
 """Pictures that decide between tables, by those that a range is chosen on."""
 
+MOST_SHOWN = 3
 LIGHT = 256 << 20
 """Held-out pictures may be more than asked for while their tensors take no more bytes than this."""
 
@@ -209,10 +210,13 @@ def calibrate_model(
         table = _whole(view, table, choices_table(more, None), beside)
     ended = time.perf_counter()
     took = ended - search if held else 0.0
-    return Calibrated(
+    calibrated = Calibrated(
         table, found.histograms, found.pictures, found.passes, ended - started,
         found.inference_seconds, took,
     )  # fmt: skip
+    for line in better_ranges(calibrated) if method != AUTO_METHOD else ():
+        log.warning("%s", line)
+    return calibrated
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +248,7 @@ def _choices(
 ) -> dict[str, Choice]:
     """The choice for each range: on held-out pictures where there are some, else by the method."""
     if not counted.held:
-        choices = _chosen_alike(counted.ranged, counted.method, counted.percentile)
-        _say_what_is_better(counted.ranged, choices)
-        return choices
+        return _chosen_alike(counted.ranged, counted.method, counted.percentile)
     if ranges is not None:
         return ranges(
             counted.view, counted.plan, placement, counted.roots, counted.held, counted.histograms
@@ -285,17 +287,21 @@ def _whole(
     )
 
 
-def _say_what_is_better(histograms: Mapping[str, Histogram], choices: Mapping[str, Choice]) -> None:
-    amaxes = {name: choice.amax for name, choice in choices.items()}
-    better = better_methods(histograms, amaxes)
-    if better:
-        log.warning(
-            "%d of %d ranges lose 3 dB and more against another method, most of all %s; "
-            "method auto chooses for each",
-            len(better),
-            len(amaxes),
-            ", ".join(f"{b.tensor!r} ({b.method} {b.gain_db:+.1f} dB)" for b in better[:3]),
-        )
+def better_ranges(calibrated: Calibrated) -> list[str]:
+    """What one method for all lost, in words: nothing where none or few decibels are lost.
+
+    See `methods.better_methods`: by the tensors themselves, not by the output.
+    """
+    scales = calibrated.table.scales
+    amaxes = {t: calibrated.table.amax(t) for t in calibrated.histograms if t in scales}
+    better = better_methods(calibrated.histograms, amaxes)
+    if not better:
+        return []
+    most = ", ".join(f"{b.tensor!r} ({b.method} {b.gain_db:+.1f} dB)" for b in better[:MOST_SHOWN])
+    return [
+        f"{len(better)} of {len(amaxes)} ranges lose 3 dB and more against another method, "
+        f"most of all {most}; method auto chooses for each"
+    ]
 
 
 def auto_ranges(

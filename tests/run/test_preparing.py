@@ -75,3 +75,13 @@ def test_none_prepares_nothing(project: Path) -> None:
     config = config_of(project, "calibration.prepare=none")
     assert run(config).prepared == {}
     assert not (run_folder(config) / "prepared.onnx").exists()
+
+
+def test_one_method_for_all_says_what_another_would_have_kept(project: Path) -> None:
+    clipped = ("calibration.method=percentile", "calibration.percentile=80")
+    for overrides, expected in ((clipped, 1), (("calibration.method=auto",), 0)):
+        notes = run(config_of(project, *overrides, "calibration.prepare=none")).notes
+        found = [note for note in notes if note.startswith("calibration.method")]
+        assert len(found) == expected
+        assert all("lose 3 dB and more against another method" in note for note in found)
+        assert all("max +" in note or "mse +" in note for note in found)

@@ -16,7 +16,7 @@ from trtune.precision.prepare.codes import readers_of
 from trtune.precision.prepare.values import ROUND_CODES, sentence
 from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.quantized.findings import summary
-from trtune.precision.tune.scales import carried_tensors
+from trtune.precision.tune.scales import AUTO_METHOD, better_ranges, carried_tensors
 from trtune.precision.tune.walk import Tuned
 from trtune.reports.accuracy import Evaluation
 from trtune.reports.entries.calibration import calibration_record
@@ -229,6 +229,7 @@ def _notes(work: RunWork, left_out: list[str]) -> list[str]:
     if FP8 in setup.config.precision.ladder[1:]:
         reasons = {backend.label: no_float8(backend) for backend in setup.config.backends}
         notes += [f"precision.ladder: fp8 is left out: {b}: {r}" for b, r in reasons.items() if r]
+    notes += method_notes(work)
     notes += prepared_notes(work)
     notes += alone_notes(work)
     if data.evaluation == data.calibration:
@@ -257,6 +258,15 @@ def prepared_moves(work: RunWork) -> dict[str, list[str]]:
     if not is_lowered(work.untuned) or work.ready is None:
         return {}
     return work.ready.prepared.summary(readers_of(work.subject.view, work.ready.plan))
+
+
+def method_notes(work: RunWork) -> list[str]:
+    """Where one method for all ranges lost much against another."""
+    section = work.setup.config.calibration
+    measured = section.cache is None and work.setup.subject.imported is None
+    if not measured or section.method == AUTO_METHOD or not work.untuned.int8_nodes:
+        return []
+    return [f"calibration.method {section.method}: {line}" for line in better_ranges(work.plain)]
 
 
 def prepared_notes(work: RunWork) -> list[str]:
