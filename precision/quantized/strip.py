@@ -93,10 +93,19 @@ def strip_quantization(model: Model, found: Found) -> Stripped:
 
 
 class _Strip:
+    """Takes pairs out one by one; `floats` maps what a pair gave to the float tensor in its place.
+
+    Readers of a pair are pointed at the float tensor that it quantized, and the table says that
+    they read it quantized. A table has one scale a tensor, and a file need not: where a tensor
+    is quantized twice, each further scale gets a copy of it (an Identity) to stand at. An
+    asymmetric range that begins at 0 did the work of a Relu that the exporter left out, so one is
+    put there: a symmetric range would let negative values through.
+    """
+
     def __init__(self, model: Model, view: GraphView, found: Found) -> None:
         self.model, self.view, self.found = model, view, found
         self.taken = _Taken()
-        self.carriers: dict[str, str] = {}
+        self.floats: dict[str, str] = {}
         taken = {*view.producer, *view.initializers, *view.graph_inputs, *view.by_name}
         self.names = FreshNames(taken)
         self.gone = {pair.name for pair in found.pairs} | set(found.passed)
@@ -108,30 +117,30 @@ class _Strip:
         """Let the readers of `pair` read its float tensor, and note that they do so quantized."""
         made = symmetric_activation(pair)
         scale = float(made.scales[0])
-        carrier = self._carrier(pair, scale)
+        tensor = self._float_tensor(pair, scale)
         if not made.exact:
             change = requantized_activation(pair, scale)
-            self.taken.changes.append(replace(change, tensor=carrier))
-        self.taken.scales[carrier] = scale
-        self.taken.methods[carrier] = EXACT_METHOD if made.exact else REQUANTIZED_METHOD
-        self.carriers[pair.result] = carrier
+            self.taken.changes.append(replace(change, tensor=tensor))
+        self.taken.scales[tensor] = scale
+        self.taken.methods[tensor] = EXACT_METHOD if made.exact else REQUANTIZED_METHOD
+        self.floats[pair.result] = tensor
         inside = False
         for name, index in pair.readers:
             node = self.view.by_name[name]
             if index >= len(node.input):
                 inside = True
             elif node.op_type not in (QUANTIZE, DEQUANTIZE):
-                self._read(carrier, (name, index))
+                self._read(tensor, (name, index))
         if inside or pair.is_output:
-            self._identity(carrier, pair.result, quantized=True)
+            self._identity(tensor, pair.result, quantized=True)
 
-    def _read(self, carrier: str, edge: Edge) -> None:
-        self.taken.renamed[edge] = carrier
-        self.taken.reads.setdefault(carrier, []).append(edge)
+    def _read(self, tensor: str, edge: Edge) -> None:
+        self.taken.renamed[edge] = tensor
+        self.taken.reads.setdefault(tensor, []).append(edge)
 
-    def _carrier(self, pair: Pair, scale: float) -> str:
+    def _float_tensor(self, pair: Pair, scale: float) -> str:
         """The tensor that has `scale` in the table and the float values that `pair` quantizes."""
-        before = self.carriers.get(pair.source)
+        before = self.floats.get(pair.source)
         source = before if before is not None else pair.source
         if cuts_at_zero(pair) and not never_negative(self.view, pair.source, self.signs):
             source, before = self._cut(pair, source, quantized=before is not None), None
@@ -295,7 +304,7 @@ class _Strip:
                 bare = tensor
                 while self.view.producer.get(bare, "") in passed:
                     bare = self.view.by_name[self.view.producer[bare]].input[0]
-                found[bare] = max(self.taken.scales[self.carriers[p.result]] for p in sources)
+                found[bare] = max(self.taken.scales[self.floats[p.result]] for p in sources)
         return found
 
 
