@@ -177,7 +177,7 @@ def _fixed_batch(model: onnx.ModelProto, batch: Batch) -> int:
         if info.name in batch.feeds and info.type.tensor_type.HasField("shape"):
             dims = (d.dim_value or None for d in info.type.tensor_type.shape.dim)
             specs.append(InputSpec(info.name, tuple(dims), ""))
-    return batch_size(specs, 0)
+    return batch_size(specs, 0, batch.axes)
 
 
 def _picture_axis(full: tuple[int, ...], less: tuple[int, ...], size: int) -> int | None:

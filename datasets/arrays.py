@@ -70,10 +70,10 @@ class ArraySource:
         self._inputs = tuple(inputs)
         self._where = where
         self._preprocess = preprocess
-        self._batch = batch_size(inputs, batch)
         self._arrays = used
         pictures = [s.name for s in inputs if preprocess and is_pictures(used[s.name], s)]
         self._axes = feed_axes(used, inputs, given=axes, pictures=pictures)
+        self._batch = batch_size(inputs, batch, self._axes)
         self._labels: NDArray[Any] | None = None
         counted = dict(used)
         if label_name is not None and labels is not None:

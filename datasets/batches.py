@@ -17,11 +17,15 @@ Labels: TypeAlias = NDArray[Any] | tuple[NDArray[Any], ...]
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One model input: name, shape (a str or None is a free dimension), numpy dtype name."""
+    """One model input: name, shape (a str or None is a free dimension), numpy dtype name.
+
+    `axis` is the one that samples lie along, where a user says it.
+    """
 
     name: str
     shape: tuple[int | str | None, ...]
     dtype: str
+    axis: int | None = None
 
     @property
     def fixed_batch(self) -> int | None:
@@ -133,20 +137,22 @@ def batch_axes(
 ) -> dict[str, int | None]:
     """By input, the axis that samples lie along, as far as the shapes tell; None: it has none.
 
-    `given` says it for some. Else the axis with the name of `batch_symbol`; where no input has a
-    free dimension, or the input of the highest rank fixes its batch, the first axis of those as
-    long as its first (of a recurrent state, layers x 1 x hidden, beside rows of 1: as long as 1).
+    `given`, or the input itself, says it for some. Else the axis with the name of `batch_symbol`;
+    where no input has a free dimension, or the input of the highest rank fixes its batch, the first
+    axis of those as long as its first (of a recurrent state, layers x 1 x hidden, beside rows of 1:
+    as long as 1).
 
     >>> shapes = {"image": ("n", 3, 16, 16), "camera": (16, 16), "index": ("n",), "gain": ()}
     >>> batch_axes([InputSpec(name, shape, "float32") for name, shape in shapes.items()])
     {'image': 0, 'camera': None, 'index': 0, 'gain': None}
     """
+    said = {spec.name: spec.axis for spec in inputs if spec.axis is not None} | dict(given or {})
     symbol = batch_symbol(inputs)
     size = _fixed_size(inputs)
     axes: dict[str, int | None] = {}
     for spec in inputs:
-        if spec.name in (given or {}):
-            axes[spec.name] = (given or {})[spec.name]
+        if spec.name in said:
+            axes[spec.name] = said[spec.name]
         elif symbol is not None:
             axes[spec.name] = _axis_of(symbol, spec.shape)
         else:
@@ -162,16 +168,24 @@ def _axis_of(symbol: str, shape: Sequence[int | str | None]) -> int | None:
     return 0 if shape and is_free(shape[0]) else None
 
 
-def batch_size(inputs: Sequence[InputSpec], wanted: int) -> int:
+def batch_size(
+    inputs: Sequence[InputSpec], wanted: int, axes: Mapping[str, int | None] | None = None
+) -> int:
     """Samples to feed at a time: what the model fixes, else `wanted`.
+
+    `axes` are those of a batch that is to be fed; by default what the shapes tell.
 
     >>> batch_size([InputSpec("x", (1, 3, 32, 32), "float32")], 8)
     1
     >>> batch_size([InputSpec("x", ("n", 3), "float32"), InputSpec("m", (16, 16), "float32")], 8)
     8
+    >>> batch_size([InputSpec("x", (16, 1, 32), "float32")], 8, {"x": 1})
+    1
     """
-    for spec, axis in zip(inputs, batch_axes(inputs).values(), strict=True):
-        if axis is not None:
+    found = {**batch_axes(inputs), **(axes or {})}
+    for spec in inputs:
+        axis = found[spec.name]
+        if axis is not None and axis < len(spec.shape):
             dim = spec.shape[axis]
             return wanted if is_free(dim) else int(dim or 0)
     return wanted

@@ -62,7 +62,7 @@ def batch_bytes(source: BatchSource, tensors: Sequence[str], opens: Opens) -> di
     if batch is None:
         raise no_samples()
     with opens(tensors) as engine:
-        size = batch_size(engine.inputs, 1)
+        size = batch_size(engine.inputs, 1, batch.axes)
         outputs = engine.infer(fit_batch(take_rows(batch, slice(0, 1)), size).feeds)
     return {name: outputs[name].nbytes * -(-len(batch) // size) for name in tensors}
 
@@ -77,7 +77,7 @@ def infer(engine: Engine, batch: Batch) -> dict[str, NDArray[Any]]:
 
     For models that fix their batch size. An output without the batch as its first axis stays whole.
     """
-    size = batch_size(engine.inputs, len(batch))
+    size = batch_size(engine.inputs, len(batch), batch.axes)
     outputs = engine.infer(fit_batch(batch, size).feeds)
     if size == len(batch):
         return outputs

@@ -47,7 +47,9 @@ def few_batches(
 
 
 def _fitted(engine: Engine, source: BatchSource, pictures: int) -> list[Batch]:
-    return [fit_batch(b, batch_size(engine.inputs, len(b))) for b in limited(source, pictures)]
+    return [
+        fit_batch(b, batch_size(engine.inputs, len(b), b.axes)) for b in limited(source, pictures)
+    ]
 
 
 def save_inputs(path: Path, batches: Sequence[Batch]) -> None:

@@ -43,6 +43,21 @@ def camera(folder: Path) -> Path:
                  gain=np.array(0.5, np.float32))  # fmt: skip
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_fixed_model_with_time_first_is_fed_along_the_axis_that_is_given(
+    batch: int, tmp_path: Path
+) -> None:
+    net = tinymodels.Net()
+    x = net.op("MatMul", net.input("x", (16, batch, 8)), net.weight("w", 8, 12), out="y")
+    net.op("MatMul", net.op("Relu", x, out="r"), net.weight("v", 12, 5), out="z")
+    folder = write(tmp_path / "p", net, {"z": (16, batch, 5)}, x=rows(16, 10, 8))
+    config = tinyproject.config_of(folder, "data.calibration.axis={x: 1}", tinyproject.BOTH)
+    record = run(config, out=tmp_path / "runs")
+    assert record.status == "met"
+    assert [v.samples for v in record.variants if v.name != "fp32"] == [10] * 4
+    assert all(v.nodes["int8"] == 2 for v in record.variants if v.name != "fp32")
+
+
 def time_first(folder: Path) -> Path:
     net = tinymodels.Net()
     x = net.input("x", (1, 3, 8, 8))

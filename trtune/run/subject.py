@@ -60,6 +60,8 @@ def subject_of(config: Config) -> Subject:
 def judged_by(model: Model, config: Config) -> Model:
     """`model` with the outputs that the config counts: `outputs`, or the target's `output`.
 
+    And with the axes of `data.*.axis`, along which samples lie in its inputs.
+
     Raises ConfigError for one that the model has not.
     """
     target = config.precision.target
@@ -72,7 +74,9 @@ def judged_by(model: Model, config: Config) -> Model:
                 f"{key}: the model has no output {name!r}{did_you_mean(name, known)} "
                 f"(outputs: {', '.join(map(repr, known))})"
             )
-    return replace(model, counted=tuple(names))
+    axes = {**config.data.evaluation.axis, **config.data.calibration.axis}
+    inputs = tuple(replace(spec, axis=axes.get(spec.name)) for spec in model.inputs)
+    return replace(model, counted=tuple(names), inputs=inputs)
 
 
 def plan_by_rules(subject: Subject, section: PrecisionSection) -> PrecisionPlan:
