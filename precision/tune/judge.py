@@ -1,12 +1,19 @@
 """What the error of an output is worth: each by its own energy, the worst decides.
 
 Channels of one output that differ by orders of magnitude (boxes beside scores) are judged apart.
+
+What un-quantizing one node gains is a difference between two networks whose roundings behind that
+node are drawn anew, and a few pictures hold most of the noise. On ResNet-20 the gains of early
+nodes have standard errors as large as themselves over 128 pictures, and say nothing of the next
+128; those of late nodes are certain. So each gain is drawn towards what the node does alone, as far
+as its own error and the spread of all gains say (the empirical Bayes estimate of Efron and Morris,
+1975, with the between-node variance of DerSimonian and Laird, 1986).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +25,9 @@ from trtune.precision.graph.file import Model
 from trtune.precision.runtime.output_groups import output_groups
 
 Array = NDArray[Any]
+
+FEWEST = 8
+"""Of fewer pictures the standard error is not known well enough to doubt a gain by it."""
 
 
 class Judge:
@@ -228,3 +238,67 @@ def _relative_noise(exact: Array, test: Array, energy: float) -> NDArray[np.floa
     signal = np.maximum((r**2).sum(axis=1), energy)
     found: NDArray[np.float64] = noise / np.where(signal > 0, signal, 1.0)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What a pin takes off, as a part of the noise, and the standard error over pictures."""
+
+    part: float
+    error: float = 0.0
+
+
+def paired_gain(before: NDArray[np.float64], after: NDArray[np.float64]) -> Gain:
+    """The gain between two rows of noise energies, a picture each; of a few without an error.
+
+    >>> paired_gain(np.array([1.0, 3.0]), np.array([0.5, 2.5]))
+    Gain(part=0.25, error=0.0)
+    """
+    size = float(before.mean()) if len(before) else 0.0
+    if size <= 0 or not np.isfinite(before).all() or not np.isfinite(after).all():
+        return Gain(0.0 if np.isfinite(after).all() else -np.inf)
+    parts = (before - after) / size
+    error = float(parts.std(ddof=1) / np.sqrt(len(parts))) if len(parts) >= FEWEST else 0.0
+    return Gain(float(parts.mean()), error)
+
+
+def towards(gain: Gain, expected: float, spread: float) -> float:
+    """A gain drawn towards what is `expected`, which holds up to a standard deviation `spread`.
+
+    >>> towards(Gain(0.4, 0.1), 0.0, 0.1), towards(Gain(0.4), 0.0, 0.1)
+    (0.2, 0.4)
+    """
+    if gain.error <= 0 or not np.isfinite(gain.part):
+        return gain.part
+    weight = 1 / (1 + (gain.error / spread) ** 2) if spread > 1e-12 else 0.0
+    return expected + weight * (gain.part - expected)
+
+
+def expectations(
+    gains: Mapping[str, Gain], alone: Mapping[str, float]
+) -> tuple[dict[str, float], float]:
+    """What each node is expected to gain before its own gain is looked at, and how far that holds.
+
+    `alone` is the noise of nodes that are quantized alone, as a part of all noise; it is scaled so
+    that it fits the gains best, by at most 1. Without it all are expected to gain the same. The
+    standard deviation is that of true gains around it: what their own errors do not explain.
+
+    >>> expectations({"a": Gain(0.2, 0.1), "b": Gain(0.2, 0.1)}, {})
+    ({'a': 0.2, 'b': 0.2}, 0.0)
+    """
+    sure = {n: g for n, g in gains.items() if g.error > 0 and np.isfinite(g.part)}
+    if len(sure) < 2:
+        return {n: g.part for n, g in gains.items()}, 0.0
+    parts = np.array([gain.part for gain in sure.values()])
+    weights = np.array([max(gain.error, 1e-9) ** -2 for gain in sure.values()])
+    hurts = np.array([alone.get(node, 0.0) for node in sure])
+    energy = float(weights @ hurts**2)
+    if energy > 0:
+        scale = min(max(float(weights @ (hurts * parts)) / energy, 0.0), 1.0)
+        expected = {node: scale * alone.get(node, 0.0) for node in gains}
+    else:
+        expected = dict.fromkeys(gains, float(weights @ parts / weights.sum()))
+    apart = parts - np.array([expected[node] for node in sure])
+    excess = float(weights @ apart**2) - (len(sure) - 1)
+    total = float(weights.sum() - (weights**2).sum() / weights.sum())
+    return expected, float(np.sqrt(max(excess / total, 0.0))) if total > 0 else 0.0

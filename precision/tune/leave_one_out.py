@@ -37,6 +37,7 @@ from trtune.precision.plan.plan import TUNER, USER, PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.output_groups import OutputGroup, add_parts, output_groups
 from trtune.precision.runtime.session import make_session
+from trtune.precision.tune.judge import Gain, expectations, paired_gain, towards
 from trtune.precision.tune.scales import held_batches
 
 _Outputs = Mapping[str, NDArray[Any]]
@@ -112,6 +113,27 @@ class Reference:
             sums = add_parts(sums, self.groups, exact, run(batch))
         return max((10 ** (-found.sqnr_db / 10) for found in sums.values()), default=0.0)
 
+    def energies(self, run: Callable[[int], _Outputs]) -> NDArray[np.float64]:
+        """Noise energy of each group (rows) in each picture, by the group's signal over all.
+
+        Where pictures cannot be told apart in an output, each has its share of the batch.
+        """
+        signal = np.zeros(len(self.groups))
+        found: list[NDArray[np.float64]] = []
+        for batch, exact in enumerate(self.outputs):
+            outputs, count = run(batch), len(self.pictures[batch])
+            rows = []
+            for number, group in enumerate(self.groups):
+                expected, got = (group.of(values[group.output]) for values in (exact, outputs))
+                if expected.dtype.kind != "f" or expected.shape != got.shape:
+                    rows.append(np.zeros(count))
+                    continue
+                signal[number] += _by_picture(expected, count).sum()
+                rows.append(_by_picture(expected - got, count))
+            found.append(np.stack(rows) if rows else np.zeros((0, count)))
+        together = np.concatenate(found, axis=1)
+        return np.asarray(together / np.where(signal > 0, signal, 1.0)[:, None])
+
 
 def held_reference(
     quantizing: Quantizing,
@@ -127,6 +149,14 @@ def held_reference(
     held = held_batches(network, within, Placement(read, {}), pictures, memory=memory, also=exact)
     floats = plan.pin(plan.quantized_nodes, "fp32", "", origin=TUNER)
     return Reference.of(quantizing.model_for(floats), held, device=quantizing.device)
+
+
+def _by_picture(values: NDArray[Any], count: int) -> NDArray[np.float64]:
+    """The energy of each picture, finite elements alone."""
+    squares = np.square(np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0))
+    if values.ndim and len(values) == count:
+        return np.asarray(squares.reshape(count, -1).sum(axis=1))
+    return np.full(count, squares.sum() / max(count, 1))
 
 
 class LeaveOneOut:
@@ -149,10 +179,28 @@ class LeaveOneOut:
             network, self._within, Placement(read, {}), pictures,
             also=exact, device=quantizing.device,
         )  # fmt: skip
-        self.noise = reference.noise(lambda batch: self._named(self._alone.reference(batch)))
+        self.noise = reference.noise(self._as_it_is)
+        self._energies = None if reference.yardstick else reference.energies(self._as_it_is)
+
+    def _as_it_is(self, batch: int) -> _Outputs:
+        return self._named(self._alone.reference(batch))
 
     def without(self, node: str) -> float:
         """Noise by signal of the output that suffers most when the quantized `node` is float."""
+        return self._reference.noise(self._run_without(node))
+
+    def gain(self, node: str) -> Gain:
+        """What it takes off when `node` is float, as a part of the noise of the output that suffers
+        most, with its standard error over pictures (none by a yardstick of one's own)."""
+        outputs = list(map(self._run_without(node), range(len(self._reference.pictures))))
+        part = 1 - _share(self._reference.noise(outputs.__getitem__), self.noise)
+        if self._energies is None or not len(self._energies):
+            return Gain(part)
+        worst = int(np.argmax(self._energies.sum(axis=1)))
+        after = self._reference.energies(outputs.__getitem__)
+        return Gain(part, paired_gain(self._energies[worst], after[worst]).error)
+
+    def _run_without(self, node: str) -> Callable[[int], _Outputs]:
         edges = edges_of(self._view, self._plan, self._view.by_name[node])
         run = self._alone.session(Change(edges, values=self._floats(node)))
         exact = {self._within.by_name[n].input[i]: self._view.by_name[n].input[i] for n, i in edges}
@@ -161,7 +209,7 @@ class LeaveOneOut:
             changed = {read: self._alone.stored(batch, t) for read, t in exact.items()}
             return self._named(run(batch, changed))
 
-        return self._reference.noise(outputs)
+        return outputs
 
     def in_float8(self, node: str) -> float:
         """Noise by signal of the output that suffers most when the int8 `node` is fp8."""
@@ -270,8 +318,9 @@ def pin_path(
 ) -> PinPath:
     """The order in which to pin the quantized nodes of `plan`, on the pictures of `reference`.
 
-    Greedy: the first pin is the one that leaves the least noise in the quantized network, the next
-    that which leaves the least behind it, and so on, `limit` of them or until no more than `enough`
+    Greedy: the first pin is the one that is believed to leave the least noise in the quantized
+    network, by what it leaves there and what it does alone (`towards`), the next that which is
+    believed to leave the least behind it, and so on, `limit` of them or until no more than `enough`
     (a part of the noise without pins) is left. For the first every node is asked, in a network of
     many the `LARGEST_SAMPLE` that hurt most in `alone` (noise of nodes that are quantized alone),
     and the others are not in the path; then those that promised most, and the next of `alone`,
@@ -284,8 +333,11 @@ def pin_path(
         return PinPath(0.0)
     network = LeaveOneOut(quantizing, plan, reference)
     start = now = network.noise
-    found = in_parallel(network.without, order, what="rank pins", progress=progress)
-    kept = {node: _share(noise, now) for node, noise in zip(order, found, strict=True)}
+    found = in_parallel(network.gain, order, what="rank pins", progress=progress)
+    gains = dict(zip(order, found, strict=True))
+    hurts = {node: _share(alone[node], now) for node in order if node in alone}
+    expected, spread = expectations(gains, hurts)
+    kept = {node: 1 - towards(gains[node], expected[node], spread) for node in order}
     steps: list[PathStep] = []
     for number in range(min(limit, len(order))):
         if number:
@@ -295,17 +347,20 @@ def pin_path(
             steps[-1] = replace(steps[-1], noise=now)
             if now <= enough * start:
                 break
-            kept |= _asked_again(network, kept, [n for n in order if n in kept])
+            asked = _asked_again(network, kept, [n for n in order if n in kept])
+            gains |= asked
+            kept |= {n: 1 - towards(g, 1 - kept[n], spread) for n, g in asked.items()}
             progress("choose pins", number + 1, min(limit, len(order)))
         best = min(kept, key=lambda n: (kept[n], order.index(n)))
-        steps.append(PathStep(best, now * kept.pop(best)))
+        steps.append(PathStep(best, now * (1 - gains[best].part)))
+        del kept[best]
     last = steps[-1].noise if steps else start
     if steps and kept and last > enough * start:
         network = LeaveOneOut(quantizing, plan.pin([steps[-1].node], "fp32", "", origin=TUNER),
                               reference)  # fmt: skip
         rest = list(kept)
-        found = in_parallel(network.without, rest, what="rank pins", progress=progress)
-        kept = {n: _share(noise, network.noise) for n, noise in zip(rest, found, strict=True)}
+        found = in_parallel(network.gain, rest, what="rank pins", progress=progress)
+        kept |= {n: 1 - towards(g, 1 - kept[n], spread) for n, g in zip(rest, found, strict=True)}
     return PinPath(start, (*steps, *_added_up(last, kept, all_of_them=len(order) == len(free))))
 
 
@@ -318,20 +373,21 @@ def _share(noise: float, before: float) -> float:
 
 def _asked_again(
     network: LeaveOneOut, kept: Mapping[str, float], by_alone: Sequence[str]
-) -> dict[str, float]:
-    """What is left without each of the nodes that may be the best now, measured again."""
+) -> dict[str, Gain]:
+    """What each of the nodes that may be the best now gains, measured again; `kept` is what is
+    believed to be left without each."""
     size = max(usable_cores(), 2)
     waiting = sorted(kept, key=lambda n: kept[n])
-    asked: dict[str, float] = {}
+    asked: dict[str, Gain] = {}
     for _ in range(CHUNKS):
         first = [n for n in by_alone[:1] if not asked]
         chunk = [*dict.fromkeys([*first, *(n for n in waiting if n not in asked)])][:size]
         if not chunk:
             break
-        noises = in_parallel(network.without, chunk, what="rank pins")
-        asked |= {n: _share(noise, network.noise) for n, noise in zip(chunk, noises, strict=True)}
+        found = in_parallel(network.gain, chunk, what="rank pins")
+        asked |= dict(zip(chunk, found, strict=True))
         left = [kept[n] for n in waiting if n not in asked]
-        if not left or min(asked.values()) <= left[0]:
+        if not left or 1 - max(gain.part for gain in asked.values()) <= left[0]:
             break
     return asked
 
