@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from trtune.reports.record import HistogramPlot, LayerRow, RunRecord
@@ -69,9 +69,19 @@ ROW = "row:"
 
 
 @contextmanager
-def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of `width` x `height` inches in the page's style."""
+def _axes(
+    width: float, height: float, frame: tuple[float, float, float, float] | None = None
+) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of `width` x `height` inches in the page's style.
+
+    `frame` is where the axes stand (left, bottom, width, height, in parts of the figure); without
+    it that is worked out from the labels, which means drawing them all once more.
+    """
     with mpl.rc_context(STYLE):
+        if frame is not None:
+            figure = Figure(figsize=(width, height))
+            yield figure, figure.add_axes(frame)
+            return
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.add_subplot()
 
@@ -277,7 +287,7 @@ def histogram_svg(plot: HistogramPlot, name: str) -> str:
     edges, density = density_per_decade(plot.edges, plot.counts, low=low, bins=140)
     if not len(density) or not density.any():
         return ""
-    with _axes(4.4, 2.5) as (figure, axes):
+    with _axes(4.4, 2.5, (0.155, 0.195, 0.83, 0.785)) as (figure, axes):
         floor = float(density[density > 0].min()) * 0.5
         kept, cut = edges[:-1] < plot.amax, edges[:-1] >= plot.amax
         for part, colour in ((kept, COLOURS["accent"]), (cut, COLOURS["bad"])):
@@ -285,6 +295,8 @@ def histogram_svg(plot: HistogramPlot, name: str) -> str:
             axes.stairs(heights, edges, baseline=floor, fill=True, color=colour, alpha=0.75)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
         axes.set_ylim(floor, float(density.max()) * 6)
         axes.set_xlim(low, top * 1.4)
         if plot.amax > 0:

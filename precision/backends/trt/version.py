@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from trtune.calibrate.calibrators import version_of
@@ -20,6 +22,22 @@ INSTALL_TENSORRT = (
 )
 
 
+SYSTEM_FOLDERS = ("python3/dist-packages", f"python3.{sys.version_info.minor}/dist-packages")
+"""Where Debian's packages of TensorRT, and so JetPack, put its Python module, below /usr/lib."""
+
+
+def remedy_for_absent(root: Path = Path("/usr/lib")) -> str:
+    """What to do where `tensorrt` cannot be imported: the system may have it, as on a Jetson."""
+    found = [root / folder / "tensorrt" for folder in SYSTEM_FOLDERS]
+    seen = next((place for place in found if (place / "__init__.py").is_file()), None)
+    if seen is None or str(seen.parent) in sys.path:
+        return INSTALL_TENSORRT
+    return (
+        f"the system has it in {seen}, which this environment does not see: make the environment "
+        f"with `python3 -m venv --system-site-packages`; or {INSTALL_TENSORRT}"
+    )
+
+
 def load_tensorrt() -> Any:
     """The `tensorrt` module; the only place that imports it.
 
@@ -30,7 +48,7 @@ def load_tensorrt() -> Any:
     except (ImportError, OSError) as error:
         raise TrtuneError(
             f"backend 'tensorrt' needs TensorRT, and it cannot be imported ({error}): "
-            f"{INSTALL_TENSORRT}"
+            f"{remedy_for_absent()}"
         ) from error
     found = str(getattr(module, "__version__", "of an unknown version"))
     if not found.split(".")[0].isdigit() or version_of(found)[0] not in MAJORS:
@@ -113,8 +131,11 @@ def diagnose_tensorrt(load_module: Callable[[], Any], cuda: Cuda, device: int) -
     try:
         trt = load_module()
     except TrtuneError as error:
-        reason = str(error).removesuffix(f": {INSTALL_TENSORRT}")
-        return Usable(False, reason, INSTALL_TENSORRT)
+        remedy = remedy_for_absent()
+        for known in (remedy, INSTALL_TENSORRT):
+            if str(error).endswith(f": {known}"):
+                return Usable(False, str(error).removesuffix(f": {known}"), known)
+        return Usable(False, str(error), remedy)
     found = str(trt.__version__)
     try:
         gpu = cuda.properties(device)
