@@ -19,8 +19,8 @@ FLOAT_IN_FILE = "float in the QAT model"
 class Read:
     """One input that reads its tensor quantized, as long as one of the `owners` is.
 
-    Without owners it does so always, unless its own node is pinned; `codes` is then what it reads:
-    int8 or fp8. With owners it is what they are computed in.
+    Without owners it does so always, unless its own node is pinned. `codes` is what it reads in the
+    file, int8 or fp8; once none of its owners is computed in that, it reads what they are.
     """
 
     tensor: str

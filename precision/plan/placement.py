@@ -114,12 +114,12 @@ def served_by(plan: PrecisionPlan, edge: Edge) -> tuple[str, ...]:
 
 def codes_read(plan: PrecisionPlan, edge: Edge) -> str:
     """int8 or fp8: what the input `edge`, which is read quantized, is read in."""
-    for owner in served_by(plan, edge):
-        if plan.is_quantized(owner):
-            return plan.precision(owner)
+    owners = [o for o in served_by(plan, edge) if plan.is_quantized(o)]
+    kinds = [plan.precision(owner) for owner in owners]
     if isinstance(plan, ImportedPlan):
-        return next(r.codes for r in plan.reads if (r.node, r.index) == edge)
-    return "int8"
+        in_file = next(r.codes for r in plan.reads if (r.node, r.index) == edge)
+        return in_file if in_file in kinds or not kinds else kinds[0]
+    return kinds[0] if kinds else "int8"
 
 
 def shared_ranges(view: GraphView, tensors: Mapping[str, object] | set[str]) -> dict[str, str]:

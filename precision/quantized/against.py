@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from trtune.precision.graph.view import GraphView, Model
-from trtune.precision.plan.plan import COMPUTE_OPS
+from trtune.precision.plan.plan import COMPUTE_OPS, QUANTIZED
 from trtune.precision.quantized.find import (
     ACTIVATION,
     UINT8,
@@ -37,7 +37,7 @@ UNTOLD = ("", "unknown")
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A product of the file: what the linter expects it to run in ("int8" or "float"; "" where it
+    """A product of the file: what the linter expects it to run in (int8, fp8 or float; "" where it
     has no say), and what it came out in ("" if there is no engine)."""
 
     node: str
@@ -49,7 +49,7 @@ class Product:
         """Whether the two say the same; what either does not know is no contradiction."""
         if not self.expected or self.found in UNTOLD:
             return True
-        return (self.expected == "int8") == (self.found == "int8")
+        return self.expected == (self.found if self.found in QUANTIZED else "float")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,9 @@ def _expected(
     op = view.by_name[name].op_type
     kinds = {wrong[pair] for pair in pairs if pair in wrong}
     hinders = kinds if op == "Conv" else kinds - {CONV_ALONE}
-    return "int8" if quantized and op not in NEVER_INT8 and not hinders else "float"
+    if not quantized or op in NEVER_INT8 or hinders:
+        return "float"
+    return "fp8" if any(pair.codes == "fp8" for pair in feeding(view, found, name)) else "int8"
 
 
 def feeding(view: GraphView, found: Found, name: str) -> tuple[Pair, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from trtune.calibrate.float8 import float8_codes
 from trtune.precision.graph.proto import attribute
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import Edge, is_move
@@ -23,7 +24,7 @@ from trtune.precision.plan.plan import COMPUTE_OPS
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 ACTIVATION, WEIGHT, BIAS, CONSTANT = "activation", "weight", "bias", "constant"
 INT8_RANGE = (-128, 127)
-UINT8 = "uint8"
+UINT8, FLOAT8 = "uint8", "float8_e4m3fn"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +56,11 @@ class Pair:
         """The zero point as int64, 0 where there is none."""
         value = np.zeros((), np.int64) if self.zero_point is None else self.zero_point
         return np.asarray(value, np.int64)
+
+    @property
+    def codes(self) -> str:
+        """fp8 for float8 codes (E4M3), else int8, which integer codes are made."""
+        return "fp8" if self.dtype == FLOAT8 else "int8"
 
     @property
     def per_channel(self) -> bool:
@@ -142,7 +148,8 @@ def find_quantization(view: GraphView) -> Found:
         for node in view.nodes
         if (node.name, 1) in weights
         and _usual(view, node)
-        and has_one_scale(carried_by(view, node.input[0], carried, set(passed)))
+        and _of_codes(carried_by(view, node.input[0], carried, set(passed)))
+        == weights[(node.name, 1)].pair.codes
     )
     products = _data_products(view, carried, set(passed), weights)
     return Found(tuple(pairs), tuple(passed), tuple(strays), weights, roles, int8, products)
@@ -160,7 +167,8 @@ def _data_products(
         if node.op_type != "MatMul" or (node.name, 1) in weights:
             continue
         sides = [carried_by(view, name, carried, passed) for name in node.input[:2]]
-        if all(has_one_scale(side) and not side[0].per_channel for side in sides):
+        plain = all(has_one_scale(side) and not side[0].per_channel for side in sides)
+        if plain and _of_codes(sides[0]) == _of_codes(sides[1]):
             found.append(node.name)
     return tuple(found)
 
@@ -345,8 +353,13 @@ def has_one_scale(pairs: tuple[Pair, ...]) -> bool:
     )
 
 
+def _of_codes(pairs: tuple[Pair, ...]) -> str:
+    """int8 or fp8, what pairs of one scale carry; empty for others."""
+    return pairs[0].codes if has_one_scale(pairs) else ""
+
+
 def codes_of(view: GraphView, pair: Pair) -> NDArray[np.int64]:
-    """The codes of a constant pair, stored or as QuantizeLinear makes them, as int64.
+    """The codes of a constant integer pair, stored or as QuantizeLinear makes them, as int64.
 
     Raises ValueError if the pair is not constant or its scale is not.
     """
@@ -365,6 +378,8 @@ def codes_of(view: GraphView, pair: Pair) -> NDArray[np.int64]:
 
 def dequantized(view: GraphView, pair: Pair) -> NDArray[np.float32]:
     """What a constant pair gives: (codes - zero point) * scale, multiplied in float32."""
+    if pair.codes == "fp8":
+        return _dequantized_float8(view, pair)
     codes = codes_of(view, pair)
     assert pair.scale is not None
     whole = (codes - spread(pair.zero_points, codes.ndim, pair.axis)).astype(np.float32)
@@ -372,6 +387,15 @@ def dequantized(view: GraphView, pair: Pair) -> NDArray[np.float32]:
         pair.scale.astype(np.float32), codes.ndim, pair.axis
     )
     return value
+
+
+def _dequantized_float8(view: GraphView, pair: Pair) -> NDArray[np.float32]:
+    assert pair.scale is not None
+    value = view.constant(pair.source).astype(np.float32)
+    scale = spread(pair.scale.astype(np.float32), value.ndim, pair.axis)
+    codes = float8_codes(value / scale) if pair.quantize else value
+    found: NDArray[np.float32] = codes.astype(np.float32) * scale
+    return found
 
 
 def spread(values: NDArray[Any], rank: int, axis: int) -> NDArray[Any]:

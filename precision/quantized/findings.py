@@ -24,7 +24,8 @@ _SAYS = {
     "bad-scale": (ERROR, "refuses scales that are not above zero"),
     "subnormal-scale": (ERROR, "takes it, though a GPU may read such a scale as zero"),
     "scale-type": (ERROR, "gives the data the scale's type, and refuses the node behind"),
-    "fp8": (ERROR, "takes FP8 from compute capability 8.9 on, and computes in it"),
+    "fp8": (INFO, "takes FP8 from compute capability 8.9 on, and computes in it"),
+    "own-fp8": (INFO, "parses its own FP8 operators too"),
     "mxfp8": (ERROR, "takes FP8 in blocks from compute capability 10.0 on"),
     "int4": (ERROR, "takes INT4 weights in blocks: they are stored so, and computed in float"),
     "fp4": (ERROR, "takes FP4 in blocks from compute capability 10.0 on"),
@@ -56,7 +57,7 @@ _SAYS = {
     "constant-pair": (INFO, "takes int8 and refuses uint8"),
 }
 """What TensorRT does with each, as TensorRT-RTX 1.7 was seen to do where it could be tried."""
-BEYOND_INT8 = frozenset({"fp8", "mxfp8", "int4", "fp4"})
+BEYOND_INT8 = frozenset({"mxfp8", "int4", "fp4"})
 """Types that TensorRT knows and that are not taken over."""
 TENSORRT = MappingProxyType({kind: says for kind, (_, says) in _SAYS.items()})
 SEVERITY = MappingProxyType({kind: severity for kind, (severity, _) in _SAYS.items()})

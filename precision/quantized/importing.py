@@ -42,6 +42,7 @@ from trtune.precision.quantized.forms.float_types import HALF_TYPES, Floats, in_
 from trtune.precision.quantized.forms.foreign_ops import foreign_quantizers
 from trtune.precision.quantized.forms.integer_ops import write_as_pairs
 from trtune.precision.quantized.forms.old_axis import drop_axis, restore_axis
+from trtune.precision.quantized.forms.own_float8 import with_standard_float8
 from trtune.precision.quantized.forms.pairs_behind import with_pairs_behind
 from trtune.precision.quantized.forms.shifts import with_shifts
 from trtune.precision.quantized.insert import (
@@ -104,10 +105,11 @@ def load_quantized(path: Path, outputs: Sequence[str] = ()) -> tuple[Model, tupl
     """The model at `path` as it stands up to `outputs`, and what had to be done to read it.
 
     Scales with an axis in an opset before 13, which is not valid there, are read as opset 13 has
-    them. Raises ModelError as `load_model` does.
+    them, and NVIDIA's own FP8 operators as those of ONNX. Raises ModelError as `load_model` does.
     """
     try:
-        return load_model(path, fold="none", outputs=outputs), ()
+        model, found = with_standard_float8(load_model(path, fold="none", outputs=outputs))
+        return model, _repaired(found, allow_requantize=False)
     except ModelError as error:
         proto = _old_with_axis(Path(path))
         if proto is None:
@@ -353,9 +355,9 @@ def _advice(blocking: Iterable[Finding]) -> Iterator[str]:
     types = {row.kind for row in rows if row.kind in BEYOND_INT8}
     if types:
         yield (
-            f"{' and '.join(sorted(types)).upper()} is not imported: what is taken over is int8. "
-            "TensorRT builds the file as it stands; for INT8 give the float model that it was made "
-            "from with `precision.default: int8`"
+            f"{' and '.join(sorted(types)).upper()} is not imported: what is taken over is int8 "
+            "and FP8. TensorRT builds the file as it stands; for INT8 give the float model that it "
+            "was made from with `precision.default: int8`"
         )
     if any(row.kind not in BEYOND_INT8 for row in rows if row.repair == NONE):
         yield "What is not repaired has to be changed where the model was exported"

@@ -20,11 +20,13 @@ from trtune.precision.plan.plan import (
     COMPUTE,
     COMPUTE_OPS,
     FILE,
+    QUANTIZED,
     SHAPE,
     Assignment,
     PrecisionPlan,
 )
 from trtune.precision.plan.rules import make_plan
+from trtune.precision.quantized.strip import as_int8
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +56,9 @@ def plan_from_table(
     for name, assigned in base.nodes.items():
         if assigned.role == COMPUTE:
             node = view.by_name[name]
-            int8 = name in products or (node.input[1] in table.weights and (name, 0) in carried)
-            if int8:
-                assigned = replace(assigned, precision="int8", reason=IN_FILE, origin=FILE)
+            codes = _codes_in_file(table, node, carried, product=name in products)
+            if codes:
+                assigned = replace(assigned, precision=codes, reason=IN_FILE, origin=FILE)
             elif assigned.precision == "int8":
                 floats = assigned.around or fallback
                 assigned = Assignment(floats, FLOAT_IN_FILE, origin=FILE)
@@ -64,19 +66,37 @@ def plan_from_table(
     unscaled = {
         name: "the QAT model has no scales for it"
         for name, assigned in nodes.items()
-        if assigned.role == COMPUTE and assigned.precision != "int8"
+        if assigned.role == COMPUTE and assigned.precision not in QUANTIZED
     }
     plan = ImportedPlan(
         QAT,
         fallback,
         nodes,
         base.groups,
-        {**base.refusals, "int8": unscaled},
+        {**base.refusals, **dict.fromkeys(QUANTIZED, unscaled)},
         reads=_reads(view, table, nodes, base),
         axes=table.axes,
         products=products,
     )
     return with_pins(view, plan, pins or {})
+
+
+def _codes_in_file(
+    table: CalibrationTable, node: onnx.NodeProto, carried: set[Edge], *, product: bool
+) -> str:
+    """int8 or fp8, what a node multiplies in the file; empty for float."""
+    if product:
+        return "fp8" if _is_float8(table, node.input[0]) else "int8"
+    if (node.name, 0) not in carried:
+        return ""
+    if node.input[1] in table.float8_weights:
+        return "fp8"
+    return "int8" if node.input[1] in table.weights else ""
+
+
+def _is_float8(table: CalibrationTable, tensor: str) -> bool:
+    """Whether an imported table has `tensor` in float8."""
+    return tensor in table.float8
 
 
 def _of_data(view: GraphView, node: onnx.NodeProto, carried: set[Edge]) -> bool:
@@ -89,7 +109,7 @@ def _as_in_file(base: PrecisionPlan, name: str, assigned: Assignment, kind: str)
     """`assigned` with the float type that the file gives the node, where it may run in that."""
     if kind in ("", base.fallback) or assigned.role == SHAPE or base.may(name, kind):
         return assigned
-    if assigned.precision == "int8":
+    if assigned.precision in QUANTIZED:
         return replace(assigned, around=kind)
     return replace(assigned, precision=kind, reason=f"{kind} in the QAT model", origin=FILE)
 
@@ -111,15 +131,24 @@ def _reads(
     nodes: Mapping[str, Assignment],
     base: PrecisionPlan,
 ) -> tuple[Read, ...]:
-    int8 = {n for n, a in nodes.items() if a.role == COMPUTE and a.precision == "int8"}
+    quantized = {n: a.precision for n, a in nodes.items() if a.role == COMPUTE}
+    quantized = {n: precision for n, precision in quantized.items() if precision in QUANTIZED}
     found = []
     for tensor, edges in table.reads.items():
         for name, index in edges:
             if name not in nodes:
                 continue
-            owners = _owners(view, name, index, base)
-            found.append(Read(tensor, name, index, tuple(o for o in owners if o in int8)))
+            owners = tuple(o for o in _owners(view, name, index, base) if o in quantized)
+            codes = "fp8" if _is_float8(table, tensor) else "int8"
+            if owners and _in_both(table, tensor):
+                codes = quantized[owners[0]]
+            found.append(Read(tensor, name, index, owners, codes))
     return tuple(found)
+
+
+def _in_both(table: CalibrationTable, tensor: str) -> bool:
+    """Whether an imported table has `tensor` in int8 and in float8, with a scale for each."""
+    return _is_float8(table, tensor) and table.scales[tensor] != as_int8(table.float8[tensor])
 
 
 def _owners(view: GraphView, name: str, index: int, plan: PrecisionPlan) -> list[str]:
@@ -168,7 +197,7 @@ def with_reasons(plan: ImportedPlan, reasons: Mapping[str, str]) -> ImportedPlan
     nodes = dict(plan.nodes)
     for name, reason in reasons.items():
         found = nodes.get(name)
-        if found is not None and found.origin == FILE and found.precision != "int8":
+        if found is not None and found.origin == FILE and found.precision not in QUANTIZED:
             nodes[name] = replace(nodes[name], reason=f"{FLOAT_IN_FILE}: {reason}")
     return replace(plan, nodes=nodes)
 
@@ -211,7 +240,8 @@ def check_reads(view: GraphView, table: CalibrationTable) -> None:
         for tensor, name, index in edges
         if name not in view.by_name or list(view.by_name[name].input)[index : index + 1] != [tensor]
     ]
-    weights = [name for name in table.weights if name not in view.initializers]
+    every = (*table.weights, *table.float8_weights)
+    weights = [name for name in every if name not in view.initializers]
     if wrong:
         tensor, name = wrong[0]
         raise CacheError(
@@ -221,7 +251,7 @@ def check_reads(view: GraphView, table: CalibrationTable) -> None:
         )
     if weights:
         raise CacheError(
-            f"the table belongs to another model: {len(weights)} of its {len(table.weights)} "
+            f"the table belongs to another model: {len(weights)} of its {len(every)} "
             f"weights are not there, such as {weights[0]!r}"
             f"{did_you_mean(weights[0], view.initializers)}"
         )

@@ -8,7 +8,14 @@ import onnx
 
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.plan import COMPUTE_OPS
-from trtune.precision.quantized.find import ACTIVATION, QUANTIZE, Found, carried_by, has_one_scale
+from trtune.precision.quantized.find import (
+    ACTIVATION,
+    FLOAT8,
+    QUANTIZE,
+    Found,
+    carried_by,
+    has_one_scale,
+)
 from trtune.precision.quantized.findings import EXACT, Finding, finding
 from trtune.precision.quantized.lint_pairs import INTEGER_TYPES, PAIR_RULES, listed
 
@@ -63,7 +70,11 @@ def _half_quantized(view: GraphView, found: Found) -> Iterator[Finding]:
                 "float weights with the values that they have; it stays float",
                 EXACT,
             )
-        elif weights and not data and found.weights[(node.name, 1)].pair.dtype in INTEGER_TYPES:
+        elif (
+            weights
+            and not data
+            and found.weights[(node.name, 1)].pair.dtype in (*INTEGER_TYPES, FLOAT8)
+        ):
             yield finding(
                 node.name,
                 "weights-alone",

@@ -15,6 +15,7 @@ from trtune.precision.quantized.find import (
     ACTIVATION,
     BIAS,
     CONSTANT,
+    FLOAT8,
     WEIGHT,
     Found,
     Pair,
@@ -44,7 +45,7 @@ INTEGER_TYPES = ("int8", "uint8")
 FOLDED_BEFORE = ("Identity", "Cast")
 """What TensorRT takes between stored codes and their DequantizeLinear."""
 KNOWN_CODES: Mapping[str, str] = MappingProxyType(
-    {"float8_e4m3fn": "fp8", "int4": "int4", "float4_e2m1fn": "fp4"}
+    {FLOAT8: "fp8", "int4": "int4", "float4_e2m1fn": "fp4"}
 )
 """Codes that TensorRT takes and that are not int8."""
 
@@ -129,7 +130,15 @@ def _types(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:
         )
     allowed = (*INTEGER_TYPES, *(("int32",) if found.roles[pair.name] != ACTIVATION else ()))
     kind = KNOWN_CODES.get(pair.dtype, "")
-    if kind:
+    if kind == "fp8" and not pair.blocked:
+        if np.any(pair.zero_points):
+            yield finding(
+                pair.node, "code-type", "float8 with a zero point other than 0", "export it again"
+            )
+        else:
+            kept = "taken over as it is; it needs compute capability 8.9"
+            yield finding(pair.node, "fp8", f"codes of type {pair.dtype}", kept)
+    elif kind:
         blocks = ", one scale a block" if pair.blocked else ""
         yield finding(
             pair.node,

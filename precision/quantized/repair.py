@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from trtune.calibrate.float8 import float8_weight_scales
+from trtune.calibrate.table import FLOAT8_MAX
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.rewrite import QMAX, weight_scales
 from trtune.precision.plan.rules import weight_axis
@@ -71,7 +73,7 @@ def code_range(dtype: str) -> tuple[int, int]:
 def float_range(pair: Pair) -> tuple[float, float]:
     """The values of the smallest and the largest code."""
     assert pair.scale is not None
-    low, high = code_range(pair.dtype)
+    low, high = (-FLOAT8_MAX, FLOAT8_MAX) if pair.codes == "fp8" else code_range(pair.dtype)
     scale = pair.scale.astype(np.float64)
     lows, highs = (low - pair.zero_points) * scale, (high - pair.zero_points) * scale
     return float(np.min(lows)), float(np.max(highs))
@@ -79,7 +81,7 @@ def float_range(pair: Pair) -> tuple[float, float]:
 
 def cuts_at_zero(pair: Pair) -> bool:
     """Whether the smallest code stands for 0, so that the pair does what a Relu does as well."""
-    return bool(np.all(pair.zero_points == code_range(pair.dtype)[0]))
+    return pair.codes == "int8" and bool(np.all(pair.zero_points == code_range(pair.dtype)[0]))
 
 
 def is_shifted(pair: Pair) -> bool:
@@ -88,7 +90,7 @@ def is_shifted(pair: Pair) -> bool:
 
 
 def symmetric_activation(pair: Pair) -> Symmetric:
-    """One scale for an activation.
+    """One scale for an activation, of its own codes where they are float8.
 
     int8 with zero point 0, and uint8 with zero point 128, keep theirs. Otherwise it is the
     smallest one with which -128..127 covers the whole range: for uint8 with zero point 0 that is
@@ -96,6 +98,8 @@ def symmetric_activation(pair: Pair) -> Symmetric:
     """
     assert pair.scale is not None
     scales = pair.scale.astype(np.float32).reshape(-1)
+    if pair.codes == "fp8":
+        return Symmetric(scales.max().reshape(1), bool(np.all(scales == scales[0])))
     plain = pair.dtype == "int8" and not np.any(pair.zero_points)
     if plain or is_shifted(pair):
         return Symmetric(scales.max().reshape(1), bool(np.all(scales == scales[0])))
@@ -121,6 +125,8 @@ def symmetric_weights(view: GraphView, source: WeightSource, axis: int) -> Symme
     assert pair.scale is not None
     value = weight_value(view, source)
     channels = value.shape[axis]
+    if pair.codes == "fp8":
+        return _float8_weights(pair, value, axis, same_axis=source.axis == axis)
     if pair.per_channel and source.axis != axis:
         return Symmetric(weight_scales(value, axis), False)
     scales = np.broadcast_to(pair.scale.astype(np.float32).reshape(-1), (channels,)).copy()
@@ -134,6 +140,17 @@ def symmetric_weights(view: GraphView, source: WeightSource, axis: int) -> Symme
     scales[changed] = weight_scales(value, axis)[changed]
     zeros = ~np.any(value != 0, axis=rest)
     return Symmetric(scales, bool(np.all((fits & ~broken) | zeros)))
+
+
+def _float8_weights(
+    pair: Pair, value: NDArray[np.float32], axis: int, *, same_axis: bool
+) -> Symmetric:
+    """The scales as they are, or max|w| / 448 if they go along another axis."""
+    assert pair.scale is not None
+    if pair.per_channel and not same_axis:
+        return Symmetric(float8_weight_scales(value, axis), False)
+    scales = pair.scale.astype(np.float32).reshape(-1)
+    return Symmetric(np.broadcast_to(scales, (value.shape[axis],)).copy(), True)
 
 
 def weight_value(view: GraphView, source: WeightSource) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from trtune.calibrate.table import CalibrationTable
+from trtune.calibrate.table import FLOAT8_MAX, CalibrationTable
 from trtune.configs.files import hash_bytes
 from trtune.precision.graph.normalise import normalise
 from trtune.precision.graph.proto import (
@@ -21,7 +21,9 @@ from trtune.precision.graph.proto import (
 )
 from trtune.precision.graph.view import GraphView, Model, model_from_proto
 from trtune.precision.lower.deploy import never_negative
+from trtune.precision.lower.rewrite import QMAX
 from trtune.precision.plan.placement import Edge
+from trtune.precision.plan.plan import QUANTIZED
 from trtune.precision.plan.rules import weight_axis
 from trtune.precision.quantized.find import (
     ACTIVATION,
@@ -64,13 +66,15 @@ class Stripped:
 
 @dataclass(slots=True)
 class _Taken:
-    """What is collected while pairs are taken out."""
+    """What is collected while pairs are taken out; `scales` by tensor and codes (int8 or fp8),
+    and in `float8` the weights that are in it."""
 
     renamed: dict[Edge, str] = field(default_factory=dict)
     reads: dict[str, list[Edge]] = field(default_factory=dict)
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[tuple[str, str], float] = field(default_factory=dict)
     methods: dict[str, str] = field(default_factory=dict)
     weights: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    float8: set[str] = field(default_factory=set)
     axes: dict[str, int] = field(default_factory=dict)
     values: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     copies: list[onnx.NodeProto] = field(default_factory=list)
@@ -121,7 +125,7 @@ class _Strip:
         if not made.exact:
             change = requantized_activation(pair, scale)
             self.taken.changes.append(replace(change, tensor=tensor))
-        self.taken.scales[tensor] = scale
+        self.taken.scales[tensor, pair.codes] = scale
         self.taken.methods[tensor] = EXACT_METHOD if made.exact else REQUANTIZED_METHOD
         self.floats[pair.result] = tensor
         inside = False
@@ -144,11 +148,11 @@ class _Strip:
         source = before if before is not None else pair.source
         if cuts_at_zero(pair) and not never_negative(self.view, pair.source, self.signs):
             source, before = self._cut(pair, source, quantized=before is not None), None
-        if self.taken.scales.get(source, scale) == scale:
+        if self.taken.scales.get((source, pair.codes), scale) == scale:
             return source
         quantized = before is not None
         for node in self.taken.copies:
-            known = self.taken.scales.get(node.output[0]) == scale
+            known = self.taken.scales.get((node.output[0], pair.codes)) == scale
             same = ((node.name, 0) in self.taken.reads.get(source, ())) == quantized
             if node.op_type == "Identity" and node.input[0] == source and known and same:
                 return str(node.output[0])
@@ -198,7 +202,8 @@ class _Strip:
             plain = bool(pair.quantize) and source.order is None
             stored = plain and pair.source in self.view.initializers
             wanted = node.input[index] if source.order is None else f"{node.input[index]}/weights"
-            tensor = self._weight_name(pair.source if stored else wanted, made.scales)
+            base = pair.source if stored else wanted
+            tensor = self._weight_name(base, made.scales, float8=pair.codes == "fp8")
             if not made.exact and tensor not in self.taken.weights:
                 self.taken.changes.append(requantized_weights(pair, tensor, made.scales))
             self.taken.weights[tensor] = made.scales
@@ -207,13 +212,17 @@ class _Strip:
             self.taken.values[tensor] = value
             self.taken.renamed[(name, index)] = tensor
 
-    def _weight_name(self, name: str, scales: NDArray[np.float32]) -> str:
-        """`name`, or one like it if that weight has other scales already."""
-        number, found = 1, name
-        while found in self.taken.weights and not np.array_equal(self.taken.weights[found], scales):
+    def _weight_name(self, name: str, scales: NDArray[np.float32], *, float8: bool) -> str:
+        """`name`, or one like it if that weight has other scales or codes already."""
+        number, found, taken = 1, name, self.taken
+        while found in taken.weights and (
+            (found in taken.float8) != float8 or not np.array_equal(taken.weights[found], scales)
+        ):
             number += 1
             found = f"{name}_{number}"
         self.names.take(found)
+        if float8:
+            taken.float8.add(found)
         return found
 
     def take_constants(self) -> None:
@@ -270,11 +279,14 @@ class _Strip:
 
     def _table(self, model: Model) -> CalibrationTable:
         reads = {t: tuple(edges) for t, edges in self.taken.reads.items() if edges}
-        scales = {t: s for t, s in self.taken.scales.items() if t in reads}
-        methods = {t: self.taken.methods[t] for t in scales}
-        for tensor, scale in self._carried().items():
-            if tensor not in scales:
-                scales[tensor], methods[tensor] = scale, EXACT_METHOD
+        own = {key: scale for key, scale in self.taken.scales.items() if key[0] in reads}
+        methods = {t: self.taken.methods[t] for t, _ in own}
+        for key, scale in self._carried().items():
+            if not {(key[0], codes) for codes in QUANTIZED} & own.keys():
+                own[key], methods[key[0]] = scale, EXACT_METHOD
+        float8 = {tensor: scale for (tensor, codes), scale in own.items() if codes == "fp8"}
+        scales = {tensor: as_int8(scale) for tensor, scale in float8.items()}
+        scales |= {tensor: scale for (tensor, codes), scale in own.items() if codes == "int8"}
         made = (t for node in model.proto.graph.node for t in node.output)
         order = [*self.view.graph_inputs, *made]
         place = {tensor: k for k, tensor in enumerate(order)}
@@ -287,16 +299,26 @@ class _Strip:
                 "quantized_model": self.model.sha256,
                 "model": model.sha256,
             },
-            {name: tuple(values.tolist()) for name, values in self.taken.weights.items()},
+            self._weights(float8=False),
             {t: reads[t] for t in ranked if t in reads},
             axes=self.taken.axes,
+            float8=float8,
+            float8_weights=self._weights(float8=True),
         )
 
-    def _carried(self) -> dict[str, float]:
-        """Scales of tensors that int8 nodes read behind operators that move quantized ones."""
+    def _weights(self, *, float8: bool) -> dict[str, tuple[float, ...]]:
+        return {
+            name: tuple(values.tolist())
+            for name, values in self.taken.weights.items()
+            if (name in self.taken.float8) == float8
+        }
+
+    def _carried(self) -> dict[tuple[str, str], float]:
+        """Scales, by tensor and codes, of what quantized nodes read behind operators that move
+        quantized tensors."""
         pairs = {pair.result: pair for pair in self.found.of_role(ACTIVATION)}
         passed = set(self.found.passed)
-        found: dict[str, float] = {}
+        found: dict[tuple[str, str], float] = {}
         for name in self.found.int8:
             tensor = self.view.by_name[name].input[0]
             if tensor not in pairs:
@@ -304,8 +326,16 @@ class _Strip:
                 bare = tensor
                 while self.view.producer.get(bare, "") in passed:
                     bare = self.view.by_name[self.view.producer[bare]].input[0]
-                found[bare] = max(self.taken.scales[self.floats[p.result]] for p in sources)
+                codes = sources[0].codes
+                found[bare, codes] = max(
+                    self.taken.scales[self.floats[p.result], codes] for p in sources
+                )
         return found
+
+
+def as_int8(scale: float) -> float:
+    """The scale with which int8 reaches as far as float8 does with `scale`."""
+    return float(np.float32(np.float32(scale) * np.float32(FLOAT8_MAX)) / np.float32(QMAX))
 
 
 def _drop_dead_constants(view: GraphView, graph: onnx.GraphProto) -> None:

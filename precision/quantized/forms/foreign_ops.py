@@ -33,7 +33,7 @@ def foreign_quantizers(proto: onnx.ModelProto) -> Iterator[Finding]:
     """A finding for each node of `proto` that quantizes with an operator ONNX does not have."""
     for node in proto.graph.node:
         kind = foreign_kind(node)
-        if not kind:
+        if not kind or kind == "fp8":  # those are read as ONNX's
             continue
         where = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         if kind == "foreign-quantizer":
