@@ -3,6 +3,10 @@
 
     python benchmarks/accuracy.py --all                 all cases
     python benchmarks/accuracy.py --methods             each shared model with each method, no pins
+    python benchmarks/accuracy.py --precisions int8,fp8,mixed
+                                                        each shared model in INT8, in FP8, and with
+                                                        both on the tuner's ladder; and EfficientNet
+                                                        with its outlier picture under plain max
     python benchmarks/accuracy.py --only resnet20       those whose name holds a text
     python benchmarks/accuracy.py --jobs 4 --cores 4    several at a time, each on cores of its own
     python benchmarks/accuracy.py --peers PEERS.py      other tools on the same pictures as well
@@ -10,7 +14,7 @@
 Each case is one config of `benchmarks/configs/` as `trtune run` takes it, some with another
 method. `--peers` names a script that quantizes MODEL with TOOL METHOD and prints one JSON line.
 The data is found through TRTUNE_DATA, or beside the checkout. `--json` names a file that gets every
-row as it is measured; `--all` writes `results/accuracy.md`.
+row as it is measured, `--set KEY=VALUE` goes to every run; `--all` writes `results/accuracy.md`.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -98,6 +102,34 @@ METHOD_CASES = tuple(
     for label, overrides in METHODS.items()
 )
 
+LADDERS = {
+    "int8": ("precision.default=int8",),
+    "fp8": ("precision.default=fp8",),
+    "mixed": ("precision.default=int8", "precision.ladder=[int8, fp8, fp16, fp32]"),
+}
+"""What `--precisions` measures. Only what is pinned above FP8 costs speed, and counts as a pin."""
+OUTLIER_MODEL = "efficientnet_b0_cifar10"
+OUTLIER = ("calibration.method=max", "calibration.prepare=none", "precision.max_pins=0")
+ONE_BACKEND = ("backends=[{name: onnxruntime, lowering: emulate}]", "compare.alone=false")
+
+
+def precision_cases(precisions: Sequence[str]) -> list[Case]:
+    """Each shared model in each of `precisions`; SystemExit for one that is none of `LADDERS`."""
+    unknown = [name for name in precisions if name not in LADDERS]
+    if unknown:
+        raise SystemExit(f"--precisions: {unknown[0]!r} is none of {', '.join(LADDERS)}")
+    found = [
+        Case(model, name, (*LADDERS[name], *ONE_BACKEND))
+        for model in (*FLOAT, "yolox_nano_coco_ap")
+        for name in precisions
+    ]
+    return found + [
+        Case(OUTLIER_MODEL, f"{name}, plain max", (*LADDERS[name], *OUTLIER, *ONE_BACKEND))
+        for name in precisions
+        if name != "mixed"
+    ]
+
+
 PEERS = (("ort", "MinMax"), ("modelopt", "max"), ("modelopt", "entropy"))
 
 
@@ -116,6 +148,8 @@ class Row:
     status: str
     seconds: float
     failed: str = ""
+    layers: str = ""
+    """How many run in what."""
 
 
 def run_case(case: Case, cores: frozenset[int]) -> list[Row]:
@@ -149,12 +183,13 @@ def _row(case: Case, variant: dict[str, Any], status: str, seconds: float) -> Ro
         case.config, case.label, variant["backend"].split("/")[-1], variant["name"],
         per_cent(value), None if variant["sqnr_db"] is None else float(variant["sqnr_db"]),
         per_cent(variant["agreement"]), len(variant["pinned"]), status, seconds,
+        layers=", ".join(f"{n} {name}" for name, n in variant["nodes"].items() if n),
     )  # fmt: skip
 
 
 HEADER = (
     *("model", "case", "lowering", "variant", "top-1 or AP %", "SQNR dB", "agree %", "pins"),
-    *("target", "seconds"),
+    *("target", "seconds", "layers"),
 )
 
 
@@ -166,6 +201,7 @@ def cells_of(row: Row) -> list[str]:
     return [
         row.model, row.case, row.lowering, row.variant, _text(row.value, 2), _text(row.sqnr_db, 2),
         _text(row.agreement, 1), str(row.pins), row.failed or row.status, f"{row.seconds:.0f}",
+        row.layers,
     ]  # fmt: skip
 
 
@@ -242,6 +278,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--all", action="store_true", help="every case; writes results/accuracy.md")
     parser.add_argument("--methods", action="store_true", help="the cases by method alone")
+    parser.add_argument("--precisions", default="", help="int8, fp8, mixed: those, with commas")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE for every run")
     parser.add_argument("--only", default="", help="cases whose config name holds this text")
     parser.add_argument("--label", default="", help="cases whose label is this text")
     parser.add_argument("--json", type=Path, help="a file for every row, written as it is measured")
@@ -256,9 +294,11 @@ def main() -> None:
     arguments = _arguments()
     if not DATA.is_dir():
         raise SystemExit(f"the models and pictures are not at {DATA}: set TRTUNE_DATA")
-    chosen = METHOD_CASES if arguments.methods else (*METHOD_CASES, *CASES)
+    chosen: Sequence[Case] = METHOD_CASES if arguments.methods else (*METHOD_CASES, *CASES)
+    if arguments.precisions:
+        chosen = precision_cases(arguments.precisions.split(","))
     cases = [
-        case
+        replace(case, overrides=(*case.overrides, *arguments.set))
         for case in chosen
         if arguments.only in case.config and arguments.label in ("", case.label)
     ]

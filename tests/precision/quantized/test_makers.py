@@ -87,8 +87,8 @@ FILES: dict[str, Row] = {
     ),
     "makers/nncf_performance_tr": Row({}, {"int8": 9, "fp32": 1}),
     "makers/tao_sym_ts_cnn": Row({"weights-alone": 8, "nothing-int8": 1}, {"fp32": 8}),
-    "makers/mot_fp8_ts_cnn": Row({"fp8": 34}, refused=("fp8", "FP8 is not imported")),
-    "makers/mo_fp8_max_fp16_cnn": Row({"fp8": 4, "half-rest": 1}, refused=("FP8 is not imported",)),
+    "makers/mot_fp8_ts_cnn": Row({"own-fp8": 34, "fp8": 17}, {"fp8": 8}),
+    "makers/mo_fp8_max_fp16_cnn": Row({"fp8": 4, "half-rest": 1}, {"fp8": 2, "fp16": 6}, "fp16"),
     "makers/mo_int4_rtn_dq_fp32_tr": Row(
         {"int4": 7, "nothing-int8": 1}, refused=("INT4 is not imported",)
     ),
