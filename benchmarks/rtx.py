@@ -38,6 +38,8 @@ PRECISIONS = {
     "INT8 and pins": (),
     "INT8 with FP16 around it": ("precision.fallback=fp16",),
     "FP16": ("precision.default=fp16",),
+    "FP8": ("precision.default=fp8",),
+    "INT8, FP8 and FP16": ("precision.fallback=fp16",),
 }
 HEADER = ("model", "asked for", "planned", "in the compiler's account", "not as planned", "MB", "s")
 
@@ -46,6 +48,13 @@ def pins_of(path: Path) -> str:
     """Every fourth node with weights, pinned to fp32."""
     plan = make_plan(GraphView.of(load_model(path)))
     return "{" + ", ".join(f"'{name}': fp32" for name in plan.int8_nodes[::4]) + "}"
+
+
+def three_of(path: Path) -> str:
+    """A third of the nodes with weights pinned to fp8, a third to fp16."""
+    nodes = make_plan(GraphView.of(load_model(path))).int8_nodes
+    pins = dict.fromkeys(nodes[1::3], "fp8") | dict.fromkeys(nodes[2::3], "fp16")
+    return "{" + ", ".join(f"'{name}': {precision}" for name, precision in pins.items()) + "}"
 
 
 def row_of(name: str, asked: str, capability: str, out: Path) -> tuple[str, ...]:
@@ -58,8 +67,9 @@ def row_of(name: str, asked: str, capability: str, out: Path) -> tuple[str, ...]
     ]
     path = HERE / "configs" / f"{name}.yaml"
     config = trtune.load_config(path, overrides=overrides)
-    if asked == "INT8 and pins":
-        pins = pins_of(Path(config.model.path))
+    pinned = {"INT8 and pins": pins_of, "INT8, FP8 and FP16": three_of}.get(asked)
+    if pinned is not None:
+        pins = pinned(Path(config.model.path))
         config = trtune.load_config(path, overrides=[*overrides, f"precision.pin={pins}"])
     (info,) = trtune.build(config, out=out)
     written = trtune.run_folder(config, out) / "plan.json"
