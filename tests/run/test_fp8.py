@@ -81,6 +81,10 @@ class TestDefault:
         assert again.calibration is not None
         assert again.calibration.reused
 
+    def test_nothing_is_prepared_of_itself(self, tmp_path: Path) -> None:
+        record = ran(write_project(tmp_path), *self.FP8, "calibration.prepare=auto")
+        assert record.prepared == {}
+
     def test_deploy_says_that_it_stays_float(self, tmp_path: Path) -> None:
         record = ran(write_project(tmp_path), *self.FP8, BOTH)
         found = variant(record, "fp8", "onnxruntime/deploy")

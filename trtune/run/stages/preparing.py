@@ -38,9 +38,13 @@ ARRAYS, HISTOGRAMS = "prepared.npz", "prepared_histograms.npz"
 
 
 def is_prepared(section: Section, subject: Subject, planned: PrecisionPlan) -> bool:
-    """Whether there is anything to prepare: not where scales come from a cache or a QAT model."""
+    """Whether there is anything to prepare: not where scales come from a cache or a QAT model, and
+    of itself (`auto`) not where nothing is INT8."""
     given = subject.imported is not None or section.cache is not None
-    return section.prepare != "none" and bool(planned.quantized_nodes) and not given
+    if given or section.prepare == "none":
+        return False
+    # Factors of channels leave float8's relative error as it is, and it has no codes to round.
+    return bool(planned.int8_nodes if section.prepare == "auto" else planned.quantized_nodes)
 
 
 def preparation(
