@@ -204,6 +204,21 @@ def test_what_is_refused(finished: Path, tmp_path: Path) -> None:
         export_run(tmp_path, "ort", tmp_path / "b")
 
 
+@pytest.mark.parametrize("target", ["trtexec", "polygraphy", "deepstream", "ort"])
+def test_fp8_is_in_the_qdq_model_alone(tmp_path: Path, target: str) -> None:
+    folder = write_project(tmp_path / "project")
+    config = config_of(folder, "precision.pin={n_conv2: fp8}")
+    run(config, out=folder / "runs")
+    export = export_run(run_folder(config, folder / "runs"), target, tmp_path / "out")
+    assert any("1 layers are planned in FP8" in note for note in export.notes)
+    texts = [p for p in (tmp_path / "out").iterdir() if p.suffix in (".sh", ".py", ".txt", ".json")]
+    written = [path.read_text() for path in texts]
+    assert not any(":fp8" in text for text in written)
+    models = [onnx.load(path) for path in (tmp_path / "out").glob("model_qdq.onnx")]
+    for model in models:
+        assert any(t.data_type == onnx.TensorProto.FLOAT8E4M3FN for t in model.graph.initializer)
+
+
 def test_a_model_that_changed_since_is_refused(tmp_path: Path) -> None:
     folder = write_project(tmp_path)
     config = config_of(folder)

@@ -21,7 +21,7 @@ from trtune.precision.backends.trt.weak import constrained_nodes
 from trtune.precision.graph.file import Model, load_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_emulate
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import FILE, PrecisionPlan
 from trtune.precision.quantized.migrate import to_cache
 from trtune.reports.record import RunRecord
 from trtune.reports.writer import read_record
@@ -78,14 +78,20 @@ class Bundle:
         return replace(next(found, Settings()), timing_cache=None)
 
     @cached_property
+    def implicit(self) -> PrecisionPlan:
+        """The plan as calibration cache and flags can say it: what is FP8 is float there."""
+        plan = self.plan
+        return plan.pin(plan.fp8_nodes, plan.around, "a calibration cache has no FP8", origin=FILE)
+
+    @cached_property
     def _renamed(self) -> Mapping[str, str]:
         taken = {node.name for node in self.model.proto.graph.node}
-        return unreserved(constrained_nodes(self.plan), taken)
+        return unreserved(constrained_nodes(self.implicit), taken)
 
     @cached_property
     def constrained(self) -> dict[str, str]:
         """Layer -> the precision that TensorRT 10 must be held to, as `fp32` names the layers."""
-        pins = constrained_nodes(self.plan)
+        pins = constrained_nodes(self.implicit)
         return {self._renamed.get(name, name): precision for name, precision in pins.items()}
 
     @cached_property
@@ -112,9 +118,9 @@ class Bundle:
 
     @cached_property
     def _completed(self) -> tuple[Cache, tuple[str, ...]] | None:
-        if self.table is None:
+        if self.table is None or not self.implicit.int8_nodes:
             return None
-        return to_cache(GraphView.of(self.model), self.table, plan=self.plan)
+        return to_cache(GraphView.of(self.model), self.table, plan=self.implicit)
 
     @property
     def cache(self) -> Cache | None:
@@ -125,7 +131,7 @@ class Bundle:
     def left_in_float(self) -> tuple[str, ...]:
         """Nodes planned in int8 that TensorRT 10 leaves in float with `cache`."""
         left = self._completed[1] if self._completed else ()
-        return tuple(name for name in left if name in self.plan.int8_nodes)
+        return tuple(name for name in left if name in self.implicit.int8_nodes)
 
     @property
     def metadata(self) -> dict[str, str]:

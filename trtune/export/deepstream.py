@@ -84,7 +84,7 @@ def class_names(bundle: Bundle) -> tuple[str, ...]:
 
 def infer_properties(bundle: Bundle, *, labels: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The section `property` of the configuration, and what could not be said in it."""
-    precisions = {bundle.plan.precision(name) for name in bundle.plan.compute_nodes}
+    precisions = {bundle.implicit.precision(n) for n in bundle.implicit.compute_nodes}
     mode = next((MODES[p] for p in MODES if p in precisions), 0)
     found = {
         "gpu-id": "0",

@@ -72,12 +72,19 @@ def write_script(path: Path, command: str, comment: str) -> None:
 def cache_notes(bundle: Bundle) -> list[str]:
     """What does not become int8 with the calibration cache, though it is planned so."""
     left = bundle.left_in_float
+    fp8, notes = bundle.plan.fp8_nodes, list[str]()
+    if fp8:
+        notes.append(
+            f"{len(fp8)} layers are planned in FP8, which only the Q/DQ model can say: built from "
+            f"cache and flags they are float: {', '.join(fp8)}"
+        )
     if not left:
-        return []
+        return notes
     return [
+        *notes,
         f"With the calibration cache TensorRT 10 leaves {len(left)} layers in float for want of "
         f"scales, which the Q/DQ model runs in INT8: {', '.join(left)}. A run whose config lists "
-        "the backend `tensorrt` measures those scales too."
+        "the backend `tensorrt` measures those scales too.",
     ]
 
 

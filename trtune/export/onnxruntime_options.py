@@ -118,7 +118,7 @@ def provider_options(bundle: Bundle) -> dict[str, dict[str, object]]:
         "tensorrt-rtx": _entry(QDQ_FILE, RTX, rtx),
     }
     if bundle.cache is not None:
-        enabled = {f"trt_{kind}_enable": "1" for kind in enabled_precisions(bundle.plan)}
+        enabled = {f"trt_{kind}_enable": "1" for kind in enabled_precisions(bundle.implicit)}
         table = {
             "trt_int8_calibration_table_name": TABLE_FILE,
             "trt_int8_use_native_calibration_table": "0",

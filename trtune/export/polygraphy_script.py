@@ -166,7 +166,7 @@ def script_settings(bundle: Bundle) -> dict[str, Any]:
         "fp32": FP32_FILE,
         "qdq": QDQ_FILE,
         "cache": CACHE_NAME,
-        "enabled": list(enabled_precisions(bundle.plan)),
+        "enabled": list(enabled_precisions(bundle.implicit)),
         "pins": bundle.constrained,
         "constraints": bundle.settings.constraints,
         "profiles": {name: profile.to_json() for name, profile in bundle.profiles.items()},
