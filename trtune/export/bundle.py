@@ -35,6 +35,11 @@ RESERVED = re.compile(r"[:,;*]")
 """Characters that trtexec's and DeepStream's lists of layers take for their own."""
 
 
+def implicit_plan(plan: PrecisionPlan) -> PrecisionPlan:
+    """`plan` as calibration cache and flags can say it: what is FP8 is float there."""
+    return plan.pin(plan.fp8_nodes, plan.around, "a calibration cache has no FP8", origin=FILE)
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A run, read back: its record, config, FP32 model, plan and table.
@@ -78,20 +83,14 @@ class Bundle:
         return replace(next(found, Settings()), timing_cache=None)
 
     @cached_property
-    def implicit(self) -> PrecisionPlan:
-        """The plan as calibration cache and flags can say it: what is FP8 is float there."""
-        plan = self.plan
-        return plan.pin(plan.fp8_nodes, plan.around, "a calibration cache has no FP8", origin=FILE)
-
-    @cached_property
     def _renamed(self) -> Mapping[str, str]:
         taken = {node.name for node in self.model.proto.graph.node}
-        return unreserved(constrained_nodes(self.implicit), taken)
+        return unreserved(constrained_nodes(implicit_plan(self.plan)), taken)
 
     @cached_property
     def constrained(self) -> dict[str, str]:
         """Layer -> the precision that TensorRT 10 must be held to, as `fp32` names the layers."""
-        pins = constrained_nodes(self.implicit)
+        pins = constrained_nodes(implicit_plan(self.plan))
         return {self._renamed.get(name, name): precision for name, precision in pins.items()}
 
     @cached_property
@@ -118,9 +117,9 @@ class Bundle:
 
     @cached_property
     def _completed(self) -> tuple[Cache, tuple[str, ...]] | None:
-        if self.table is None or not self.implicit.int8_nodes:
+        if self.table is None or not implicit_plan(self.plan).int8_nodes:
             return None
-        return to_cache(GraphView.of(self.model), self.table, plan=self.implicit)
+        return to_cache(GraphView.of(self.model), self.table, plan=implicit_plan(self.plan))
 
     @property
     def cache(self) -> Cache | None:
@@ -131,7 +130,7 @@ class Bundle:
     def left_in_float(self) -> tuple[str, ...]:
         """Nodes planned in int8 that TensorRT 10 leaves in float with `cache`."""
         left = self._completed[1] if self._completed else ()
-        return tuple(name for name in left if name in self.implicit.int8_nodes)
+        return tuple(name for name in left if name in implicit_plan(self.plan).int8_nodes)
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trtune.configs.files import write_text
 from trtune.configs.sources import Preprocess
-from trtune.export.bundle import Bundle
+from trtune.export.bundle import Bundle, implicit_plan
 from trtune.export.files import (
     CACHE_NAME,
     FP32_FILE,
@@ -84,7 +84,9 @@ def class_names(bundle: Bundle) -> tuple[str, ...]:
 
 def infer_properties(bundle: Bundle, *, labels: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The section `property` of the configuration, and what could not be said in it."""
-    precisions = {bundle.implicit.precision(n) for n in bundle.implicit.compute_nodes}
+    precisions = {
+        implicit_plan(bundle.plan).precision(n) for n in implicit_plan(bundle.plan).compute_nodes
+    }
     mode = next((MODES[p] for p in MODES if p in precisions), 0)
     found = {
         "gpu-id": "0",

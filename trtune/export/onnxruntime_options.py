@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trtune.calibrate.provider_table import dump_provider_table
 from trtune.configs.files import write_bytes, write_text
-from trtune.export.bundle import Bundle
+from trtune.export.bundle import Bundle, implicit_plan
 from trtune.export.files import (
     FP32_FILE,
     QDQ_FILE,
@@ -118,7 +118,9 @@ def provider_options(bundle: Bundle) -> dict[str, dict[str, object]]:
         "tensorrt-rtx": _entry(QDQ_FILE, RTX, rtx),
     }
     if bundle.cache is not None:
-        enabled = {f"trt_{kind}_enable": "1" for kind in enabled_precisions(bundle.implicit)}
+        enabled = {
+            f"trt_{kind}_enable": "1" for kind in enabled_precisions(implicit_plan(bundle.plan))
+        }
         table = {
             "trt_int8_calibration_table_name": TABLE_FILE,
             "trt_int8_use_native_calibration_table": "0",

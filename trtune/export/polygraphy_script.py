@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from trtune.configs.errors import InputError
 from trtune.configs.files import atomic_path, write_text
 from trtune.datasets.open import open_section
-from trtune.export.bundle import Bundle
+from trtune.export.bundle import Bundle, implicit_plan
 from trtune.export.files import (
     CACHE_NAME,
     FP32_FILE,
@@ -166,7 +166,7 @@ def script_settings(bundle: Bundle) -> dict[str, Any]:
         "fp32": FP32_FILE,
         "qdq": QDQ_FILE,
         "cache": CACHE_NAME,
-        "enabled": list(enabled_precisions(bundle.implicit)),
+        "enabled": list(enabled_precisions(implicit_plan(bundle.plan))),
         "pins": bundle.constrained,
         "constraints": bundle.settings.constraints,
         "profiles": {name: profile.to_json() for name, profile in bundle.profiles.items()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trtune.export.bundle import Bundle
+from trtune.export.bundle import Bundle, implicit_plan
 from trtune.export.files import (
     CACHE_NAME,
     FP32_FILE,
@@ -60,7 +60,7 @@ def explicit_command(bundle: Bundle, major: int, engine: str = "engine.plan") ->
 
 def implicit_command(bundle: Bundle, *, has_cache: bool) -> tuple[str, tuple[str, ...]]:
     """trtexec for the FP32 model with cache and pins, and the layers it cannot name."""
-    flags = flag_names(bundle.implicit, constraints=bundle.settings.constraints)
+    flags = flag_names(implicit_plan(bundle.plan), constraints=bundle.settings.constraints)
     cache = Path(CACHE_NAME) if has_cache else None
     typing, left_out = weak_options(tuple(flags), bundle.constrained, cache)
     command = trtexec_command(
