@@ -182,6 +182,7 @@ _SETTINGS = (
     f"{_DEFAULT}# int8, fp8, fp16, bf16, fp32, qat (Q/DQ in the model)",
     "  fallback: fp32                   # what is not int8: fp32, fp16, bf16",
     '  # pin: {"conv_2": fp32, "op:Softmax": fp32, "re:.*/se/.*": fp16}',
+    "  # ladder: [int8, fp8, fp16, fp32]        # fp8 first for what int8 hurts: no speed lost",
     _TARGETS,
     "  max_pins: 16                     # most nodes that tuning may take out of int8",
     "",
