@@ -7,6 +7,7 @@ filled up, because a runtime may round the same picture differently in a smaller
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import threading
@@ -14,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,7 +31,9 @@ from trtune.calibrate.histogram import Counter, Histogram, not_a_number, overflo
 from trtune.calibrate.sessions import cuda_number, open_session
 from trtune.calibrate.taps import Reader, Tapped, tap, with_outputs
 from trtune.configs.errors import DataError
+from trtune.configs.files import hash_json
 from trtune.configs.progress import Progress, silent
+from trtune.configs.system.cluster import Cluster, kept
 from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import (
     Batch,
@@ -41,6 +44,7 @@ from trtune.datasets.batches import (
     rebatch,
     take_rows,
 )
+from trtune.datasets.wrapped import in_parts
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +91,7 @@ def collect(
     workers: int | None = None,
     device: str = "cpu",
     external_dir: Path | None = None,
+    cluster: Cluster | None = None,
     progress: Progress = silent,
 ) -> Collection:
     """Histograms of |x| of `tensors` over all pictures of `source`, and of those `beside`.
@@ -99,6 +104,8 @@ def collect(
     then further passes, each over some of the tensors. `workers` defaults to the number of
     usable cores. `device` is cpu, cuda or cuda:N; on a GPU the inference runs there and a share of
     its memory takes the place of `memory`. `external_dir` is where external weights of `model` lie.
+    A `cluster` counts parts of the data at a time; the histograms are the same, bit for bit, on the
+    same processors.
 
     Raises DataError if there is no picture, ModelError if a tensor holds NaN, naming tensor and
     picture, or if the runtime cannot load or run the model.
@@ -122,8 +129,13 @@ def collect(
         fed = [] if number else [tensor for tensor in tensors if tensor in first.feeds]
         what = "calibrate" if len(passes) == 1 else f"calibrate, pass {number + 1} of {len(passes)}"
         work = _Work(model, groups, fed, extents, batching, workers, external_dir)
-        count = _on_cpu if gpu is None else partial(_on_gpu, gpu)
-        found, pictures, ran = count(work, source, partial(progress, what))
+        told = partial(progress, what)
+        if cluster is not None:
+            found, pictures, ran = count_in_parts(work, gpu, source, cluster, told)
+        elif gpu is None:
+            found, pictures, ran = _on_cpu(work, source, told)
+        else:
+            found, pictures, ran = _on_gpu(gpu, work, source, told)
         histograms.update(found)
         busy += ran
     ordered = {tensor: histograms[tensor] for tensor in (*tensors, *beside)}
@@ -354,7 +366,13 @@ Told = Callable[[int, int | None], None]
 def _on_cpu(
     work: _Work, source: BatchSource, progress: Told
 ) -> tuple[dict[str, Histogram], int, float]:
-    tapped = [
+    run = _Pass(_tapped(work), work.wanted, work.extents, work.layout, work.workers)
+    counters, pictures = run.over(source, progress)
+    return _histograms(counters), pictures, run.busy / work.workers
+
+
+def _tapped(work: _Work) -> list[Tapped]:
+    return [
         tap(
             work.model,
             group,
@@ -364,9 +382,13 @@ def _on_cpu(
         )
         for group in _with_outputs(work)
     ]
-    run = _Pass(tapped, work.wanted, work.extents, work.layout, work.workers)
-    found, pictures = run.over(source, progress)
-    return found, pictures, run.busy / work.workers
+
+
+def _histograms(counters: Mapping[str, Counter]) -> dict[str, Histogram]:
+    for tensor, counter in counters.items():
+        if 0 < len(counter.overflowed) < counter.pictures:
+            raise overflowed(tensor, min(counter.overflowed))
+    return {tensor: counter.histogram() for tensor, counter in counters.items()}
 
 
 def _on_gpu(
@@ -395,6 +417,59 @@ def _on_gpu(
     return found, done, busy
 
 
+PARTS = 4
+"""Parts of the data for each task that runs at a time: what is lost with a node is small."""
+
+
+def count_in_parts(
+    work: _Work, gpu: int | None, source: BatchSource, cluster: Cluster, progress: Told
+) -> tuple[dict[str, Histogram], int, float]:
+    """One pass whose parts are counted by the tasks of `cluster`."""
+    step = work.layout.step
+    count = source.count or PARTS * cluster.slots * step
+    size = -(-count // (PARTS * cluster.slots * step)) * step
+    key = hashlib.sha256(work.model.SerializeToString()).hexdigest()
+    held = in_parts(source, size, whole=not work.layout.fill)
+    counters: dict[str, Counter] = {}
+    histograms: dict[str, Histogram] = {}
+    pictures, busy = 0, 0.0
+    tasks = ((part,) for part in held)
+    shared = (work, key, gpu)
+    for _, (found, seen, ran) in cluster.each(count_part, tasks, shared=shared, what="calibrate"):
+        for tensor, one in found.items():
+            if isinstance(one, Histogram):
+                before = histograms.get(tensor)
+                histograms[tensor] = one if before is None else before.plus(one)
+            elif tensor in counters:
+                counters[tensor].merge(one)
+            else:
+                counters[tensor] = one
+        pictures, busy = pictures + seen, busy + ran
+        progress(pictures, source.count)
+    return histograms or _histograms(counters), pictures, busy / cluster.slots
+
+
+def count_part(
+    work: _Work, key: str, gpu: int | None, part: BatchSource
+) -> tuple[Mapping[str, Counter | Histogram], int, float]:
+    """In a worker: the counts of `part`, its pictures, and the seconds of the runtime.
+
+    Sessions are kept for the next part of the same pass.
+    """
+    if gpu is not None:
+        return _on_gpu(0, work, part, _untold)
+    work = replace(work, workers=min(work.workers, usable_cores()))
+    name = hash_json([key, [list(group) for group in work.groups], work.layout.step, work.workers])
+    tapped = kept(name, partial(_tapped, work))
+    run = _Pass(tapped, work.wanted, work.extents, work.layout, work.workers)
+    counters, pictures = run.over(part, _untold)
+    return counters, pictures, run.busy / work.workers
+
+
+def _untold(done: int, total: int | None) -> None:
+    """A worker's progress is told when its part is done."""
+
+
 class _Pass:
     """One pass over the data: workers run and count, each into counters of its own."""
 
@@ -413,7 +488,7 @@ class _Pass:
         self._all: list[dict[str, Counter]] = []
         self._lock = threading.Lock()
 
-    def over(self, source: BatchSource, progress: Told) -> tuple[dict[str, Histogram], int]:
+    def over(self, source: BatchSource, progress: Told) -> tuple[dict[str, Counter], int]:
         pictures = 0
         waiting: deque[Future[int]] = deque()
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="calibrate")
@@ -430,15 +505,12 @@ class _Pass:
             pool.shutdown(wait=True, cancel_futures=True)
         return self._merged(), pictures
 
-    def _merged(self) -> dict[str, Histogram]:
-        merged, *others = self._all
+    def _merged(self) -> dict[str, Counter]:
+        merged, *others = self._all or [{tensor: Counter() for tensor in self._tensors}]
         for counters in others:
             for tensor, counter in counters.items():
                 merged[tensor].merge(counter)
-        for tensor, counter in merged.items():
-            if 0 < len(counter.overflowed) < counter.pictures:
-                raise overflowed(tensor, min(counter.overflowed))
-        return {tensor: counter.histogram() for tensor, counter in merged.items()}
+        return merged
 
     def _count(self, batch: Batch) -> int:
         if not hasattr(self._mine, "readers"):

@@ -115,6 +115,16 @@ class Histogram:
     maximum: float
     pictures: PictureMaxima
 
+    def plus(self, other: Histogram) -> Histogram:
+        """That of both data sets together, in whichever order they are added."""
+        mine, others = self.pictures, other.pictures
+        first, second = sorted(
+            ((-self.maximum, mine.item), (-other.maximum, others.item)),
+        )
+        runner_up = max(-second[0], mine.runner_up, others.runner_up)
+        maxima = PictureMaxima(mine.counts + others.counts, first[1], runner_up)
+        return Histogram(self.counts + other.counts, -first[0], maxima)
+
     @property
     def total(self) -> int:
         """Number of values counted."""
@@ -199,8 +209,29 @@ class Counter:
         else:
             self._second = max(self._second, largest)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to another process: the filled bins."""
+        total = self._total()
+        filled = np.flatnonzero(total)
+        return {
+            "bins": filled,
+            "counts": total[filled],
+            "maxima": self._maxima,
+            "overflowed": self.overflowed,
+            "best": self._best,
+            "second": self._second,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Counter.__init__(self)
+        counts = np.zeros(BINS, np.int64)
+        counts[state["bins"]] = state["counts"]
+        self._counts, self._maxima = counts, state["maxima"]
+        self.overflowed, self._best = state["overflowed"], state["best"]
+        self._second = state["second"]
+
     def merge(self, other: Counter) -> None:
-        """Add what another thread counted."""
+        """Add what another thread, or another process, counted."""
         self.overflowed += other.overflowed
         self._counts = other._total() if self._counts is None else self._counts + other._total()
         for index, pictures in other._maxima.items():

@@ -334,6 +334,13 @@ class Execution(Section):
         description="cpu; cuda or cuda:N: an NVIDIA GPU through onnxruntime-gpu; auto: a GPU where "
         "one can be used, else the CPU",
     )
+    ray: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a Ray cluster that shares out calibration, errors of layers and evaluation: "
+        "auto (the one that this machine belongs to), host:port, or local (one of this machine's "
+        "cores); null: everything in this process",
+    )
 
 
 class Report(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -82,12 +83,25 @@ class ArraySource:
         shown = {**matched, "\0labels": label_name or ""}
         count = sample_count(counted, self._axes, where=where, names=shown)
         self.available = count
-        self._rows = selection.rows(count, where)
-        self._make(self._rows[:1], check_values=False)
+        self._rows = self._places = selection.rows(count, where)
+        self._make(0, 1, check_values=False)
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self._rows), self._batch):
-            yield self._make(self._rows[start : start + self._batch])
+            yield self._make(start, start + self._batch)
+
+    def part(self, start: int, stop: int) -> ArraySource:
+        """The rows `start` to `stop` of a pass, as a source that holds no others."""
+        found = copy.copy(self)
+        vars(found).pop("identity", None)
+        places = self._places[start:stop]
+        found._arrays = {
+            name: np.array(_pick(array, places, self._axes.get(name, 0)))
+            for name, array in self._arrays.items()
+        }
+        found._labels = None if self._labels is None else np.array(_pick(self._labels, places, 0))
+        found._rows, found._places = self._rows[start:stop], range(len(places))
+        return found
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,13 +136,13 @@ class ArraySource:
             digest.update(json.dumps(head).encode())
             step = max(1, _HASH_BYTES * array.shape[axis] // max(1, array.nbytes))
             for start in range(0, len(self._rows), step):
-                rows = _pick(array, self._rows[start : start + step], axis)
+                rows = _pick(array, self._places[start : start + step], axis)
                 digest.update(np.ascontiguousarray(rows).data)
         preprocess = None if self._preprocess is None else asdict(self._preprocess)
         return hash_json([digest.hexdigest(), preprocess, [_spec(s) for s in self._inputs]])
 
-    def _make(self, rows: range | list[int], *, check_values: bool = True) -> Batch:
-        items = tuple(map(str, rows))
+    def _make(self, start: int, stop: int, *, check_values: bool = True) -> Batch:
+        items, rows = tuple(map(str, self._rows[start:stop])), self._places[start:stop]
         picked = {
             name: _pick(array, rows, self._axes[name]) for name, array in self._arrays.items()
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -72,6 +73,13 @@ class NpyFolder:
 
     def __iter__(self) -> Iterator[Batch]:
         return rebatch(map(self._sample, self._files), self._batch)
+
+    def part(self, start: int, stop: int) -> NpyFolder:
+        """The samples `start` to `stop` of a pass, as a source."""
+        found = copy.copy(self)
+        vars(found).pop("identity", None)
+        found._files = self._files[start:stop]
+        return found
 
     @property
     def count(self) -> int:

@@ -1,11 +1,17 @@
-"""Sources around a source: other labels, or the same values for further inputs."""
+"""Sources around a source: other labels, the same values for further inputs, or parts of it.
+
+A part can be read by itself: it is what a worker of many is given. Pictures and files of samples
+are named, and read by the worker; rows of arrays travel. What can only be read from its beginning
+(a generator) is read here, and its batches travel.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +20,8 @@ from trtune.configs.errors import DataError, did_you_mean
 from trtune.configs.files import hash_json
 from trtune.datasets.batches import Batch, BatchSource, InputSpec, Labels, batch_axes, is_free
 from trtune.datasets.feeds import cast, check_finite, check_shape, show_shape
+from trtune.datasets.holdout import Without
+from trtune.datasets.pictures.prefetch import Prefetched
 
 
 class _Around:
@@ -175,3 +183,85 @@ def _shifted(labels: Labels | None, offset: int) -> Labels | None:
     if isinstance(labels, tuple):
         return tuple(row + np.eye(1, row.shape[1]) * offset for row in labels)
     return labels + offset
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A source of which any run of samples can be read without those before it."""
+
+    def part(self, start: int, stop: int) -> BatchSource:
+        """The samples `start` to `stop` of a pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBatches:
+    """Batches that are held. A `BatchSource`."""
+
+    batches: tuple[Batch, ...]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    @property
+    def count(self) -> int | None:
+        """Samples in all."""
+        return sum(map(len, self.batches))
+
+    @property
+    def identity(self) -> str:
+        """Hash of the names alone: what is held here is no source of a key."""
+        names = "\n".join(item for batch in self.batches for item in batch.items)
+        return hashlib.sha256(names.encode()).hexdigest()
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
+
+def part_of(source: BatchSource, start: int, stop: int) -> BatchSource | None:
+    """Samples `start` to `stop` of `source`, in its batches; None if it has to be read for that.
+
+    Of a source without some items those are left out here too: its parts are counted before.
+    """
+    if isinstance(source, Divisible):
+        return source.part(start, stop)
+    if isinstance(source, (Without, Prefetched, Shifted, WithValues)):
+        within = part_of(source.source, start, stop)
+        return None if within is None else replace(source, source=within)
+    return None
+
+
+def divisible_rows(source: BatchSource) -> int | None:
+    """How many samples the parts of `source` are counted by; None if only a pass can tell."""
+    if isinstance(source, Divisible):
+        return source.count
+    if isinstance(source, (Without, Prefetched, Shifted, WithValues)):
+        return divisible_rows(source.source)
+    return None
+
+
+def in_parts(source: BatchSource, size: int, *, whole: bool = False) -> Iterator[BatchSource]:
+    """`source` in parts of about `size` samples (a multiple of its batches), in order.
+
+    With `whole` the batches stay as the source puts them together.
+    """
+    rows = None if whole else divisible_rows(source)
+    if rows is None or part_of(source, 0, 1) is None:
+        yield from _read(source, size)
+        return
+    for start in range(0, rows, size):
+        found = part_of(source, start, min(start + size, rows))
+        assert found is not None
+        yield found
+
+
+def _read(source: Iterable[Batch], size: int) -> Iterator[BatchSource]:
+    held: list[Batch] = []
+    for batch in source:
+        held.append(batch)
+        if sum(map(len, held)) >= size:
+            yield HeldBatches(tuple(held))
+            held = []
+    if held:
+        yield HeldBatches(tuple(held))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -221,6 +221,25 @@ def collect_outputs(
         store.add(len(items), found.samples)
         items.extend(batch.items)
         progress(what, len(items), source.count)
+    if not items:
+        raise DataError(f"{what}: the data is empty; there is nothing to evaluate")
+    return StoredOutputs(
+        tuple(store.pieces), tuple(store.starts), tuple(items), store.nbytes, store.folder
+    )
+
+
+def gathered(
+    pieces: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]], memory: int, what: str
+) -> StoredOutputs:
+    """Kept outputs of batches in order: the names of their samples, and `Answers.samples`.
+
+    As `collect_outputs` gives them. Raises DataError if there are none.
+    """
+    store = _Store(memory)
+    items: list[str] = []
+    for names, samples in pieces:
+        store.add(len(items), samples)
+        items.extend(names)
     if not items:
         raise DataError(f"{what}: the data is empty; there is nothing to evaluate")
     return StoredOutputs(

@@ -10,10 +10,19 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+CORES_VARIABLE = "TRTUNE_CORES"
+"""Names how many cores to use at most, for several processes on a machine."""
+
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which in a container may be fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, which in a container may be fewer than the machine's.
+
+    At most as many as `CORES_VARIABLE` says.
+    """
+    known = hasattr(os, "sched_getaffinity")
+    here = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    most = os.environ.get(CORES_VARIABLE, "")
+    return min(here, max(int(most), 1)) if most.isdigit() else here
 
 
 ALSO_CALLED = {"onnxruntime": ("onnxruntime-gpu",)}

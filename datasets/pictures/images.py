@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,14 @@ class ImageSource:
 
     def __iter__(self) -> Iterator[Batch]:
         return rebatch(self._pictures(), self._batch)
+
+    def part(self, start: int, stop: int) -> ImageSource:
+        """The pictures `start` to `stop` of a pass, as a source."""
+        found = copy.copy(self)
+        found._files, found._labels = self._files[start:stop], self._labels[start:stop]
+        found.listing = replace(self.listing, files={}, named={}, notes=())
+        found._skipped, found._finished = {}, False
+        return found
 
     @property
     def count(self) -> int | None:

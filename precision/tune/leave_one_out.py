@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress, silent
+from trtune.configs.system.cluster import Cluster, chunks, job_key, kept
 from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch
 from trtune.precision.compare.alone import (
@@ -54,13 +56,15 @@ class Quantizing:
     """How a plan becomes a network: the model that is lowered for it, and the scales.
 
     `view` is that of the model in float. What `model_for` gives has the same nodes, and perhaps
-    other constants where the plan is int8. `device` is where the network runs.
+    other constants where the plan is int8. `device` is where the network runs; a `cluster` shares
+    out the nodes that are asked about.
     """
 
     model_for: Callable[[PrecisionPlan], Model]
     view: GraphView
     table: CalibrationTable
     device: str = "cpu"
+    cluster: Cluster | None = None
 
     @classmethod
     def of(cls, model: Model, table: CalibrationTable) -> Quantizing:
@@ -170,6 +174,7 @@ class LeaveOneOut:
         self._view, self._plan, self._reference = quantizing.view, plan, reference
         self._table = quantizing.table
         self._weights = place(self._view, plan).weights
+        self._quantizing, self._model = quantizing, quantizing.model_for(_integers_alone(plan))
         network = quantizing.network(plan)
         self._outputs = tuple(output.name for output in network.outputs)
         self._within = GraphView.of(network)
@@ -231,6 +236,20 @@ class LeaveOneOut:
 
         return self._reference.noise(outputs)
 
+    def gains(self, nodes: Sequence[str], *, progress: Progress = silent) -> list[Gain]:
+        """`gain` of each of `nodes`, on all cores or by the tasks of the cluster."""
+        quantizing, what = self._quantizing, "rank pins"
+        if quantizing.cluster is None or len(nodes) < 2 * quantizing.cluster.slots:
+            return in_parallel(self.gain, nodes, what=what, progress=progress)
+        fixed = replace(quantizing, model_for=Always(self._model), cluster=None)
+        shared = (job_key(), fixed, self._plan, self._reference)
+        found: dict[str, Gain] = {}
+        tasks = chunks(nodes, quantizing.cluster)
+        for _, part in quantizing.cluster.each(gains_part, tasks, shared=shared, what=what):
+            found |= part
+            progress(what, len(found), len(nodes))
+        return [found[node] for node in nodes]
+
     def _floats(self, node: str) -> dict[Edge, NDArray[Any]]:
         """The constants of `node`, and of what is fused with it, that are others in float."""
         found = {}
@@ -274,6 +293,29 @@ def _integers_alone(plan: PrecisionPlan) -> PrecisionPlan:
     }
     default = "int8" if plan.default in HALVES else plan.default
     return replace(plan, nodes=nodes, default=default, fallback="fp32")
+
+
+@dataclass(frozen=True, slots=True)
+class Always:
+    """The same model whatever the plan: what travels to a worker in the place of a function."""
+
+    model: Model
+
+    def __call__(self, plan: PrecisionPlan) -> Model:
+        """The model."""
+        return self.model
+
+
+def gains_part(
+    key: str,
+    quantizing: Quantizing,
+    plan: PrecisionPlan,
+    reference: Reference,
+    nodes: Sequence[str],
+) -> dict[str, Gain]:
+    """In a worker: the gain of each of `nodes`; the network runs once for all tasks."""
+    network: LeaveOneOut = kept(key, partial(LeaveOneOut, quantizing, plan, reference))
+    return dict(zip(nodes, network.gains(nodes), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +375,7 @@ def pin_path(
         return PinPath(0.0)
     network = LeaveOneOut(quantizing, plan, reference)
     start = now = network.noise
-    found = in_parallel(network.gain, order, what="rank pins", progress=progress)
+    found = network.gains(order, progress=progress)
     gains = dict(zip(order, found, strict=True))
     hurts = {node: _share(alone[node], now) for node in order if node in alone}
     expected, spread = expectations(gains, hurts)
@@ -359,7 +401,7 @@ def pin_path(
         network = LeaveOneOut(quantizing, plan.pin([steps[-1].node], "fp32", "", origin=TUNER),
                               reference)  # fmt: skip
         rest = list(kept)
-        found = in_parallel(network.gain, rest, what="rank pins", progress=progress)
+        found = network.gains(rest, progress=progress)
         kept |= {n: 1 - towards(g, 1 - kept[n], spread) for n, g in zip(rest, found, strict=True)}
     return PinPath(start, (*steps, *_added_up(last, kept, all_of_them=len(order) == len(free))))
 
@@ -384,7 +426,7 @@ def _asked_again(
         chunk = [*dict.fromkeys([*first, *(n for n in waiting if n not in asked)])][:size]
         if not chunk:
             break
-        found = in_parallel(network.gain, chunk, what="rank pins")
+        found = network.gains(chunk)
         asked |= dict(zip(chunk, found, strict=True))
         left = [kept[n] for n in waiting if n not in asked]
         if not left or 1 - max(gain.part for gain in asked.values()) <= left[0]:

@@ -22,6 +22,7 @@ from trtune.calibrate.methods import better_methods, choose
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import DataError
 from trtune.configs.progress import Progress, silent
+from trtune.configs.system.cluster import Cluster
 from trtune.configs.system.machine import usable_cores
 from trtune.configs.values import HELD_OUT, PERCENTILE
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, rebatch
@@ -154,6 +155,7 @@ def calibrate_model(
     holdout: int = HELD_OUT,
     memory: int = DEFAULT_MEMORY,
     device: str = "cpu",
+    cluster: Cluster | None = None,
     also: Sequence[str] = (),
     ranges: Ranges | None = None,
     float8: bool = False,
@@ -166,8 +168,8 @@ def calibrate_model(
     `auto_ranges` on those, or `ranges` in its place. Histograms are made of the tensors `also` too,
     in the same pass. With `implicit` among `lowerings` the table also holds what TensorRT 10 alone
     asks for; all other entries stay as they are. With `float8` it has scales for that too, where
-    those of int8 do not serve. `device` is where the network runs. Raises DataError for too few
-    pictures.
+    those of int8 do not serve. `device` is where the network runs, and a `cluster` makes the
+    histograms. Raises DataError for too few pictures.
     """
     lowerings = tuple(lowerings)
     started = time.perf_counter()
@@ -192,6 +194,7 @@ def calibrate_model(
         beside=[tensor for tensor in alone if tensor not in wanted],
         memory=memory,
         device=device,
+        cluster=cluster,
         external_dir=model.external_dir,
         progress=progress,
     )

@@ -12,7 +12,8 @@ import datetime
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from trtune.configs.files import write_text
 from trtune.configs.load import dump_config
 from trtune.configs.progress import Progress, announce, enter, silent
 from trtune.configs.schema import Config
+from trtune.configs.system.cluster import connected
 from trtune.configs.system.journal import working_in
 from trtune.precision.runtime.api import BuildInfo
 from trtune.reports.accuracy import Evaluation
@@ -275,9 +277,14 @@ def _working(
         setup = Setup.of(config, progress, probe=probe, must_build=must_build, only=only)
         folder = place.open()
         write_text(folder / "config.yaml", dump_config(config))
-        work = RunWork(setup, Workspace(folder, _others(folder, config.name)))
-        work.workspace.get(gated(setup.subject.file, setup.calibration))
-        yield work
+        workspace = Workspace(folder, _others(folder, config.name))
+        workspace.get(gated(setup.subject.file, setup.calibration))
+        with ExitStack() as stack:
+            cluster = None
+            if config.runtime.ray is not None:
+                gpu = setup.device != "cpu"
+                cluster = stack.enter_context(connected(config.runtime.ray, gpu=gpu))
+            yield RunWork(replace(setup, cluster=cluster), workspace)
 
 
 def _others(folder: Path, name: str) -> list[Path]:

@@ -237,6 +237,7 @@ def held_out(work: RunWork, plan: PrecisionPlan) -> HeldOut:
         section.holdout,
         section.memory,
         work.setup.device,
+        work.setup.cluster,
         setup.progress,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from trtune.calibrate.sessions import device_of
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Config
+from trtune.configs.system.cluster import Cluster
 from trtune.precision.graph.file import Model
 from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.plan import PrecisionPlan, is_lowered
@@ -46,6 +47,8 @@ class Setup:
     validation: RunData | None
     backends: Backends
     progress: Progress
+    cluster: Cluster | None = None
+    """Where `runtime.ray` shares out work."""
 
     @cached_property
     def device(self) -> str:
@@ -130,6 +133,7 @@ class RunWork:
             setup.config.calibration,
             lowerings=setup.backends.lowerings,
             device=self.setup.device,
+            cluster=setup.cluster,
             float8=wants_float8(setup),
             progress=setup.progress,
         )
@@ -198,7 +202,9 @@ class RunWork:
         setup = self.setup
         metric = metric_of(setup.config.precision.target, setup.subject.model)
         kept = min(IN_MEMORY, setup.config.compare.memory // 4)
-        return Bench(setup.subject.model, metric, data, setup.progress, setup.device, kept)
+        return Bench(
+            setup.subject.model, metric, data, setup.progress, setup.device, kept, setup.cluster
+        )
 
     def candidate(self, plan: PrecisionPlan) -> Candidate:
         """`plan` with this run's model and table; what is all float is the model as it was."""
@@ -227,6 +233,7 @@ def alone_of(work: RunWork, plan: PrecisionPlan | None = None) -> Stage[dict[str
         memory=section.memory,
         seconds=setup.config.compare.seconds,
         device=work.setup.device,
+        cluster=work.setup.cluster,
         progress=setup.progress,
         name="alone-fp8" if plan is not work.untuned else "alone",
     )

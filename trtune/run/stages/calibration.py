@@ -15,6 +15,7 @@ from trtune.configs.errors import CacheError, ConfigError, ModelError
 from trtune.configs.files import hash_json
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Calibration as Section
+from trtune.configs.system.cluster import Cluster
 from trtune.precision.graph.file import Model
 from trtune.precision.plan.half_ranges import tensors_for_ranges
 from trtune.precision.plan.imported import ImportedPlan
@@ -65,6 +66,7 @@ def calibration(
     lowerings: Iterable[str],
     device: str = "cpu",
     float8: bool = False,
+    cluster: Cluster | None = None,
     progress: Progress,
 ) -> Stage[Calibrated]:
     """What `planned` needs to know of the activations, on the calibration `data`.
@@ -90,7 +92,7 @@ def calibration(
         wanted = _Wanted(make_plan(subject.view, default="fp32"), (), (), wanted.ranges)
 
     def make(folder: Path) -> Calibrated:
-        found = _measured(subject, data, section, wanted, device, progress)
+        found = _measured(subject, data, section, wanted, device, cluster, progress)
         table = found.table if named is None else named
         if own is not None:
             table = replace(completed(own, table), provenance=table.provenance)
@@ -119,6 +121,7 @@ def _measured(
     section: Section,
     wanted: _Wanted,
     device: str,
+    cluster: Cluster | None,
     progress: Progress,
 ) -> Calibrated:
     """What a pass over the pictures gives; nothing where nothing is wanted."""
@@ -135,6 +138,7 @@ def _measured(
         holdout=section.holdout,
         memory=section.memory,
         device=device,
+        cluster=cluster,
         also=wanted.ranges,
         float8=wanted.float8,
         provenance=_provenance(subject, data, section, wanted),

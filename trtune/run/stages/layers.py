@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Compare
+from trtune.configs.system.cluster import Cluster, chunks, job_key, kept
 from trtune.datasets.batches import Batch, batch_size, fit_batch
 from trtune.datasets.holdout import hold_out, join
-from trtune.precision.compare.alone import alone_errors
+from trtune.precision.compare.alone import Alone, alone_errors
 from trtune.precision.compare.alone_half import half_alone_errors, half_nodes
 from trtune.precision.compare.by_node import accumulated_errors, engine_errors
 from trtune.precision.compare.gate import gate_errors, model_gate
 from trtune.precision.compare.sample import LARGEST_SAMPLE, placement_of, sampled
 from trtune.precision.graph.file import Model
 from trtune.precision.graph.view import GraphView
-from trtune.precision.plan.placement import place
+from trtune.precision.plan.placement import Placement, place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
-from trtune.precision.tune.scales import PICTURES_AT_ONCE, alone_on
+from trtune.precision.tune.scales import PICTURES_AT_ONCE, held_batches
 from trtune.run.data import RunData
 from trtune.run.stage import Stage, as_json, device_needs, versions
 from trtune.run.stages.engines import engine_needs, label
@@ -89,6 +93,7 @@ def alone(
     memory: int,
     seconds: float,
     device: str = "cpu",
+    cluster: Cluster | None = None,
     progress: Progress,
     name: str = "alone",
 ) -> Stage[Sums]:
@@ -107,6 +112,7 @@ def alone(
             memory=memory,
             seconds=seconds,
             device=device,
+            cluster=cluster,
             progress=progress,
         )
 
@@ -185,6 +191,7 @@ def errors_alone(
     seconds: float,
     most: int = LARGEST_SAMPLE,
     device: str = "cpu",
+    cluster: Cluster | None = None,
     progress: Progress,
 ) -> dict[str, ErrorSums]:
     """Error of the output on held-out `pictures` with one int8, fp8 or half node alone, by node.
@@ -198,10 +205,17 @@ def errors_alone(
     quantized = [name for name in asked if plan.is_quantized(name)]
     placement = placement_of(view, plan, place(view, plan), quantized)
     if placement.activations and table is not None:
-        alone = alone_on(model, view, placement, pictures, memory=memory, device=device)
-        found = alone_errors(
-            alone, view, plan, table, nodes=quantized, seconds=seconds, progress=progress
-        )
+        held = held_batches(model, view, placement, pictures, memory=memory)
+        if cluster is not None:
+            found = alone_in_parts(
+                cluster, (model, view, placement, held, plan, table, device), quantized,
+                seconds=seconds, progress=progress,
+            )  # fmt: skip
+        else:
+            alone = Alone(model, view, placement, held, device=device)
+            found = alone_errors(
+                alone, view, plan, table, nodes=quantized, seconds=seconds, progress=progress
+            )
     halves = [name for name in asked if not plan.is_quantized(name)]
     if halves:
         size = batch_size(model.inputs, PICTURES_AT_ONCE)
@@ -213,6 +227,42 @@ def errors_alone(
             model, view, plan, batches, nodes=halves, seconds=left, device=device, progress=progress
         )
     return found
+
+
+Share = tuple[Model, GraphView, Placement, Sequence[Batch], PrecisionPlan, CalibrationTable, str]
+"""What the tasks of a cluster need for errors alone; the last is the device."""
+
+
+def alone_in_parts(
+    cluster: Cluster, share: Share, nodes: Sequence[str], *, seconds: float, progress: Progress
+) -> dict[str, ErrorSums]:
+    """The errors of `nodes` alone, some of them a task; those begun before `seconds` are over."""
+    tasks = chunks(nodes, cluster)
+    until = time.monotonic() + seconds
+    begun = (task for task in tasks if time.monotonic() < until)
+    found: dict[str, ErrorSums] = {}
+    shared = (job_key(), seconds, *share)
+    for _, part in cluster.each(alone_part, begun, shared=shared, what="rank layers"):
+        found |= part
+        progress("rank layers", len(found), len(nodes))
+    return {name: found[name] for name in share[4].quantized_nodes if name in found}
+
+
+def alone_part(
+    key: str,
+    seconds: float,
+    model: Model,
+    view: GraphView,
+    placement: Placement,
+    pictures: Sequence[Batch],
+    plan: PrecisionPlan,
+    table: CalibrationTable,
+    device: str,
+    nodes: Sequence[str],
+) -> dict[str, ErrorSums]:
+    """In a worker: the errors of `nodes` alone; what `pictures` give is computed for all tasks."""
+    alone = kept(key, partial(Alone, model, view, placement, pictures, device=device))
+    return alone_errors(alone, view, plan, table, nodes=nodes, seconds=seconds)
 
 
 def askable(plan: PrecisionPlan) -> tuple[str, ...]:

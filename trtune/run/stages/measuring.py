@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 from trtune.configs.errors import InputError
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Target
+from trtune.configs.system.cluster import Cluster
 from trtune.datasets.code import code_hash
+from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.graph.file import Model
 from trtune.precision.runtime.api import Backend, Candidate, Engine
 from trtune.precision.runtime.session import OrtEngine, make_session
@@ -26,6 +29,7 @@ from trtune.reports.outputs import IN_MEMORY, Layout, StoredOutputs, collect_out
 from trtune.run.data import RunData, fixed_batch
 from trtune.run.stage import Need, Stage, as_json, device_needs, flat, versions
 from trtune.run.stages.engines import make_engine, measured_with
+from trtune.run.stages.shared_out import LARGEST_FILE, Built, Fp32, outputs_in_parts
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +101,7 @@ class Bench:
     progress: Progress
     device: str = "cpu"
     memory: int = IN_MEMORY
+    cluster: Cluster | None = None
 
     @property
     def layout(self) -> Layout:
@@ -106,6 +111,10 @@ class Bench:
     @cached_property
     def reference(self) -> StoredOutputs:
         """The FP32 model's outputs over the data; a pass, when they are first asked for."""
+        if self.cluster is not None:
+            found = self._in_parts(Fp32(self.model, self.device), "fp32")
+            if found is not None:
+                return found
         with OrtEngine(session_of(self.model, device=self.device)) as engine:
             return collect_outputs(
                 engine.infer,
@@ -116,6 +125,30 @@ class Bench:
                 what="fp32",
                 memory=self.memory,
             )
+
+    def _in_parts(self, opens: Callable[[], Engine], what: str) -> StoredOutputs | None:
+        assert self.cluster is not None
+        return outputs_in_parts(
+            opens,
+            self.data.source,
+            self.cluster,
+            fixed_batch=fixed_batch(self.model),
+            layout=self.layout,
+            progress=self.progress,
+            what=what,
+            memory=self.memory,
+        )
+
+    def kept(self, backend: Backend, folder: Path, what: str) -> StoredOutputs | None:
+        """What the engine that `backend` built in `folder` gives, from the tasks of the cluster.
+
+        None where there is no cluster, or the engine cannot run there.
+        """
+        if self.cluster is None or not isinstance(backend, OnnxruntimeBackend):
+            return None
+        if sum(path.stat().st_size for path in folder.iterdir()) > LARGEST_FILE:
+            return None
+        return self._in_parts(Built.of(backend, folder), what)
 
     def needs(self) -> dict[str, Any]:
         """What decides every value that is measured here."""
@@ -133,11 +166,15 @@ class Bench:
         counted: str | PythonMetric | None,
         what: str,
         needed: Needed | None = None,
+        given: StoredOutputs | None = None,
     ) -> Evaluation:
-        """What an engine is worth: `counted` on the data, and its closeness to FP32."""
-        with engine as running:
+        """What an engine is worth: `counted` on the data, and its closeness to FP32.
+
+        `given` are its outputs, where it was run elsewhere.
+        """
+        with nullcontext(engine) if given is not None else engine as running:
             return evaluate(
-                running.infer,
+                running.infer if given is None else given,
                 self.data.source,
                 metric=counted,
                 asked=self.metric.asked,
@@ -218,11 +255,13 @@ def evaluation(
 
     def make(folder: Path) -> Evaluation:
         if built is not None:
-            return bench.measure(backend.load(built), asked, what, until)
+            given = bench.kept(backend, built, what)
+            return bench.measure(backend.load(built), asked, what, until, given)
         scratch = folder / ".tuning"
         try:
             make_engine(candidate, backend, scratch, bench.progress)
-            return bench.measure(backend.load(scratch), asked, what, until)
+            given = bench.kept(backend, scratch, what)
+            return bench.measure(backend.load(scratch), asked, what, until, given)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress
+from trtune.configs.system.cluster import Cluster
 from trtune.datasets.holdout import hold_out
 from trtune.precision.graph.macs import macs
 from trtune.precision.graph.view import GraphView, Model
@@ -55,7 +56,7 @@ class HeldOut:
     """A candidate on held-out pictures of `data`, which its pins are ranked on.
 
     `view` is that of its float model, and `model_for` gives what is lowered for a plan; `device`
-    is where the networks run.
+    is where the networks run, on this machine or a `cluster`.
     """
 
     candidate: Candidate
@@ -65,6 +66,7 @@ class HeldOut:
     holdout: int
     memory: int
     device: str
+    cluster: Cluster | None
     progress: Progress
 
     @property
@@ -76,7 +78,7 @@ class HeldOut:
     @property
     def network(self) -> Quantizing:
         """How a plan becomes a network."""
-        return Quantizing(self.model_for, self.view, self.table, self.device)
+        return Quantizing(self.model_for, self.view, self.table, self.device, self.cluster)
 
     @cached_property
     def reference(self) -> Reference:

@@ -1,0 +1,234 @@
+"""A local cluster of two nodes, a core each: the same numbers, also where a worker is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import raytasks
+import tinymodels
+import tinyproject
+
+import trtune
+from trtune.calibrate.collect import Collection, collect
+from trtune.calibrate.table import CalibrationTable
+from trtune.configs.errors import DataError, ModelError, TrtuneError
+from trtune.configs.system.cluster import Cluster, chunks, connected, gpu_types
+from trtune.datasets.arrays import ArraySource
+from trtune.precision.graph.file import model_from_proto
+
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[str]:
+    """The address of a cluster of two nodes on this machine."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # workers import `raytasks`
+    head = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+    more = {"object_store_memory": 100 << 20, "resources": {"accelerator_type:X1": 1}}
+    for attempt in range(3):
+        found = Nodes(head_node_args=head)
+        try:
+            found.add_node(**head)
+            found.add_node(num_cpus=1, **more)
+            break
+        except Exception as error:  # a busy machine does not start a node within Ray's 30 s
+            found.shutdown()
+            if attempt == 2:
+                pytest.skip(f"Ray does not start here: {error}")
+    yield found.address
+    found.shutdown()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def cluster(nodes: str) -> Iterator[Cluster]:
+    with connected(nodes) as found:
+        yield found
+
+
+def test_the_cluster_is_what_its_nodes_are(cluster: Cluster) -> None:
+    assert (cluster.nodes, cluster.cores, cluster.slots, cluster.gpus) == (2, 1, 2, 0)
+    assert gpu_types() == ("X1",)
+
+
+def test_results_come_in_order_with_what_was_logged(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[tuple[str, int, int | None]] = []
+    found = cluster.map(
+        raytasks.where_i_run,
+        [(n,) for n in range(5)],
+        what="ask",
+        progress=lambda *x: told.append(x),
+    )
+    assert [number for number, *_ in found] == [0, 1, 2, 3, 4]
+    assert {cores for _, cores, _ in found} == {"1"}
+    assert str(os.getpid()) not in {pid for *_, pid in found}
+    assert told == [("ask", n, 5) for n in range(1, 6)]
+    assert sorted(r.getMessage().split(": ")[-1] for r in caplog.records if "number" in r.message)[
+        :2
+    ] == ["number 0", "number 1"]
+
+
+def test_the_error_of_a_task_is_that_of_a_user(cluster: Cluster) -> None:
+    with pytest.raises(DataError, match="sample 3 is no picture"):
+        cluster.map(raytasks.refuse, [(3,)])
+
+
+def test_a_lost_worker_is_done_again(cluster: Cluster, tmp_path: Path) -> None:
+    found = cluster.map(raytasks.die_once, [(n,) for n in range(4)], shared=(str(tmp_path),))
+    assert found == [0, 1, 4, 9]
+    assert (tmp_path / "died").exists()
+
+
+def test_a_task_that_is_lost_again_and_again_is_an_error(cluster: Cluster) -> None:
+    with pytest.raises(TrtuneError, match="a task was lost 4 times"):
+        cluster.map(raytasks.die, [(0,)], what="die")
+
+
+def test_a_worker_keeps_what_the_tasks_of_a_job_share(cluster: Cluster) -> None:
+    times = cluster.map(raytasks.counted_times, [(n,) for n in range(12)], shared=("job",))
+    assert max(times) > 1
+    assert chunks("abc", cluster) == [(["a"],), (["b"],), (["c"],)]
+
+
+def test_whoever_stops_listening_stops_the_tasks(cluster: Cluster, tmp_path: Path) -> None:
+    running = cluster.each(raytasks.sleep, [(n,) for n in range(4)], shared=(str(tmp_path),))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupted)
+    signal.alarm(20)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(running)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    pids = [int(path.read_text()) for path in tmp_path.glob("began*")]
+    assert pids
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(map(is_alive, pids))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.is_file() or stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_gpu_that_no_node_has_is_said(nodes: str, cluster: Cluster) -> None:
+    with pytest.raises(TrtuneError, match=r"has no GPU \(2 nodes, 2 cores\)"):  # noqa: SIM117
+        with connected(nodes, gpu=True):
+            pass
+
+
+def test_no_cluster_says_how_to_start_one() -> None:
+    code = (
+        "from trtune.configs.system.cluster import connected\nwith connected('127.0.0.1:1'): pass"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ConfigError: runtime.ray: '127.0.0.1:1' does not answer" in done.stderr
+    assert "`ray start --head` starts a cluster" in done.stderr
+
+
+def source(model: onnx.ModelProto, count: int = 70) -> ArraySource:
+    rows = tinyproject.draw(model, count, seed=5)
+    return ArraySource(rows, model_from_proto(model).inputs, batch=8)
+
+
+def counts(found: Collection) -> dict[str, list[Any]]:
+    return {
+        name: [h.counts.tolist(), h.maximum, h.pictures.counts.tolist(), h.pictures.item,
+               h.pictures.runner_up]
+        for name, h in found.histograms.items()
+    }  # fmt: skip
+
+
+def tensors(model: onnx.ModelProto) -> list[str]:
+    floats = {"Conv", "Relu", "Add", "MatMul", "Gemm", "Sigmoid", "Mul"}
+    return [node.output[0] for node in model.graph.node if node.op_type in floats]
+
+
+@pytest.mark.parametrize("name", ["residual", "attention", "fixed_batch", "silu_se"])
+def test_histograms_are_those_of_one_process(cluster: Cluster, name: str) -> None:
+    model = tinymodels.MODELS[name]()
+    alone = collect(model, tensors(model), source(model))
+    shared = collect(model, tensors(model), source(model), cluster=cluster)
+    assert counts(shared) == counts(alone)
+    assert shared.pictures == alone.pictures == 70
+
+
+def test_nan_in_a_part_is_named(cluster: Cluster) -> None:
+    model = tinymodels.residual()
+    rows = tinyproject.draw(model, 40, seed=5)
+    (array,) = rows.values()
+    array[33] = 1e38
+    given = ArraySource(rows, model_from_proto(model).inputs, batch=8)
+    with pytest.raises(ModelError) as here:
+        collect(model, tensors(model), given)
+    with pytest.raises(ModelError, match="33"):
+        collect(model, tensors(model), given, cluster=cluster)
+    assert "33" in str(here.value)
+
+
+EVERYTHING = ("calibration.method=auto", "calibration.prepare=auto", "calibration.holdout=6",
+              "precision.target={metric: top1, max_drop: 0.0}", "precision.max_pins=2")  # fmt: skip
+
+
+def test_a_whole_run_is_that_of_one_process(nodes: str, cluster: Cluster, tmp_path: Path) -> None:
+    folder = tinyproject.write_project(tmp_path, tinymodels.silu_se())
+    records, tables = [], []
+    for where, overrides in (("alone", ()), ("ray", (f"runtime.ray={nodes}",))):
+        config = trtune.load_config(folder / "tiny.yaml", overrides=[*EVERYTHING, *overrides])
+        record = trtune.run(config, out=folder / where)
+        records.append(record)
+        run = next((folder / where).iterdir())
+        tables.append((run / "calibration.cache").read_bytes())
+        assert json.loads((run / "stages" / "alone.json").read_text())["value"]
+    assert tables[0] == tables[1]
+    alone, shared = ([(v.name, v.value, v.sqnr_db, v.pinned) for v in r.variants] for r in records)
+    assert shared == alone
+
+
+def test_a_run_goes_on_from_what_the_workspace_holds(
+    nodes: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    folder = tinyproject.write_project(tmp_path, tinymodels.residual())
+    overrides = ["calibration.method=entropy", f"runtime.ray={nodes}"]
+    config = trtune.load_config(folder / "tiny.yaml", overrides=overrides)
+    table: CalibrationTable = trtune.calibrate(config, out=folder / "runs")
+    alone = trtune.load_config(folder / "tiny.yaml", overrides=overrides[:1])
+    log = next((folder / "runs").iterdir()) / "log.txt"
+    again = trtune.calibrate(alone, out=folder / "runs")
+    assert dict(again.scales) == dict(table.scales)
+    assert np.isfinite(list(table.scales.values())).all()
+    assert "calibrate: reused" in log.read_text() or "calibrated" in log.read_text()
