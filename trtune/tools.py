@@ -140,6 +140,19 @@ def inspect_layers(
     return read_table(layers, profile, view=view, planned=planned)
 
 
+def write_engine_page(
+    found: EngineTable, target: Path | str, *, name: str, overwrite: bool = False
+) -> None:
+    """Write an engine's layers as one HTML file called `name`.
+
+    Raises InputError if the file is there already, unless `overwrite`.
+    """
+    from trtune.reports.page.engine import engine_html
+
+    _may_write(Path(target), overwrite=overwrite)
+    write_text(Path(target), engine_html(name, found))
+
+
 def explain_build(log_file: Path | str, model: Path | str | None = None) -> LogAccount:
     """What a log of a build says; with `model` at which of its nodes.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import onnx
@@ -48,6 +49,19 @@ def test_layers_alone() -> None:
     value = json.loads(invoke("inspect", "layers.json", "--json").stdout)
     assert value["weighted_layers"] == {"fp16": 2}
     assert "2 layers" in invoke("inspect", "layers.json").stdout
+
+
+def test_layers_as_a_page() -> None:
+    given = ("inspect", "layers.json", "--profile", "profile.json", "--html", "page.html")
+    assert "wrote page.html" in invoke(*given).stdout
+    page = Path("page.html").read_text("utf-8")
+    assert page.index("n_conv1 + n_relu1") < page.index('<td class="t">n_conv2</td>')
+    assert "0.75" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "is there already" in invoke(*given, status=2).stderr
+    invoke(*given, "--force")
+    bare = ("inspect", "model.onnx", "--html", "other.html")
+    assert "holds no layers" in invoke(*bare, status=2).stderr
 
 
 def test_a_plan_without_tensorrt() -> None:

@@ -11,6 +11,7 @@ import typer
 
 from trtune.cli.command import Force, ModelFile, command
 from trtune.cli.console import Terminal
+from trtune.configs.errors import InputError
 
 
 @command(epilog="Example: trtune init model.onnx -o configs/model.yaml")
@@ -55,6 +56,11 @@ def inspect(
     profile: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What `trtexec --exportProfile` wrote.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the layers of an engine as a page, too."),
+    ] = None,
+    force: Force = False,
 ) -> None:
     """Show what an ONNX model holds, which nodes can be quantized and why the others cannot; of an
     engine plan, how it was built and what it runs in, or what the file itself says; of layers that
@@ -64,8 +70,13 @@ def inspect(
     from trtune.precision.backends.trt.layer_table import is_layer_info
 
     if layers is not None or profile is not None or is_layer_info(model):
-        traces.show_layers(terminal, model, layers, profile)
+        traces.show_layers(terminal, model, layers, profile, html, force=force)
         return
+    if html is not None:
+        raise InputError(
+            f"--html: {model} holds no layers of an engine; give them with --layers FILE, as "
+            "`trtexec --exportLayerInfo=FILE` writes them"
+        )
     if tools.is_bare_plan(model):
         traces.show_plan(terminal, model)
         return

@@ -20,12 +20,26 @@ if TYPE_CHECKING:
 MOST = 40
 
 
-def show_layers(terminal: Terminal, model: Path, layers: Path | None, profile: Path | None) -> None:
-    """Show an engine's layers, of the ONNX nodes where `model` is an ONNX file or QDQ model."""
+def show_layers(
+    terminal: Terminal,
+    model: Path,
+    layers: Path | None,
+    profile: Path | None,
+    html: Path | None = None,
+    *,
+    force: bool = False,
+) -> None:
+    """Show an engine's layers, of the ONNX nodes where `model` is an ONNX file or QDQ model; as a
+    page in `html` too."""
     from trtune import tools
+    from trtune.cli.show import near
 
     found = tools.inspect_layers(model, layers, profile)
-    terminal.result(found.to_dict(), *layer_table(found, every=terminal.verbose))
+    wrote = []
+    if html is not None:
+        tools.write_engine_page(found, html, name=(layers or model).name, overwrite=force)
+        wrote = [f"wrote {near(html)}"]
+    terminal.result(found.to_dict(), *layer_table(found, every=terminal.verbose), *wrote)
 
 
 def show_plan(terminal: Terminal, path: Path) -> None:

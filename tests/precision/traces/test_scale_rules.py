@@ -36,7 +36,7 @@ def test_what_follows_from_the_pairs_of_a_chain() -> None:
     ("name", "scales", "complete", "left"),
     [
         ("mobilenetv2_cifar10_qat", 53, 101, []),
-        ("mobilenetv2_imagenet_qat_uint8", 65, 102, []),
+        ("mobilenetv2_imagenet_qat_uint8", 65, 130, []),
         ("resnet20_cifar10_qat", 22, 47, ["/l/l.8/c2/Conv"]),
     ],
 )
