@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("benchmarks/README.md", "benchmarks/results/*.md", "examples/*/README.md")
 """Pages of the site that lie beside docs/, where their readers in the repository look for them."""
+SECTIONS = {"benchmarks": "Measured", "examples": "Examples"}
+"""The heading that a folder's pages stand below."""
 LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
@@ -39,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
-    """List what mkdocs.yml does not: what was measured below its heading, others below Jobs."""
+    """List what mkdocs.yml does not: examples and measurements, and other pages below Jobs."""
     from mkdocs.structure.nav import Section
     from mkdocs.structure.pages import Page
 
@@ -47,8 +49,7 @@ def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
     listed = {page.file.src_uri for page in nav.pages}
     for file in files.documentation_pages():
         if file.src_uri not in listed:
-            outside = file.src_uri.startswith(("benchmarks/", "examples/"))
-            section = sections["Measured" if outside else "Jobs"]
+            section = sections[SECTIONS.get(file.src_uri.partition("/")[0], "Jobs")]
             page = Page(None, file, config)
             page.parent = section
             section.children.append(page)

@@ -14,6 +14,7 @@ from trtune.reports.summary import (
     main_variant,
     metric_label,
     metric_text,
+    nodes_and_layers,
     number,
     outlier_sentences,
     plural,
@@ -51,7 +52,7 @@ def report_markdown(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         *_section("Tuning", _tuning(record)),
         *_section("Error per layer", _errors(record, layers)),
         *_section("Calibration", _calibration(record.calibration, record)),
-        *_section("Every layer", _layers(layers)),
+        *_section("Every node", _layers(record, layers)),
         *_section("Reproduce", _reproduce(record)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -226,7 +227,7 @@ def _calibration(calibration: CalibrationRecord | None, record: RunRecord) -> li
     return lines
 
 
-def _layers(layers: Sequence[LayerRow]) -> list[str]:
+def _layers(record: RunRecord, layers: Sequence[LayerRow]) -> list[str]:
     if not layers:
         return []
     rows = [
@@ -237,7 +238,7 @@ def _layers(layers: Sequence[LayerRow]) -> list[str]:
     ]  # fmt: skip
     columns = ("node", "op", "precision", "runs in", "reason", "MACs", "parameters", "amax",
                "alone", "accumulated")  # fmt: skip
-    summary = f"<details><summary>{plural(len(layers), 'layer')}</summary>"
+    summary = f"<details><summary>{nodes_and_layers(record, len(layers))}</summary>"
     return [summary, "", _pipes(columns, rows, text_columns=5), "", "</details>"]
 
 

@@ -243,8 +243,20 @@ def test_bars_histograms_and_rows_lead_to_each_other(
 def test_a_short_layer_table_is_open_and_a_long_one_stays_small(
     count: int, is_open: bool, record: RunRecord, layers: list[LayerRow]
 ) -> None:
-    rows = [layers[0].model_copy(update={"node": f"/block/{k}/conv/Conv"}) for k in range(count)]
-    html = report_html(record, rows)
+    names = [f"/features/features.{k // 9}/block/block.{k}/conv/Conv" for k in range(count)]
+    rows = [
+        layers[0].model_copy(
+            update={"node": name, "tensor": f"{name}_output_0", "producers": str(k or "")}
+        )
+        for k, name in enumerate(names)
+    ]
+    ranges = [
+        TensorRange(
+            tensor=row.tensor, amax=1.5, max=2.0, method="mse", heights="aZ" * 40, item="17.png"
+        )
+        for row in rows
+    ]
+    html = report_html(record.model_copy(update={"ranges": ranges}), rows)
     summary = f"{count} nodes" if count < 82 else f"82 layers and {count - 82} other nodes"
     assert f"<summary>{summary}</summary>" in html
     assert (f"<details open><summary>{summary}" in html) == is_open

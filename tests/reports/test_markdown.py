@@ -43,7 +43,7 @@ def test_the_report_has_every_part(record: RunRecord, layers: list[LayerRow]) ->
     titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert titles == [
         "Not honoured", "Notes", "Tuning", "Error per layer", "Calibration",
-        "Every layer", "Reproduce",
+        "Every node", "Reproduce",
     ]  # fmt: skip
     html = rendered(text)
     assert html.count("<table>") == 6
