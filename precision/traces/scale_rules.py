@@ -7,18 +7,27 @@ tensor. What an operator can give bounds the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import onnx
 
+from trtune.calibrate.table import CalibrationTable
 from trtune.precision.graph.proto import attribute
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.deploy import clip_bounds
-from trtune.precision.lower.implicit import constant_scales, implicit_tensors, with_moves
+from trtune.precision.lower.implicit import (
+    constant_scales,
+    implicit_tensors,
+    in_cache_order,
+    with_moves,
+)
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import weight_axis
 
+FOLLOWED, HELD = "implied", "constant"
+"""How a table says where such scales come from."""
 UNIT = float(np.float32(1) / np.float32(127))
 BOUNDED = frozenset({"Sigmoid", "HardSigmoid", "Softmax", "Tanh", "Erf", "Sin", "Cos"})
 """Operators that give nothing above one."""
@@ -59,6 +68,23 @@ def complete_scales(
     known = {*wanted, *scales, *constant_scales(view, plan)}
     kept = {tensor: scale for tensor, scale in found.items() if tensor in known}
     return kept, tuple(tensor for tensor in wanted if not kept.get(tensor, 0) > 0)
+
+
+def with_implied(view: GraphView, plan: PrecisionPlan, table: CalibrationTable) -> CalibrationTable:
+    """`table` with the scales that follow from its own (`complete_scales`), those of constants
+    behind the tensors. No entry of its own is changed, nor where its pairs stand."""
+    found, _ = complete_scales(view, plan, table.scales)
+    methods = {t: table.methods.get(t, "") if t in table.scales else FOLLOWED for t in found}
+    return replace(table, scales=in_cache_order(view, found), methods=methods)
+
+
+def with_constants(
+    view: GraphView, plan: PrecisionPlan, table: CalibrationTable
+) -> CalibrationTable:
+    """`table` with entries for the constants that are layers of their own in TensorRT 10."""
+    found = {n: s for n, s in constant_scales(view, plan).items() if n not in table.scales}
+    methods = dict.fromkeys(found, HELD)
+    return replace(table, scales={**table.scales, **found}, methods={**table.methods, **methods})
 
 
 def _inside_groups(view: GraphView, plan: PrecisionPlan, found: dict[str, float]) -> None:

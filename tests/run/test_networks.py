@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,15 @@ import onnx
 import pytest
 import tinymodels
 import tinyproject
+import tinyqat
 from onnx import TensorProto, helper
 
+from trtune.calibrate.cache import read_cache
 from trtune.configs.errors import ConfigError, ModelError
-from trtune.run.pipeline import run, run_folder
+from trtune.precision.graph.view import GraphView
+from trtune.precision.lower.implicit import left_in_float
+from trtune.precision.quantized.importing import import_quantized
+from trtune.run.pipeline import calibrate, run, run_folder
 from trtune.tools import init_config
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -145,3 +151,39 @@ def test_a_cache_beside_a_qat_model_is_not_passed_over(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="this cache would not be read"):
         run(config, out=tmp_path / "runs")
+
+
+def test_the_cache_of_a_qat_run_is_complete_for_tensorrt_10(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What follows from the scales of the Q/DQ stands in it too; the scales themselves stay."""
+    caplog.set_level("INFO")
+    folder = project(tmp_path, tinyqat.torch_residual())
+    config = tinyproject.config_of(folder, "precision.default=qat")
+    table = calibrate(config, out=tmp_path / "runs")
+    (path,) = (tmp_path / "runs").glob("*/calibration.cache")
+    imported = import_quantized(folder / "net.onnx")
+    view = GraphView.of(imported.model)
+    cache = read_cache(path)
+    assert dict(cache.scales) == dict(table.scales)
+    assert {t: cache.scales[t] for t in imported.table.scales} == dict(imported.table.scales)
+    assert table.reads == imported.table.reads
+    assert set(cache.scales) > set(imported.table.scales)
+    before = left_in_float(view, imported.plan, imported.table.scales)
+    assert list(before) == ["n_conv2", "n_logits"]
+    assert left_in_float(view, imported.plan, cache.scales) == {"n_conv2": "conv2"}
+    assert "in float under implicit quantization: n_conv2" in caplog.text
+
+
+def test_the_cache_of_a_run_has_the_constants_that_tensorrt_10_asks_for(tmp_path: Path) -> None:
+    net = tinymodels.Net()
+    x = net.op("Conv", net.input("x", ("N", 3, 8, 8)), net.weight("w", 16, 3, 3, 3), out="c",
+               kernel_shape=[3, 3], pads=[1] * 4)  # fmt: skip
+    x = net.op("Mul", x, net.const("factor", np.float32(0.5)), out="m")
+    folder = project(tmp_path, net.model({net.op("Relu", x, out="y"): ("N", 16, 8, 8)}))
+    calibrate(tinyproject.config_of(folder), out=tmp_path / "runs")
+    (path,) = (tmp_path / "runs").glob("*/calibration.cache")
+    cache = read_cache(path)
+    assert cache.scales["factor_output"] == np.float32(0.5) / np.float32(127)
+    assert "w_output" not in cache.scales
+    assert json.loads(path.with_name(f"{path.name}.json").read_text())["methods"]["factor_output"]

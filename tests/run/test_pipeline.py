@@ -72,7 +72,7 @@ class TestRunFolder:
         assert {"input", "clip1", "clip2", "flat"} <= set(cache.scales)
         sidecar = json.loads((done[1] / "calibration.cache.json").read_text())
         assert sidecar["provenance"]["model"] == done[2].hashes["model"]
-        assert set(sidecar["methods"].values()) == {"max"}
+        assert set(sidecar["methods"].values()) == {"max", "constant"}
 
     def test_the_plan_gives_every_node_a_precision_and_a_reason(
         self, done: tuple[Config, Path, RunRecord]
@@ -195,7 +195,7 @@ class TestRunJson:
         assert found is not None
         assert (found.method, found.pictures, found.passes) == ("max", 24, 1)
         assert found.tensors == len(read_cache(done[1] / "calibration.cache").scales)
-        assert found.methods == {"max": found.tensors}
+        assert found.methods == {"max": found.tensors - 2, "constant": 2}
         assert not found.reused
         assert found.peak_rss_bytes > 1 << 20
         assert found.outliers[0].ratio >= found.outliers[-1].ratio

@@ -17,12 +17,15 @@ from trtune.configs.progress import Progress
 from trtune.configs.schema import Calibration as Section
 from trtune.configs.system.cluster import Cluster
 from trtune.precision.graph.file import Model
+from trtune.precision.lower.implicit import left_in_float
 from trtune.precision.plan.half_ranges import tensors_for_ranges
 from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.plan.plan import COMPUTE_OPS, PrecisionPlan
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.insert import completed
+from trtune.precision.traces.scale_rules import with_constants, with_implied
 from trtune.precision.tune.scales import (
+    IMPLICIT,
     Calibrated,
     calibrate_model,
     carried_tensors,
@@ -83,7 +86,7 @@ def calibration(
     rules = planned.by_rules() if isinstance(planned, ImportedPlan) else planned
     own = None if imported is None else imported.table
     if own is not None and "deploy" not in lowerings and not rules.halves:
-        return _brought(subject.model, own, section)
+        return _brought(subject, rules, own, section, implicit=IMPLICIT in lowerings)
     wanted = replace(_wanted(subject, rules, lowerings), float8=float8)
     named = None
     if section.cache is not None and wanted.tensors:
@@ -96,6 +99,8 @@ def calibration(
         table = found.table if named is None else named
         if own is not None:
             table = replace(completed(own, table), provenance=table.provenance)
+        if IMPLICIT in wanted.lowerings:
+            table = with_constants(subject.view, wanted.plan, table)
         return replace(found, table=table)
 
     needs = _needs(subject, data, section, wanted) | device_needs(device)
@@ -103,16 +108,31 @@ def calibration(
     return Stage("calibrate", needs, make, CALIBRATED)
 
 
-def _brought(model: Model, own: CalibrationTable, section: Section) -> Stage[Calibrated]:
-    """The scales of a quantized model as they stand in it; ConfigError if a cache is named too."""
+def _brought(
+    subject: Subject,
+    plan: PrecisionPlan,
+    own: CalibrationTable,
+    section: Section,
+    *,
+    implicit: bool,
+) -> Stage[Calibrated]:
+    """The scales of a quantized model as they stand in it, with `implicit` and what follows from
+    them for TensorRT 10; ConfigError if a cache is named too."""
     if section.cache is not None:
         raise ConfigError(
             "calibration.cache: with precision.default: qat all scales come from the Q/DQ in "
             "the model, so this cache would not be read; take it out, or give the FP32 model "
             "with precision.default: int8"
         )
-    found = replace(EMPTY, table=own)
-    return Stage("calibrate", {"model": model, "scales": own}, lambda folder: found, CALIBRATED)
+    table = own
+    if implicit and own.scales:
+        table = with_implied(subject.view, plan, own)
+        left = left_in_float(subject.view, plan, table.scales)
+        if left:
+            log.info("in float under implicit quantization: %s", ", ".join(left))
+    found = replace(EMPTY, table=table)
+    needs = {"model": subject.model, "scales": own, "implicit": implicit}
+    return Stage("calibrate", needs, lambda folder: found, CALIBRATED)
 
 
 def _measured(
