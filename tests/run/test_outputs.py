@@ -40,3 +40,13 @@ def test_the_lines_of_the_report_repeat_and_show_the_outputs(tmp_path: Path) -> 
     (reference,), (found,) = exact.values(), tuned.values()
     assert list(reference[0]) == list(found[0])
     assert reference[0] != found[0]
+
+
+def test_another_run_of_the_same_name_keeps_its_own(tmp_path: Path) -> None:
+    project = write_project(tmp_path)
+    for target in ("precision.target={metric: sqnr_db, min: 20}", "precision.max_pins=3"):
+        config = config_of(project, "report.formats=[json]", target)
+        run(config, out=tmp_path / "runs")
+        run(config, out=tmp_path / "runs")
+    found = sorted(path.parent.name for path in (tmp_path / "runs").rglob("inputs.json"))
+    assert found == ["polygraphy"] * len(list((tmp_path / "runs").iterdir()))

@@ -57,7 +57,9 @@ def kept_outputs(model: Model, finals: Mapping[str, Final], data: RunData) -> St
     needs: dict[str, Any] = {"model": model, data.where: data.need}
     for name, final in finals.items():
         needs[name] = measured_with(final.candidate, final.backend)
-    return Stage("outputs", needs, make, Form(_write, lambda value, folder: list(value)))
+    return Stage(
+        "outputs", needs, make, Form(_write, lambda value, folder: list(value), rooted=True)
+    )
 
 
 def _write(found: list[str], folder: Path) -> Kept:
