@@ -318,6 +318,8 @@ def write_accuracy(rows: list[tuple[str, ...]]) -> None:
         "is imported from it; all with the integer kernels of onnxruntime. "
         f"{PICTURES} pictures calibrated."
     )
+    left = [name for name in TRAINED if not any(row[0].endswith(name) for row in rows)]
+    text += f" Not measured: {', '.join(left)}." if left else ""
     header = ("model", "FP32", "file", "import", "difference", "import is")
     _write("makers_accuracy.md", "Accuracy of quantized models of other tools", text, header, rows)
 
