@@ -36,6 +36,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path in sorted(ROOT.glob(pattern)):
             pages[path.relative_to(ROOT).as_posix()] = path.read_text("utf-8")
     for name, text in pages.items():
+        standing = files.get_file_from_path(name)  # what the repository shows in its place
+        if standing is not None:
+            files.remove(standing)
         files.append(File.generated(config, name, content=text))
     return files
 
@@ -290,4 +293,4 @@ WRITTEN = {
     "messages.md": message_reference,
     "findings.md": finding_reference,
 }
-"""Pages that are written from the code."""
+"""Pages that are written from the code; in docs/ a few lines stand in their place."""
