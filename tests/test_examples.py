@@ -47,7 +47,7 @@ def test_an_example_meets_its_target(example: Path) -> None:
 def test_loaders_of_training_code(name: str, needs: str, tmp_path: Path) -> None:
     found = find_spec(needs)
     ours = EXAMPLES.parent / "datasets"
-    if found is None or (found.origin and Path(found.origin).is_relative_to(ours)):
+    if found is None or not found.origin or Path(found.origin).is_relative_to(ours):
         pytest.skip(f"{needs} is not installed (extra `loaders`)")
     folder = tmp_path / "loaders"
     shutil.copytree(EXAMPLES / "loaders", folder)

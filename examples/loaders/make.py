@@ -65,7 +65,8 @@ def main() -> None:
         Image.fromarray(pixels).save(HERE / "pictures" / name)
     lines = [f"{name} {kind}\n" for name, kind in zip(names, kinds, strict=True)]
     (HERE / "pictures" / "list.txt").write_text("".join(lines))
-    if find_spec("datasets") is not None:
+    found = find_spec("datasets")
+    if found is not None and found.origin is not None:  # no folder that happens to be called so
         import datasets  # noqa: TID251  (Hugging Face's)
 
         rows = {"image": [Image.fromarray(pixels) for pixels in pictures], "label": kinds}

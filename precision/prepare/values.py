@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -88,3 +88,22 @@ def sentence(name: str, moved: Moved | None, *, rounded: bool) -> str:
         parts.append("codes rounded")
     gain = f"; {moved.gain_db:+.1f} dB" if moved is not None and moved.gain_db else ""
     return f"{name}: {', '.join(parts)}{gain}"
+
+
+def sentences(moved: Mapping[str, Moved], rounded: Collection[str], *, most: int = 8) -> list[str]:
+    """A sentence for each of the `most` tensors that gain most, and how many there are beside them.
+
+    `moved` maps tensor -> what was done, `rounded` holds those whose readers' codes were rounded.
+
+    >>> done = {"a": Moved("a", "a", shift=1.0, gain_db=2.0), "b": Moved("b", "b", shift=2.0)}
+    >>> sentences(done, [], most=1)
+    ['a: shifted by 1; +2.0 dB', '1 further tensor rewritten: run.json, prepared']
+    """
+    told = sorted(moved, key=lambda name: -moved[name].gain_db)[:most]
+    lines = [sentence(name, moved[name], rounded=name in rounded) for name in moved if name in told]
+    more = len(moved) - len(told)
+    if more:
+        lines.append(
+            f"{more} further tensor{'s' if more > 1 else ''} rewritten: run.json, prepared"
+        )
+    return lines

@@ -173,7 +173,7 @@ MESSAGES: tuple[Message, ...] = (
     ),
     Message(
         "falls back from DLA",
-        r"(?P<node>\S+).*[Ss]witching this layer'?s device type to GPU",
+        r"^\s*(?P<node>\S+)(?!\S).*[Ss]witching this layer'?s device type to GPU",
         "{node} does not run on the DLA, and was given to the GPU",
         "Give it INT8 or FP16 and a supported shape, or accept the copies between both",
         "8.x (reported)",

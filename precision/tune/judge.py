@@ -283,8 +283,8 @@ def expectations(
     that it fits the gains best, by at most 1. Without it all are expected to gain the same. The
     standard deviation is that of true gains around it: what their own errors do not explain.
 
-    >>> expectations({"a": Gain(0.2, 0.1), "b": Gain(0.2, 0.1)}, {})
-    ({'a': 0.2, 'b': 0.2}, 0.0)
+    >>> expectations({"a": Gain(0.25, 0.5), "b": Gain(0.25, 0.5)}, {})
+    ({'a': 0.25, 'b': 0.25}, 0.0)
     """
     sure = {n: g for n, g in gains.items() if g.error > 0 and np.isfinite(g.part)}
     if len(sure) < 2:

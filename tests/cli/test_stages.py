@@ -158,7 +158,9 @@ class TestRun:
 class TestStages:
     def test_calibrate_names_the_picture_that_sets_the_ranges(self, project: Path) -> None:
         shown = invoke("calibrate", "c.yaml", *OUTLIER).stdout
-        assert re.search(r"^\d tensors with a scale; method: max \(\d\)$", shown, re.M)
+        assert re.search(
+            r"^\d+ tensors with a scale; method: max \(\d\), constant \(\d\)$", shown, re.M
+        )
         assert re.search(r"^• picture 7 sets the range of \d tensors, up to \d+ times", shown, re.M)
         cache = Path(shown.splitlines()[-1].removeprefix("cache: "))
         assert cache.is_file()

@@ -105,7 +105,8 @@ class TestHalf:
         record = ran(folder, *overrides)
         assert record.calibration is not None
         assert record.calibration.pictures == 24
-        assert record.calibration.tensors == 8
+        assert record.calibration.methods == {"max": 8, "constant": 2}
+        assert record.calibration.tensors == 10
 
 
 class TestQuantizedAlready:

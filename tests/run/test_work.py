@@ -438,7 +438,7 @@ class TestSharing:
 
     def test_auto_chooses_by_the_output(self, project: Path) -> None:
         found = work_of(project, "calibration.method=auto").calibrated
-        assert found.pictures == 24 - 4
+        assert found.pictures == 24 - 6  # a quarter is held out of so few
         assert found.search_seconds > 0
         assert set(found.table.methods) == set(found.table.scales)
 

@@ -13,7 +13,7 @@ from trtune.precision.graph.macs import macs
 from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.plan import is_lowered
 from trtune.precision.prepare.codes import readers_of
-from trtune.precision.prepare.values import ROUND_CODES, sentence
+from trtune.precision.prepare.values import ROUND_CODES, sentences
 from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.quantized.findings import summary
 from trtune.precision.tune.scales import AUTO_METHOD, better_ranges, carried_tensors
@@ -284,9 +284,7 @@ def prepared_notes(work: RunWork) -> list[str]:
         f"{PREPARED_MODEL} and {PREPARED_CACHE} belong together, "
         f"{CACHE_FILE} to the model as it was"
     ]
-    return lines + [
-        sentence(name, entry, rounded=ROUND_CODES in rows[name]) for name, entry in moved.items()
-    ]
+    return lines + sentences(moved, [name for name in moved if ROUND_CODES in rows[name]])
 
 
 def alone_notes(work: RunWork) -> list[str]:

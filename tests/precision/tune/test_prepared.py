@@ -95,9 +95,9 @@ def test_a_vision_transformer_gains_decibels() -> None:
         raw = np.load(data / name)["images"][:count].astype(np.float32) / 255
         return ((raw - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
 
-    calibration = pictures("cifar10_calib512.npz", 320)
-    source = Rows({"input": calibration}, range(320))
-    found = ready(model, source, holdout=24)
+    calibration = pictures("cifar10_calib512.npz", 160)
+    source = Rows({"input": calibration}, range(160))
+    found = ready(model, source, holdout=16)
     feeds = {"input": pictures("cifar10_test2000.npz", 200)}
     view = GraphView.of(model)
     base = calibrate_model(model, view, make_plan(view), source)

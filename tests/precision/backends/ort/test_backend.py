@@ -40,6 +40,7 @@ class Plan:
     default: str
     pinned: dict[str, str] = field(default_factory=dict)
     compute_nodes: tuple[str, ...] = ()
+    fp8_nodes: tuple[str, ...] = ()
 
     def precision(self, node: str) -> str:
         return self.pinned.get(node, self.default)
