@@ -232,10 +232,9 @@ def _taken_out(path: Path, model: Any, folder: Path) -> tuple[str, str]:
 
 
 def _run(path: Path, feeds: Mapping[str, Any]) -> list[Any]:
-    import onnxruntime
+    from trtune.calibrate.sessions import open_session
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found: list[Any] = session.run(None, dict(feeds))
+    found: list[Any] = open_session(path).run(None, dict(feeds))
     return found
 
 
