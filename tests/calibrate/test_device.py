@@ -35,7 +35,14 @@ def test_a_gpu_that_is_not_here_says_what_to_do() -> None:
 
 def test_onnxruntime_without_cuda_names_the_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(sessions, "is_installed", lambda name: name == "onnxruntime")
     assert "pip install 'trtune[gpu]'" in why_no_gpu(0)
+
+
+def test_both_packages_of_onnxruntime_at_once_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(sessions, "is_installed", lambda name: True)
+    assert "are both installed" in why_no_gpu(0)
 
 
 def test_a_session_that_falls_back_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
