@@ -129,7 +129,7 @@ def make(tool: str, target: Path, data: Path | None) -> None:
                 path = target / f"{tool}_{word}_{name}.onnx"
                 try:
                     write(path)
-                except Exception as error:
+                except Exception as error:  # whatever another tool raises
                     path.unlink(missing_ok=True)
                     told = str(error).partition("\n")[0]
                     print(f"{path.stem}: {tool} fails: {type(error).__name__}: {told}", flush=True)

@@ -20,6 +20,7 @@ from trtune.calibrate.histogram import Histogram, bin_edges
 from trtune.calibrate.methods import amax_percentile
 from trtune.calibrate.table import FLOAT8_MAX, CalibrationTable
 from trtune.configs.system.compiled import compiled
+from trtune.configs.values import PERCENTILE
 
 LARGEST_FIRST = 2.0 ** -(np.arange(0, 65) / 16)
 """Parts of the maximum that the least square error is looked for at: down to 1/16."""
@@ -124,7 +125,7 @@ def amax_float8(histogram: Histogram) -> float:
 
 
 def float8_amaxes(
-    histograms: Mapping[str, Histogram], method: str, *, percentile: float = 99.99
+    histograms: Mapping[str, Histogram], method: str, *, percentile: float = PERCENTILE
 ) -> dict[str, float]:
     """Range -> amax for float8 by a method for int8: `max` and `percentile` are what they are, and
     every other is the least square error in float8."""

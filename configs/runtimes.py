@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trtune.configs.values import Bytes, ComputeCapability, Count, Natural, Real, Section, key_error
+from trtune.configs.values import (
+    BUILD_SECONDS,
+    Bytes,
+    ComputeCapability,
+    Count,
+    Natural,
+    Real,
+    Section,
+    key_error,
+)
 
 
 class Runtime(Section):
@@ -50,7 +59,7 @@ class TensorRTRTX(Runtime):
         description="0 builds fastest, 5 searches longest; null: TensorRT's own default",
     )
     timeout: Annotated[Real, Field(gt=0)] = Field(
-        default=1800.0, description="seconds after which a build is ended"
+        default=BUILD_SECONDS, description="seconds after which a build is ended"
     )
     tf32: bool = Field(
         default=False, description="let what is planned in fp32 be computed in TF32 (19 bits)"

@@ -24,6 +24,8 @@ HELD_OUT = 24
 """Calibration pictures that ranges are judged on."""
 PERCENTILE = 99.99
 """Of the magnitudes that method percentile keeps."""
+BUILD_SECONDS = 1800.0
+"""After which a build by TensorRT-RTX is ended."""
 FUNCTION = r".+:[A-Za-z_]\w*"
 
 

@@ -147,6 +147,20 @@ def set_weight(proto: onnx.ModelProto, name: str, value: Any) -> None:
     initializer(proto, name).CopyFrom(tensor)
 
 
+def uneven(model: onnx.ModelProto, *, spread: float = 1.2) -> onnx.ModelProto:
+    """`model` itself, its convolutions' channels of very different size, as training makes them.
+
+    `spread` is the standard deviation of the logarithm of the factors.
+    """
+    rng = np.random.default_rng(7)
+    for tensor in list(model.graph.initializer):
+        value = numpy_helper.to_array(tensor)
+        if value.ndim == 4:
+            factors = np.exp(rng.normal(0, spread, len(value))).astype(np.float32)
+            set_weight(model, tensor.name, value * factors[:, None, None, None])
+    return model
+
+
 def read_edges(proto: onnx.ModelProto) -> dict[str, tuple[tuple[str, int], ...]]:
     """What a lowered model reads through a pair: tensor -> (node, input index) in graph order."""
     pairs = {n.output[0]: n for n in proto.graph.node if n.op_type == "DequantizeLinear"}

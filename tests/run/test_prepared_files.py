@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import tinymodels
 from tinyproject import config_of, draw, write_project
-from tinyquant import set_weight
+from tinyquant import uneven
 
 from trtune.calibrate.cache import load_table
 from trtune.precision.graph.file import load_model
@@ -24,25 +23,15 @@ from trtune.tools import cache_from_qdq, insert_qdq, migrate, strip_qdq
 FORCED = "calibration.prepare=[scale, shift, round, bias]"
 
 
-def uneven() -> onnx.ModelProto:
-    """Depthwise convolutions over channels of very different size."""
-    model = tinymodels.depthwise()
-    rng = np.random.default_rng(7)
-    for tensor in list(model.graph.initializer):
-        value = onnx.numpy_helper.to_array(tensor)
-        if value.ndim == 4:
-            spread = np.exp(rng.normal(0, 1.2, len(value))).astype(np.float32)
-            set_weight(model, tensor.name, value * spread[:, None, None, None])
-    return model
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's folder; its prepared model has moved tensors and rounded codes."""
     place = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        config = config_of(write_project(place, uneven(), calibration=48), FORCED)
+        config = config_of(
+            write_project(place, uneven(tinymodels.depthwise()), calibration=48), FORCED
+        )
         record = run(config)
         assert {m for moves in record.prepared.values() for m in moves} >= {"scale", "round"}
         return place / run_folder(config)
@@ -52,7 +41,7 @@ def answers(path: Path) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(str(path), options)
-    return list(session.run(None, draw(uneven(), 4, seed=9)))
+    return list(session.run(None, draw(uneven(tinymodels.depthwise()), 4, seed=9)))
 
 
 def engine(folder: Path) -> Path:

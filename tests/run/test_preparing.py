@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import tinymodels
 from tinyproject import config_of, draw, write_project
-from tinyquant import set_weight
+from tinyquant import uneven
 
 from trtune.calibrate.cache import load_table
 from trtune.run.pipeline import run, run_folder
@@ -19,22 +18,10 @@ from trtune.run.pipeline import run, run_folder
 FORCED = "calibration.prepare=[scale, shift, round, bias]"
 
 
-def uneven() -> onnx.ModelProto:
-    """Depthwise convolutions over channels of very different size."""
-    model = tinymodels.depthwise()
-    rng = np.random.default_rng(7)
-    for tensor in list(model.graph.initializer):
-        value = onnx.numpy_helper.to_array(tensor)
-        if value.ndim == 4:
-            spread = np.exp(rng.normal(0, 1.2, len(value))).astype(np.float32)
-            set_weight(model, tensor.name, value * spread[:, None, None, None])
-    return model
-
-
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return write_project(tmp_path, uneven(), calibration=48)
+    return write_project(tmp_path, uneven(tinymodels.depthwise()), calibration=48)
 
 
 def test_what_was_prepared_is_in_the_record_and_beside_the_cache(project: Path) -> None:
@@ -48,8 +35,8 @@ def test_what_was_prepared_is_in_the_record_and_beside_the_cache(project: Path) 
     assert any("prepared.onnx and prepared.cache belong together" in note for note in record.notes)
     held = json.loads((folder / "run.json").read_text())
     assert held["prepared"] == record.prepared
-    feeds = draw(uneven(), 4, seed=9)
-    exact = tinymodels.run(uneven(), feeds)
+    feeds = draw(uneven(tinymodels.depthwise()), 4, seed=9)
+    exact = tinymodels.run(uneven(tinymodels.depthwise()), feeds)
     session = onnxruntime.InferenceSession(str(folder / "prepared.onnx"))
     names = [output.name for output in session.get_outputs()]
     for name, value in zip(names, session.run(names, feeds), strict=True):

@@ -162,13 +162,13 @@ def known_ranges(setup: Setup) -> dict[str, float]:
     """Input -> amax, where a quantized model or a cache that the config names has one."""
     named, imported = setup.config.calibration.cache, setup.subject.imported
     if imported is not None:
-        scales = imported.table.scales
+        table = imported.table
     elif named is not None:
-        scales = load_table(Path(named), allow_unkeyed=True).scales
+        table = load_table(Path(named), allow_unkeyed=True)
     else:
         return {}
     inputs = [spec.name for spec in setup.subject.model.inputs]
-    return {name: 127 * scales[name] for name in inputs if name in scales}
+    return {name: table.amax(name) for name in inputs if name in table.scales}
 
 
 def _names(data: RunData) -> list[str]:

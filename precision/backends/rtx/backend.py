@@ -25,6 +25,7 @@ import onnx
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import ConfigError, TrtuneError, did_you_mean
 from trtune.configs.files import atomic_path
+from trtune.configs.values import BUILD_SECONDS
 from trtune.precision.backends.gpu.profiles import Profile, find_gpu, make_profiles
 from trtune.precision.backends.rtx.child import Request
 from trtune.precision.backends.rtx.log import Account, accounts, complaints, read_kernels
@@ -111,7 +112,7 @@ class RtxBackend:
         optimization_level: int | None = None,
         shapes: Mapping[str, Mapping[str, Sequence[int]]] = MappingProxyType({}),
         batch: int = 8,
-        timeout: float = 1800.0,
+        timeout: float = BUILD_SECONDS,
         tf32: bool = False,
     ) -> None:
         for found in compute_capabilities:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import tinymodels
 from realdata import data_dir, needs_data
-from tinyquant import Rows, outputs, set_weight
+from tinyquant import Rows, outputs, uneven
 
 from trtune.precision.graph.file import load_model
 from trtune.precision.graph.view import GraphView, Model, model_from_proto
@@ -20,18 +19,6 @@ from trtune.precision.runtime.errors import sqnr_db
 from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.prepared import Ready, prepare_model
 from trtune.precision.tune.scales import calibrate_model
-
-
-def uneven(make: Any) -> onnx.ModelProto:
-    """Channels of very different size, as training makes them."""
-    model = make()
-    rng = np.random.default_rng(7)
-    for tensor in list(model.graph.initializer):
-        value = onnx.numpy_helper.to_array(tensor)
-        if value.ndim == 4:
-            spread = np.exp(rng.normal(0, 1.2, len(value))).astype(np.float32)
-            set_weight(model, tensor.name, value * spread[:, None, None, None])
-    return model
 
 
 def ready(model: Model, source: Any, **options: Any) -> Ready:
@@ -52,7 +39,7 @@ def quantized_db(found: Ready, model: Model, feeds: dict[str, Any]) -> float:
 @pytest.mark.parametrize("make", [tinymodels.conv_relu, tinymodels.depthwise, tinymodels.silu_se])
 @pytest.mark.parametrize("moves", [None, ["scale", "shift"], ["round"], ["round", "bias"], []])
 def test_the_prepared_model_is_the_same_in_fp32(make: Any, moves: list[str] | None) -> None:
-    model = model_from_proto(uneven(make))
+    model = model_from_proto(uneven(make()))
     feeds = tinymodels.feeds(model.proto, batch=48, seed=3)
     found = ready(model, Rows(feeds, range(48)), moves=moves, holdout=6)
     exact, test = outputs(model.proto, feeds), outputs(found.prepared.model.proto, feeds)
@@ -69,7 +56,7 @@ def test_the_prepared_model_is_the_same_in_fp32(make: Any, moves: list[str] | No
 
 
 def test_what_does_not_help_is_not_kept() -> None:
-    model = model_from_proto(uneven(tinymodels.depthwise))
+    model = model_from_proto(uneven(tinymodels.depthwise()))
     feeds = tinymodels.feeds(model.proto, batch=64, seed=3)
     found = ready(model, Rows(feeds, range(64)), holdout=8)
     none = found.tried["none"]

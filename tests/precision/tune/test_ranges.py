@@ -11,7 +11,7 @@ import pytest
 import tinymodels
 from numpy.typing import NDArray
 from tinymodels import Net
-from tinyquant import Case, case, fake, numpy_outputs, set_weight
+from tinyquant import Case, case, fake, numpy_outputs, set_weight, uneven
 
 from trtune.calibrate.histogram import Histogram
 from trtune.calibrate.methods import CANDIDATES
@@ -218,18 +218,6 @@ def test_the_ranges_of_a_group_are_tried_together() -> None:
 # Against trying everything
 
 
-def trained_like(make: Callable[[], onnx.ModelProto]) -> onnx.ModelProto:
-    """Channels of very different size, as training makes them."""
-    model = make()
-    rng = np.random.default_rng(7)
-    for tensor in list(model.graph.initializer):
-        value = onnx.numpy_helper.to_array(tensor)
-        if value.ndim == 4:
-            spread = np.exp(rng.normal(0, 0.7, len(value))).astype(np.float32)
-            set_weight(model, tensor.name, value * spread[:, None, None, None])
-    return model
-
-
 def natural_pictures(count: int, *, seed: int = 0) -> list[Rows]:
     """Pictures of different brightness whose values have tails."""
     rng = np.random.default_rng(seed)
@@ -264,7 +252,7 @@ def usual_of(alone: Alone, tensor: str) -> float:
     ],
 )
 def test_auto_is_near_to_trying_everything(make: Callable[[], onnx.ModelProto], seed: int) -> None:
-    found, prepared, alone = choose(trained_like(make), natural_pictures(24, seed=seed))
+    found, prepared, alone = choose(uneven(make(), spread=0.7), natural_pictures(24, seed=seed))
     placement = place(prepared.view, prepared.plan)
     ratios = []
     for tensor, choice in found.items():
@@ -283,7 +271,7 @@ def test_auto_is_near_to_trying_everything(make: Callable[[], onnx.ModelProto], 
 @pytest.mark.parametrize("batch", [1, 4, 24])
 def test_no_candidate_would_have_been_better(batch: int) -> None:
     pictures = natural_pictures(23)
-    found, prepared, alone = choose(trained_like(tinymodels.silu_se), pictures, batch=batch)
+    found, prepared, alone = choose(uneven(tinymodels.silu_se(), spread=0.7), pictures, batch=batch)
     placement = place(prepared.view, prepared.plan)
     for tensor, choice in found.items():
         run = alone.session(Change(placement.activations[tensor]))
@@ -299,10 +287,10 @@ def test_where_a_picture_stands_does_not_matter(place_of_the_bright_one: int) ->
     """A picture that is far brighter counts as much in the last batch as in the first."""
     pictures = natural_pictures(24)
     pictures.insert(place_of_the_bright_one, pictures.pop(7) * np.float32(8))
-    found = choose(trained_like(tinymodels.conv_relu), pictures, batch=1)[0]
+    found = choose(uneven(tinymodels.conv_relu(), spread=0.7), pictures, batch=1)[0]
     usual = natural_pictures(24)
     usual[7] = usual[7] * np.float32(8)
-    expected = choose(trained_like(tinymodels.conv_relu), usual, batch=1)[0]
+    expected = choose(uneven(tinymodels.conv_relu(), spread=0.7), usual, batch=1)[0]
     for tensor, choice in found.items():
         assert choice.amax == pytest.approx(expected[tensor].amax, rel=0.25)
         assert choice.error == pytest.approx(expected[tensor].error, rel=0.4)
