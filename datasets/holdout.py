@@ -32,15 +32,15 @@ def hold_out(source: BatchSource, count: int) -> tuple[Batch, ...]:
 
 
 def hold_out_more(
-    source: BatchSource, count: int, more: int
+    source: BatchSource, count: int, more: int, *, part: float = 0.5
 ) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
     """The pictures of `hold_out(source, count)`, and up to `more` others that come next.
 
-    Both together are at most half of all. Reads the data once; raises what `hold_out` raises.
+    Both together are at most `part` of all. Reads the data once; raises what `hold_out` raises.
     """
     kept, total = _smallest(source, count + more)
     first = min(count, max(1, total // SHARE))
-    return kept[:first], kept[first : max(first, min(first + more, total // 2))]
+    return kept[:first], kept[first : max(first, min(first + more, int(part * total)))]
 
 
 def _smallest(source: BatchSource, count: int) -> tuple[tuple[Batch, ...], int]:

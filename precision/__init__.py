@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from trtune.precision.quantized.describe import Inspection, inspect_model
     from trtune.precision.runtime.api import Backend, BuildInfo, Candidate, Engine, Usable
     from trtune.precision.runtime.errors import ErrorSums
-    from trtune.precision.tune.choice import Choice
-    from trtune.precision.tune.ranges import choose_by_output
+    from trtune.precision.tune.ranges import Choice, choose_by_output
     from trtune.precision.tune.scales import Calibrated, calibrate_model, without_zero_ranges
     from trtune.precision.tune.walk import Score, Tuned
 
@@ -83,8 +82,7 @@ __getattr__, __dir__ = lazy_names(
         "compare.gate": "fp32_gate",
         "compare.layers": "compare_layers",
         "tune.walk": "Score Tuned",
-        "tune.choice": "Choice",
-        "tune.ranges": "choose_by_output",
+        "tune.ranges": "Choice choose_by_output",
         "tune.scales": "Calibrated calibrate_model without_zero_ranges",
         "quantized.describe": "Inspection inspect_model",
     },

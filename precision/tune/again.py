@@ -15,10 +15,10 @@ from trtune.precision.plan.placement import Placement, place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.prepare.codes import with_codes
 from trtune.precision.prepare.values import Codes, Moved
-from trtune.precision.tune.choice import Choice
 from trtune.precision.tune.company import Company
 from trtune.precision.tune.moments import rounded_weights
 from trtune.precision.tune.preparing import Move
+from trtune.precision.tune.ranges import Choice
 from trtune.precision.tune.scales import (
     Calibrated,
     choices_table,

@@ -25,9 +25,8 @@ from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.session import SharedWeights, make_session, named_values
-from trtune.precision.tune.choice import Choice
 from trtune.precision.tune.judge import Judge, counted_outputs, gain, worst
-from trtune.precision.tune.ranges import screening_batches
+from trtune.precision.tune.ranges import Choice, screening_batches
 
 Array = NDArray[Any]
 Errors = list[NDArray[np.float64]]
@@ -46,7 +45,7 @@ class Company:
     `ranges` maps a range to the tensors that share its amax; those without a pair in the lowered
     model are left out. `references` are the FP32 outputs of each batch. The memory that a round
     takes on a CPU is that of all quantized tensors of all batches. `device` is where the network
-    runs.
+    runs; `alike` is as in `Judge`.
     """
 
     def __init__(
@@ -59,6 +58,7 @@ class Company:
         references: Sequence[Sequence[Array]],
         *,
         device: str = "cpu",
+        alike: bool = False,
     ) -> None:
         proto = lower_emulate(model, plan, table)
         pairs = _scale_inputs(proto)
@@ -67,7 +67,7 @@ class Company:
         self._weights = SharedWeights(self._view.initializers.values())
         self._outputs = tuple(o.name for o in model.outputs)
         self._pictures = pictures
-        self._judge = Judge(references, [len(batch) for batch in pictures], counted_outputs(model))
+        self._judge = Judge(references, self.pictures, counted_outputs(model), alike=alike)
         self._names = {t: name for t, (name, _) in pairs.items()}
         self._quantizers = {t: node for t, (_, node) in pairs.items()}
         self.ranges = {
@@ -75,20 +75,26 @@ class Company:
             for name, tensors in ranges.items()
             if (held := tuple(t for t in tensors if t in pairs))
         }
-        self._screening = screening_batches([len(batch) for batch in pictures])
+        self._screening = screening_batches(self.pictures)
         self._fixed = {t: table.scale(t) for t in pairs}
         self._device = device
         self._whole = make_session(proto, threads=1, external_dir=model.external_dir, device=device)
         self._stored: list[dict[str, Array]] = []
 
-    def errors(self, amaxes: Mapping[str, float]) -> Errors:
-        """The output errors of each batch with these amaxes; a range without one keeps its own."""
+    @property
+    def pictures(self) -> list[int]:
+        """How many pictures each batch holds."""
+        return [len(batch) for batch in self._pictures]
+
+    def errors(self, amaxes: Mapping[str, float], batches: range | None = None) -> Errors:
+        """The output errors of each of `batches` (None: of all) with these amaxes; a range without
+        one keeps its own."""
         scales = self._scales(amaxes)
 
         def run(batch: int) -> NDArray[np.float64]:
             return self._judge.errors(batch, self._run_whole(batch, scales))
 
-        return _each(run, range(len(self._pictures)))
+        return _each(run, range(len(self._pictures)) if batches is None else batches)
 
     @property
     def _on_gpu(self) -> bool:

@@ -36,6 +36,8 @@ class Judge:
     `references` are, for each batch, the outputs in the model's order, and `pictures` how many
     pictures each batch holds (None: as many as the longest output has rows). Only the outputs with
     the numbers `counted` count, if there are any; integer outputs only if there are no others.
+    With `alike` all pictures have the same signal, the mean: then the mean of the errors is noise
+    by signal energy as reports have it.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class Judge:
         references: Sequence[Sequence[Array]],
         pictures: Sequence[int] | None = None,
         counted: Sequence[int] = (),
+        *,
+        alike: bool = False,
     ) -> None:
         self._references = references
+        self._alike = alike
         self._pictures = pictures or [_longest(batch) for batch in references]
         numbers = list(counted) or list(range(len(references[0])))
         floats = [i for i in numbers if np.issubdtype(references[0][i].dtype, np.floating)]
@@ -92,7 +97,7 @@ class Judge:
             expected, got = (
                 group.of(self._rows(values[number], number)) for values in (exact, outputs)
             )
-            rows = _relative_noise(expected, got, energy)
+            rows = _relative_noise(expected, got, energy, alike=self._alike)
             found.append(np.broadcast_to(rows, (pictures,)))
         return np.stack(found) if found else np.zeros((1, pictures))
 
@@ -228,14 +233,17 @@ def _energy(values: Array) -> float:
     return float((_finite(values).astype(np.float64) ** 2).sum())
 
 
-def _relative_noise(exact: Array, test: Array, energy: float) -> NDArray[np.float64]:
-    """Noise by signal energy of each row, the signal at least `energy`."""
+def _relative_noise(
+    exact: Array, test: Array, energy: float, *, alike: bool = False
+) -> NDArray[np.float64]:
+    """Noise by signal energy of each row, the signal at least `energy`; just that if `alike`."""
     finite = np.isfinite(exact)
     r = _finite(exact).astype(np.float64).reshape(len(exact), -1)
     t = np.where(finite, test, 0).astype(np.float64).reshape(len(exact), -1)
     t[~np.isfinite(t)] = np.inf
     noise = ((r - t) ** 2).sum(axis=1)
-    signal = np.maximum((r**2).sum(axis=1), energy)
+    own = (r**2).sum(axis=1)
+    signal = np.full(len(own), energy) if alike and energy > 0 else np.maximum(own, energy)
     found: NDArray[np.float64] = noise / np.where(signal > 0, signal, 1.0)
     return found
 

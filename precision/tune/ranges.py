@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,6 @@ from trtune.calibrate.methods import CANDIDATES
 from trtune.configs.progress import Progress, silent
 from trtune.precision.compare.alone import Alone, Change, fake_quantize, in_parallel
 from trtune.precision.plan.placement import Edge
-from trtune.precision.tune.choice import Choice, Named, nearest_name
 from trtune.precision.tune.judge import Judge, judge_of, worst
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,35 @@ REACHES = 0.8
 
 WITNESSES = 3
 """Pictures, at least, to show it on."""
+
+
+Named = tuple[str, float]
+"""A method, and the factor from its amax to another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The amax chosen for a range, which method it is (or near to), and its output error.
+
+    `factor` is the amax by that of the method, 1 where they are the same. `error` is that of the
+    worst output, as `judge.worst` has it.
+    """
+
+    amax: float
+    method: str
+    error: float
+    factor: float = 1.0
+
+
+def nearest_name(amax: float, names: Mapping[float, Named]) -> Named:
+    """How to call an amax that no method gave: the nearest method and the factor.
+
+    >>> nearest_name(1.25, {1.0: ("mse", 1.0), 4.0: ("max", 1.0)})
+    ('mse', 1.25)
+    """
+    named = {known: name for known, (name, factor) in names.items() if factor == 1}
+    known = min(named, key=lambda other: abs(np.log(amax / other)))
+    return named[known], amax / known
 
 
 def choose_by_output(

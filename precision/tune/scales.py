@@ -42,10 +42,9 @@ from trtune.precision.plan.placement import (
 )
 from trtune.precision.plan.plan import RANGE, PrecisionPlan
 from trtune.precision.runtime.session import make_session
-from trtune.precision.tune.choice import Choice
 from trtune.precision.tune.company import Company
-from trtune.precision.tune.judge import level
-from trtune.precision.tune.ranges import USUAL, choose_by_output
+from trtune.precision.tune.ranges import USUAL, Choice, choose_by_output
+from trtune.precision.tune.standing import Standing
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,13 @@ UNIFORM = ("entropy", "mse", "percentile", "max")
 """The methods that `auto` must not be behind of: each for all ranges is tried as a whole."""
 
 OTHERS = 2
-"""Pictures that decide between tables, by those that a range is chosen on."""
+"""Pictures that tables are first compared on, by those that a range is chosen on."""
+
+MOST_OTHERS = 256
+"""Pictures, at most, that they are compared on."""
+
+OTHERS_BYTES = 512 << 20
+"""... of so many bytes at most, with the network's outputs."""
 
 MOST_SHOWN = 3
 LIGHT = 256 << 20
@@ -181,7 +186,8 @@ def calibrate_model(
     others: tuple[Batch, ...] = ()
     if method == AUTO_METHOD and names:
         count = enough_pictures(model, view, placement, source, holdout)
-        held, others = hold_out_more(source, count, OTHERS * count)
+        beyond = _most_others(source) if ranges is None else 0
+        held, others = hold_out_more(source, count, beyond, part=1.0)
     seen = seen_pictures(source, held, batch_size(model.inputs, 1))
     beside = implicit_only(view, plan, lowerings)
     moved = with_clamped(view, dict.fromkeys(tensors, 1.0))
@@ -220,6 +226,15 @@ def calibrate_model(
     for line in better_ranges(calibrated) if method != AUTO_METHOD else ():
         log.warning("%s", line)
     return calibrated
+
+
+def _most_others(source: BatchSource) -> int:
+    """How many pictures tables are compared on, at most: `MOST_OTHERS`, or what is light."""
+    first = next(iter(source), None)
+    if first is None:
+        return 0
+    each = sum(array.nbytes for array in first.feeds.values()) / max(len(first), 1)
+    return min(MOST_OTHERS, max(int(OTHERS_BYTES / max(each, 1)), 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +342,8 @@ def auto_ranges(
     the one with the least error of the whole quantized network; from there every range once more
     with all the others quantized (`Company.round`), which is kept if it has less error. Both are
     decided on `others`, pictures that no range was chosen on, if there are any: what a search finds
-    on a few pictures is too good there.
+    on a few pictures is too good there. They are as many as it takes to tell the tables apart
+    (`standing.race`), so that what is found is not behind one method for all ranges.
     """
     alone = Alone(model, view, placement, pictures, device=device)
     choices = choose_by_output(alone, histograms, _edges(placement, roots), progress=progress)
@@ -343,42 +359,29 @@ def auto_ranges(
     company = Company(model, quantized, table, ranges, pictures, references, device=device)
     judging = company
     if others:
-        exact = exact_outputs(model, others, device=device)
-        judging = Company(model, quantized, table, ranges, others, exact, device=device)
-    best = _best_start(judging, choices, histograms, progress)
-    limits = {name: range_limits(histograms[name], best[name].amax) for name in ranges}
-    found = company.round(best, limits, progress=progress)
-    before, after = (judging.errors({n: c.amax for n, c in x.items()}) for x in (best, found))
-    log.info("in company: %.2f dB, before %.2f", -level(after), -level(before))
-    return found if level(after) <= level(before) else best
+        exact = exact_outputs(model, others, device=device, most=OTHERS_BYTES)
+        others = others[: len(exact)]
+        judging = Company(model, quantized, table, ranges, others, exact, device=device, alike=True)
+    standing = Standing(judging, OTHERS * sum(map(len, pictures)), progress)
+    starts = _starts(choices, histograms)
+    start = standing.best(starts)
+    limits = {n: range_limits(histograms[n], starts[start][n].amax) for n in ranges}
+    found = company.round(starts[start], limits, progress=progress)
+    finished = standing.best({start: starts[start], "in company": found})
+    log.info("ranges: from %s, %s is kept", start, finished)
+    return found if finished != start else starts[start]
 
 
-def _best_start(
-    company: Company,
-    choices: dict[str, Choice],
-    histograms: Mapping[str, Histogram],
-    progress: Progress,
-) -> dict[str, Choice]:
-    """`choices`, or the choices of the one method for all that does better in company."""
-    starts = [choices]
+def _starts(
+    choices: dict[str, Choice], histograms: Mapping[str, Histogram]
+) -> dict[str, dict[str, Choice]]:
+    """What a search in company may start from: `choices`, and one method for all ranges."""
+    held = {name: histograms[name] for name in choices}
+    found = {"each range alone": choices}
     for method in UNIFORM:
-        held = {name: histograms[name] for name in choices}
-        found = _chosen_alike(held, method, PERCENTILE)
-        starts.append(
-            {name: c if choices[name].amax > 0 else choices[name] for name, c in found.items()}
-        )
-    errors = []
-    for number, start in enumerate(starts):
-        errors.append(level(company.errors({name: c.amax for name, c in start.items()})))
-        progress("compare methods", number + 1, len(starts))
-    best = min(range(len(starts)), key=lambda k: (errors[k], k))
-    names = ("each range alone", *UNIFORM)
-    log.info(
-        "auto starts from %s: %s",
-        names[best],
-        ", ".join(f"{n} {-e:.2f} dB" for n, e in zip(names, errors, strict=True)),
-    )
-    return starts[best]
+        alike = _chosen_alike(held, method, PERCENTILE)
+        found[method] = {n: c if choices[n].amax > 0 else choices[n] for n, c in alike.items()}
+    return found
 
 
 def range_limits(histogram: Histogram, amax: float) -> tuple[float, float]:
@@ -528,14 +531,22 @@ def in_batches(model: Model, pictures: Sequence[Batch]) -> list[Batch]:
 
 
 def exact_outputs(
-    model: Model, batches: Sequence[Batch], *, device: str = "cpu"
+    model: Model, batches: Sequence[Batch], *, device: str = "cpu", most: float = math.inf
 ) -> list[list[Any]]:
-    """The FP32 outputs of each batch, in the model's order."""
+    """The FP32 outputs of each batch, in the model's order; of the first batches only, once they
+    take `most` bytes."""
     session = make_session(
         model.proto, threads=usable_cores(), external_dir=model.external_dir, device=device
     )
     names = [output.name for output in model.outputs]
-    return [session.run(names, dict(batch.feeds)) for batch in batches]
+    found: list[list[Any]] = []
+    held = 0
+    for batch in batches:
+        if held >= most:
+            break
+        found.append(session.run(names, dict(batch.feeds)))
+        held += sum(array.nbytes for array in found[-1])
+    return found
 
 
 def without_zero_ranges(

@@ -18,11 +18,11 @@ from trtune.calibrate.methods import CANDIDATES
 from trtune.datasets.batches import Batch
 from trtune.precision.compare.alone import Alone, Change, fake_quantize
 from trtune.precision.plan.placement import place
-from trtune.precision.tune.choice import Choice
 from trtune.precision.tune.judge import Judge, worst
 from trtune.precision.tune.ranges import (
     APART,
     WITNESSES,
+    Choice,
     choose_by_output,
     distinct_candidates,
 )
