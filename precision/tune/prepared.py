@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,12 +73,23 @@ FEWEST = 8
 
 
 @dataclass(frozen=True, slots=True)
+class MoveCosts:
+    """The tensors whose rewrites were dropped, with what they cost; the kernels of the engines
+    without any rewrite and with those that are left, 0 where none stays as a node; why nothing
+    could be told, if so."""
+
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    kernels: tuple[int, int] = (0, 0)
+    unknown: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """A prepared model with its plan and table, which replace those it was made from.
 
     `plan` holds the nodes that were added too. `tried` maps each set of moves that was tried to
     the error of the worst output, and to the gain over none with its standard error, in decibels
-    averaged over the outputs.
+    averaged over the outputs. `costs` is what a compiler says of the rewrites, if it was asked.
     """
 
     prepared: Prepared
@@ -86,6 +97,7 @@ class Ready:
     calibrated: Calibrated
     tried: Mapping[str, tuple[float, float, float]]
     moves: tuple[Move, ...] = ()
+    costs: MoveCosts = field(default_factory=MoveCosts)
 
     def model_for(self, plan: PrecisionPlan) -> Model:
         """The model to lower for `plan`: the weights of its int8 nodes carry their codes."""
@@ -111,6 +123,7 @@ def prepare_model(
     base: Calibrated,
     *,
     moves: Sequence[str] | None = None,
+    leave: Collection[str] = (),
     lowerings: Iterable[str] = ("emulate",),
     method: str = AUTO_METHOD,
     percentile: float = PERCENTILE,
@@ -128,7 +141,8 @@ def prepare_model(
     `holdout` pictures (those of method auto); the moves together, and rounding, are judged on up to
     twice as many others, which take no part in choosing. With `moves` None a move is kept only if
     those show a gain beyond its noise; otherwise exactly `moves` are made, still with what is best
-    for each tensor. `device` is where the network runs.
+    for each tensor. Channels of the tensors in `leave` stay as they are. `device` is where the
+    network runs.
     """
     kinds = AUTO_MOVES if moves is None else tuple(moves)
     start = _Variant("none", model, without_zero_ranges(view, plan, base.table), base)
@@ -146,9 +160,9 @@ def prepare_model(
     else:
         chosen_on = judged_on = found
     job = _Job(
-        view, kinds, lowerings=tuple(lowerings), method=method, percentile=percentile,
-        holdout=holdout, memory=memory, halves=halves, float8=float8, device=device,
-        provenance=provenance, progress=progress,
+        view, kinds, leave=frozenset(leave), lowerings=tuple(lowerings), method=method,
+        percentile=percentile, holdout=holdout, memory=memory, halves=halves, float8=float8,
+        device=device, provenance=provenance, progress=progress,
     )  # fmt: skip
     variants = _variants(start, job, fitted, seen, chosen_on)
     best, tried = _best(
@@ -169,6 +183,7 @@ class _Job:
 
     view: GraphView
     kinds: Sequence[str]
+    leave: frozenset[str]
     lowerings: tuple[str, ...]
     method: str
     percentile: float
@@ -207,7 +222,8 @@ def _variants(
     chooser, axes = None, {}
     if job.moves:
         placement = place(view, start.plan)
-        axes = channel_tensors(view, placement)
+        every = channel_tensors(view, placement)
+        axes = {tensor: axis for tensor, axis in every.items() if tensor not in job.leave}
         reach = reaches(model, axes, seen, device=job.device, progress=job.progress)
         batches = held_batches(model, view, placement, tuple(chosen_on), memory=job.memory)
         alone = Alone(model, view, placement, batches, device=job.device)

@@ -28,6 +28,7 @@ from trtune.precision.runtime.api import Backend
 from trtune.precision.tune.scales import IMPLICIT
 
 if TYPE_CHECKING:
+    from trtune.precision.backends.rtx.backend import RtxBackend
     from trtune.precision.backends.trt.build import Settings
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,13 @@ def _rtx(section: TensorRTRTX, shapes: Mapping[str, Any], batch: int) -> Backend
         timeout=section.timeout,
         tf32=section.tf32,
     )
+
+
+def rtx_of(backends: Iterable[Backend]) -> RtxBackend | None:
+    """The first of `backends` that is TensorRT-RTX."""
+    from trtune.precision.backends.rtx.backend import RtxBackend
+
+    return next((found for found in backends if isinstance(found, RtxBackend)), None)
 
 
 def _tensorrt(

@@ -16,6 +16,7 @@ from trtune.precision.prepare.codes import readers_of
 from trtune.precision.prepare.values import ROUND_CODES, sentences
 from trtune.precision.quantized.describe import nothing_in_int8
 from trtune.precision.quantized.findings import summary
+from trtune.precision.tune.prepared import MoveCosts
 from trtune.precision.tune.scales import AUTO_METHOD, better_ranges, carried_tensors
 from trtune.precision.tune.walk import Tuned
 from trtune.reports.accuracy import Evaluation
@@ -274,9 +275,11 @@ def prepared_notes(work: RunWork) -> list[str]:
     if not is_lowered(work.untuned) or work.ready is None:
         return []
     found, rows = work.ready.prepared, prepared_moves(work)
+    stays = any(not entry.folded for entry in found.moved)
+    costs = cost_notes(work.ready.costs) if stays or work.ready.costs.dropped else []
     if not rows:
         nothing = "nothing was prepared: no rewrite helped beyond its noise"
-        return [nothing] if work.ready.tried else []
+        return [nothing, *costs] if work.ready.tried else costs
     moved = {entry.tensor: entry for entry in found.moved}
     lines = [
         f"prepared: {sum(ROUND_CODES in moves for moves in rows.values())} weights rounded on the "
@@ -284,7 +287,25 @@ def prepared_notes(work: RunWork) -> list[str]:
         f"{PREPARED_MODEL} and {PREPARED_CACHE} belong together, "
         f"{CACHE_FILE} to the model as it was"
     ]
-    return lines + sentences(moved, [name for name in moved if ROUND_CODES in rows[name]])
+    lines += sentences(moved, [name for name in moved if ROUND_CODES in rows[name]])
+    return lines + costs
+
+
+def cost_notes(costs: MoveCosts) -> list[str]:
+    """What TensorRT-RTX makes of rewrites that stay as nodes, and which were dropped for it."""
+    lines = [
+        f"{tensor}: not rewritten, for what it costs in TensorRT-RTX: {what}"
+        for tensor, what in costs.dropped.items()
+    ]
+    before, after = costs.kernels
+    if costs.unknown:
+        lines.append(f"what rewrites cost in TensorRT-RTX is not known: {costs.unknown}")
+    elif before:
+        lines.append(
+            f"TensorRT-RTX has {after} kernels with the rewrites that stay as nodes, {before} "
+            "without, and no planned node less in INT8"
+        )
+    return lines
 
 
 def alone_notes(work: RunWork) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,19 +11,21 @@ from trtune.calibrate.sessions import device_of
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Config
 from trtune.configs.system.cluster import Cluster
+from trtune.precision.backends.rtx.support import NAME as RTX_NAME
 from trtune.precision.graph.file import Model
 from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.plan import PrecisionPlan, is_lowered
 from trtune.precision.runtime.api import Candidate
 from trtune.precision.runtime.errors import ErrorSums
-from trtune.precision.tune.prepared import Ready
+from trtune.precision.tune.prepared import MoveCosts, Ready
 from trtune.precision.tune.preparing import extended_plan
 from trtune.precision.tune.scales import Calibrated
 from trtune.reports.measures.sense import Oddity
 from trtune.reports.outputs import IN_MEMORY
-from trtune.run.backends import Backends, Runtimes, backends_of, check_precisions
+from trtune.run.backends import Backends, Runtimes, backends_of, check_precisions, rtx_of
 from trtune.run.data import RunData, data_of, left_out
 from trtune.run.stage import Stage
+from trtune.run.stages.accounts import move_costs, weighed
 from trtune.run.stages.calibration import calibration
 from trtune.run.stages.engines import candidate_of
 from trtune.run.stages.layers import alone
@@ -144,23 +147,58 @@ class RunWork:
 
     @cached_property
     def ready(self) -> Ready | None:
-        """The prepared model with its plan and table; None if nothing in it was to be prepared."""
+        """The prepared model with its plan and table; None if nothing in it was to be prepared.
+
+        Rewrites that cost something in TensorRT-RTX are not in it.
+        """
         setup = self.setup
-        section = setup.config.calibration
-        if not is_prepared(section, setup.subject, setup.planned):
+        if not is_prepared(setup.config.calibration, setup.subject, setup.planned):
             return None
-        stage = preparation(
+        costs = self._move_costs()
+        return replace(self._prepared(costs.dropped), costs=costs)
+
+    def _move_costs(self) -> MoveCosts:
+        """What rewrites that stay as nodes cost in TensorRT-RTX, where the config has that backend
+        and it builds here."""
+        setup = self.setup
+        backend = rtx_of(setup.backends.present)
+        if backend is None:
+            missing = [one.reason for one in setup.backends.absent if one.name == RTX_NAME]
+            return MoveCosts(unknown="; ".join(missing))
+        before = plan_by_ranges(setup.subject, setup.planned, self.plain)
+        without = candidate_of(setup.subject, before, self.plain.table)
+
+        def weigh() -> MoveCosts:
+            return weighed(self._prepared, without, self._candidate_of, backend, setup.progress)
+
+        stage = move_costs(self._preparation(()), setup.planned, backend, weigh)
+        return self.workspace.get(stage)
+
+    def _candidate_of(self, ready: Ready) -> Candidate:
+        """The untuned plan of a prepared model."""
+        subject = prepared_subject(self.setup.subject, ready)
+        extended = extended_plan(self.setup.planned, subject.view)
+        plan = plan_by_ranges(subject, extended, ready.calibrated)
+        coded = replace(subject, model=ready.model_for(plan))
+        return candidate_of(coded, plan, ready.calibrated.table)
+
+    def _prepared(self, leave: Iterable[str]) -> Ready:
+        return self.workspace.get(self._preparation(leave))
+
+    def _preparation(self, leave: Iterable[str]) -> Stage[Ready]:
+        setup = self.setup
+        return preparation(
             setup.subject,
             setup.planned,
             self.plain,
             setup.calibration,
-            section,
+            setup.config.calibration,
             lowerings=setup.backends.lowerings,
+            leave=leave,
             device=self.setup.device,
             float8=wants_float8(setup),
             progress=setup.progress,
         )
-        return self.workspace.get(stage)
 
     @cached_property
     def subject(self) -> Subject:

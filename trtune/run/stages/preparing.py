@@ -55,16 +55,18 @@ def preparation(
     section: Section,
     *,
     lowerings: Iterable[str],
+    leave: Iterable[str] = (),
     device: str = "cpu",
     float8: bool = False,
     progress: Progress,
 ) -> Stage[Ready]:
     """The model of `subject` with its channels moved and its codes rounded, where that helps.
 
-    `base` is its calibration without. Pins do not decide: the prepared model serves any.
+    `base` is its calibration without. Pins do not decide: the prepared model serves any. Channels
+    of the tensors in `leave` stay as they are.
     """
     moves = None if section.prepare == "auto" else list(section.prepare)
-    lowerings, halves = tuple(lowerings), bool(planned.halves)
+    lowerings, halves, left = tuple(lowerings), bool(planned.halves), sorted(leave)
     plan = make_plan(subject.view, default="int8")
     needs = {
         "model": subject.model,
@@ -77,6 +79,7 @@ def preparation(
         "halves": halves,
         "lowerings": sorted(lowerings),
         **({"float8": True} if float8 else {}),
+        **({"left as they are": left} if left else {}),
         **versions("trtune", "onnx", "onnxruntime", "numpy", "numba"),
         **device_needs(device),
     }
@@ -89,6 +92,7 @@ def preparation(
             data.source,
             base,
             moves=moves,
+            leave=left,
             lowerings=lowerings,
             method=section.method,
             percentile=section.percentile,
