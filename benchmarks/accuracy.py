@@ -7,6 +7,8 @@
                                                         each shared model in INT8, in FP8, and with
                                                         both on the tuner's ladder; and EfficientNet
                                                         with its outlier picture under plain max
+    python benchmarks/accuracy.py --methods --limits    and what weights alone and activations
+                                                        alone cost, beside what is reached
     python benchmarks/accuracy.py --only resnet20       those whose name holds a text
     python benchmarks/accuracy.py --jobs 4 --cores 4    several at a time, each on cores of its own
     python benchmarks/accuracy.py --peers PEERS.py      other tools on the same pictures as well
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -236,6 +238,36 @@ def methods_table(rows: Sequence[Row]) -> list[str]:
     return markdown(header, lines)
 
 
+PARTS = (
+    *("all, nearest codes", "all, rounded", "weights alone, nearest", "weights alone, rounded"),
+    "activations alone",
+)
+"""The columns of the table of limits, as `limits.py` names them."""
+
+
+def limits_of(model: str, cores: frozenset[int]) -> dict[str, dict[str, float]]:
+    """What `limits.py` measures of a model, in a process of its own; nothing if it fails."""
+    command = [sys.executable, str(HERE / "limits.py"), model, "--json"]
+    if cores:
+        command = ["taskset", "-c", ",".join(map(str, sorted(cores))), *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"limits of {model}: {done.stderr.strip()[-500:]}", flush=True)
+        return {}
+    found: dict[str, dict[str, float]] = json.loads(done.stdout.strip().splitlines()[-1])["limits"]
+    return found
+
+
+def limits_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """A line for each model as calibrated and as prepared."""
+    lines = [
+        [model, case, *(f"{parts[part]:.2f}" for part in PARTS)]
+        for model, cases in found.items()
+        for case, parts in cases.items()
+    ]
+    return markdown(["model", "", *PARTS], lines)
+
+
 def peer_rows(script: Path, python: str, model: str) -> list[Row]:
     rows = []
     for tool, method in PEERS:
@@ -256,7 +288,12 @@ def peer_rows(script: Path, python: str, model: str) -> list[Row]:
     return rows
 
 
-def report(rows: Sequence[Row], jobs: int, cores: int) -> str:
+def report(
+    rows: Sequence[Row],
+    limits: Mapping[str, Mapping[str, Mapping[str, float]]],
+    jobs: int,
+    cores: int,
+) -> str:
     each = f", {cores} cores a run, {jobs} at a time" if cores else ""
     labels = set(METHODS)
     others = [cells_of(row) for row in rows if row.case not in labels]
@@ -266,6 +303,14 @@ def report(rows: Sequence[Row], jobs: int, cores: int) -> str:
         "whole process, evaluations included.",
         "## By method, no pins, `emulate`",
         "\n".join(methods_table(rows)),
+        *(
+            [
+                "## What weights alone and activations alone cost, dB",
+                "\n".join(limits_table(limits)),
+            ]
+            if limits
+            else []
+        ),
         "## Other cases",
         "\n".join(markdown(HEADER, others)),
     ]
@@ -279,6 +324,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every case; writes results/accuracy.md")
     parser.add_argument("--methods", action="store_true", help="the cases by method alone")
     parser.add_argument("--precisions", default="", help="int8, fp8, mixed: those, with commas")
+    parser.add_argument("--limits", action="store_true", help="weights and activations alone too")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE for every run")
     parser.add_argument("--only", default="", help="cases whose config name holds this text")
     parser.add_argument("--label", default="", help="cases whose label is this text")
@@ -316,6 +362,13 @@ def main() -> None:
         finally:
             free.put(cores)
 
+    def bounds(model: str) -> tuple[str, dict[str, dict[str, float]]]:
+        cores = free.get()
+        try:
+            return model, limits_of(model, cores)
+        finally:
+            free.put(cores)
+
     print("\n".join(markdown(HEADER, [])), flush=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for done in as_completed([pool.submit(one, case) for case in cases]):
@@ -323,10 +376,17 @@ def main() -> None:
             print("\n".join(markdown(HEADER, map(cells_of, done.result()))[2:]), flush=True)
             if arguments.json:
                 arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    limits: dict[str, dict[str, dict[str, float]]] = {}
+    if arguments.limits:
+        wanted = [model for model in WANTED if arguments.only in model]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for model, found in pool.map(bounds, wanted):
+                limits |= {model: found} if found else {}
+                print("\n".join(limits_table({model: found})[2:]), flush=True)
     if arguments.peers:
         for model in dict.fromkeys(case.config for case in cases if case.config in FLOAT):
             rows += peer_rows(arguments.peers, arguments.peer_python, model)
-    text = report(rows, arguments.jobs, arguments.cores)
+    text = report(rows, limits, arguments.jobs, arguments.cores)
     print(text)
     if arguments.all:
         (HERE / "results" / "accuracy.md").write_text(text, encoding="utf-8")
