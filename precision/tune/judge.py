@@ -168,23 +168,49 @@ class Improvement:
     """Decibels gained, averaged over the groups, with their standard error, paired over pictures.
 
     `typical` and `typical_noise` are the same of the typical picture: the mean of the logarithms
-    instead of the logarithm of the mean. `groups` and `group_noises` are those of each group.
+    instead of the logarithm of the mean; `likely_noise` is the standard error of `likely`. `groups`
+    and `group_noises` are those of each group.
     """
 
     decibels: float
     noise: float
     typical: float
     typical_noise: float
+    likely_noise: float
     groups: NDArray[np.float64]
     group_noises: NDArray[np.float64]
 
     @property
     def is_shown(self) -> bool:
         """Whether the gain is beyond its noise, of the mean or of the typical picture, and no group
-        loses more than `HURT` beyond its own."""
-        if not self.decibels > 0 or np.any(self.groups < -np.maximum(HURT, self.group_noises)):
+        is hurt."""
+        if not self.decibels > 0 or self.hurts:
             return False
         return self.decibels > self.noise or self.typical > self.typical_noise
+
+    @property
+    def hurts(self) -> bool:
+        """Whether a group loses more than `HURT` beyond its noise."""
+        return bool(np.any(self.groups < -np.maximum(HURT, self.group_noises)))
+
+    @property
+    def likely(self) -> float:
+        """Half of the mean's gain and half of the typical picture's: a few pictures decide the one,
+        and pictures that matter little the other."""
+        return (self.decibels + self.typical) / 2
+
+    def towards(self, expected: float, spread: float) -> float:
+        """The likely gain drawn towards what is `expected`, which holds up to a standard deviation
+        of `spread` decibels.
+
+        >>> flat = np.zeros(1)
+        >>> Improvement(1.0, 0.5, 2.0, 0.5, 1.0, flat, flat).towards(0.5, 1.0)
+        1.0
+        """
+        if self.likely_noise <= 0 or not np.isfinite(self.likely):
+            return self.likely
+        weight = 1 / (1 + (self.likely_noise / spread) ** 2)
+        return expected + weight * (self.likely - expected)
 
 
 def improvement(
@@ -199,7 +225,7 @@ def improvement(
     if not np.isfinite(old).all() or not np.isfinite(new).all():
         sign = np.isfinite(new).all() and not np.isfinite(old).all()
         way = np.full(len(old), np.inf if sign else -np.inf)
-        return Improvement(float(way[0]), 0.0, float(way[0]), 0.0, way, np.zeros(len(old)))
+        return Improvement(float(way[0]), 0.0, float(way[0]), 0.0, 0.0, way, np.zeros(len(old)))
     old, new = np.maximum(old, LEAST_ERROR), np.maximum(new, LEAST_ERROR)
     parts = (old - new) / old.mean(axis=1, keepdims=True)
     ratios = np.log(old / new)
@@ -210,6 +236,7 @@ def improvement(
         noise=to_db * _standard_error(parts.mean(axis=0)),
         typical=to_db * float(ratios.mean()),
         typical_noise=to_db * _standard_error(ratios.mean(axis=0)),
+        likely_noise=to_db * _standard_error((parts + ratios).mean(axis=0) / 2),
         groups=to_db * groups,
         group_noises=to_db * np.array([_standard_error(row) for row in parts]),
     )

@@ -50,12 +50,15 @@ from trtune.precision.tune.preparing import (
 )
 from trtune.precision.tune.scales import (
     AUTO_METHOD,
+    BESIDE_AUTO,
     Calibrated,
+    Ranges,
     calibrate_model,
     enough_pictures,
     exact_outputs,
     held_batches,
     in_batches,
+    ranged_alike,
     without_zero_ranges,
 )
 
@@ -66,7 +69,17 @@ AUTO_MOVES = ALL_MOVES
 shift has made large is worse than what it saves."""
 
 JUDGED = 2
-"""Pictures that judge what was chosen, by those that it was chosen on."""
+"""Pictures that judge what was chosen, at least, by those that it was chosen on."""
+
+MOST_JUDGED = 320
+HELD_BYTES = 256 << 20
+"""More of them judge where the pictures take no more bytes than this, up to `MOST_JUDGED`."""
+
+APART = 0.7
+"""The part of all pictures that choose and judge; the others are what rounding is fitted to."""
+
+BEHIND = 1.0
+"""One method for all ranges is tried to the end unless it is this many decibels behind."""
 
 FEWEST = 8
 """Held-out pictures, at least, to choose and to judge by."""
@@ -88,8 +101,9 @@ class Ready:
     """A prepared model with its plan and table, which replace those it was made from.
 
     `plan` holds the nodes that were added too. `tried` maps each set of moves that was tried to
-    the error of the worst output, and to the gain over none with its standard error, in decibels
-    averaged over the outputs. `costs` is what a compiler says of the rewrites, if it was asked.
+    the error of the worst output, and to the likely gain over none (`judge.Improvement`) with its
+    standard error, in decibels averaged over the outputs. `costs` is what a compiler says of
+    the rewrites, if it was asked.
     """
 
     prepared: Prepared
@@ -138,22 +152,21 @@ def prepare_model(
     """`model` prepared as calibration pictures show that it quantizes best.
 
     `base` is its calibration without any move. Each tensor's scale and shift is chosen on
-    `holdout` pictures (those of method auto); the moves together, and rounding, are judged on up to
-    twice as many others, which take no part in choosing. With `moves` None a move is kept only if
-    those show a gain beyond its noise; otherwise exactly `moves` are made, still with what is best
-    for each tensor. Channels of the tensors in `leave` stay as they are. `device` is where the
-    network runs.
+    `holdout` pictures (those of method auto); the moves together, and rounding, are judged on
+    others, twice as many or more, of which only histograms know. With `moves` None a move is kept
+    only if those show a gain beyond its noise; otherwise exactly `moves` are made, still with what
+    is best for each tensor. Channels of the tensors in `leave` stay as they are. `device` is where
+    the network runs.
     """
     kinds = AUTO_MOVES if moves is None else tuple(moves)
     start = _Variant("none", model, without_zero_ranges(view, plan, base.table), base)
     if not start.plan.int8_nodes or not kinds:
         return Ready(Prepared(model), plan, base, {})
     count = enough_pictures(model, view, place(view, start.plan), source, holdout)
-    chosen_on, judged_on = hold_out_more(source, count, JUDGED * count)
-    found, fitted, seen = chosen_on + judged_on, source, source
+    chosen_on, judged_on = hold_out_more(source, count, _judged(source, count), part=APART)
+    found, seen = chosen_on + judged_on, source
     if len(found) >= FEWEST and judged_on:
-        fitted = Without(source, frozenset(i for b in judged_on for i in b.items))
-        seen = Without(fitted, frozenset(i for b in chosen_on for i in b.items))
+        seen = Without(source, frozenset(i for b in found for i in b.items))
     elif moves is None:
         log.info("not prepared: %d pictures to judge by are too few", len(found))
         return Ready(Prepared(model), plan, base, {})
@@ -164,10 +177,9 @@ def prepare_model(
         percentile=percentile, holdout=holdout, memory=memory, halves=halves, float8=float8,
         device=device, provenance=provenance, progress=progress,
     )  # fmt: skip
-    variants = _variants(start, job, fitted, seen, chosen_on)
-    best, tried = _best(
-        variants, judged_on, model, forced=moves is not None, device=device, progress=progress
-    )
+    variants = _variants(start, job, source, seen, chosen_on)
+    judged = _Judged(model, judged_on, device)
+    best, tried = _best(variants, judged, forced=moves is not None, progress=progress)
     error = tried["none"][0]
     left = tried[best.name][0]
     gained = 10 * math.log10(error / left) if 0 < left < math.inf > error > 0 else 0.0
@@ -175,6 +187,15 @@ def prepare_model(
     result = Prepared(best.model, best.codes or {}, best.moved, gained)
     whole = plan if best.model is model else extended_plan(plan, GraphView.of(best.model))
     return Ready(result, whole, best.calibrated, tried, best.moves)
+
+
+def _judged(source: BatchSource, count: int) -> int:
+    """How many pictures are to judge what `count` others chose."""
+    first = next(iter(source), None)
+    if first is None:
+        return JUDGED * count
+    each = max(sum(array.nbytes for array in first.feeds.values()) // max(len(first), 1), 1)
+    return max(JUDGED * count, min(HELD_BYTES // each, MOST_JUDGED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +216,25 @@ class _Job:
     provenance: Mapping[str, Any] | None
     progress: Progress
 
+    def calibrated(
+        self,
+        model: Model,
+        view: GraphView,
+        plan: PrecisionPlan,
+        source: BatchSource,
+        method: str,
+        ranges: Ranges | None = None,
+    ) -> Calibrated:
+        """A rewritten model's own ranges."""
+        return calibrate_model(
+            model, view, plan, source,
+            lowerings=self.lowerings, method=method, percentile=self.percentile,
+            holdout=self.holdout, memory=self.memory,
+            also=tensors_for_ranges(view) if self.halves else (), ranges=ranges,
+            float8=self.float8, device=self.device, provenance=self.provenance,
+            progress=self.progress,
+        )  # fmt: skip
+
     @property
     def moves(self) -> str:
         """scale, shift, both or nothing."""
@@ -209,7 +249,7 @@ class _Job:
 def _variants(
     start: _Variant,
     job: _Job,
-    fitted: BatchSource,
+    source: BatchSource,
     seen: BatchSource,
     chosen_on: Sequence[Batch],
 ) -> list[_Variant]:
@@ -239,14 +279,23 @@ def _variants(
     variants = [start]
     if job.rounding:
         variants.append(replace(start, name=job.rounding, codes=codes))
-    return variants + _moved(start, job, moves, fitted, seen)
+    return variants + _moved(start, job, moves, source, seen, _Judged(model, chosen_on, job.device))
 
 
 def _moved(
-    start: _Variant, job: _Job, moves: Sequence[Move], fitted: BatchSource, seen: BatchSource
+    start: _Variant,
+    job: _Job,
+    moves: Sequence[Move],
+    source: BatchSource,
+    seen: BatchSource,
+    judged: _Judged,
 ) -> list[_Variant]:
     """The model with its channels scaled and shifted, calibrated again, without and with rounded
-    codes; nothing if there are no moves."""
+    codes; nothing if there are no moves.
+
+    Ranges are chosen again in company; method auto stands beside the least square error for all,
+    which is the better one where few pictures cannot tell ranges apart.
+    """
     model, moved = apply_moves(start.model, moves)
     if not moved:
         return []
@@ -257,56 +306,75 @@ def _moved(
         kinds=job.kinds if job.rounding else (), memory=job.memory, device=job.device,
         progress=job.progress,
     )  # fmt: skip
-    calibrated = calibrate_model(
-        model, view, plan, fitted,
-        lowerings=job.lowerings, method=job.method, percentile=job.percentile,
-        holdout=job.holdout, memory=job.memory, also=tensors_for_ranges(view) if job.halves else (),
-        ranges=again.ranges, float8=job.float8, device=job.device,
-        provenance=job.provenance, progress=job.progress,
-    )  # fmt: skip
+    calibrated = job.calibrated(model, view, plan, source, job.method, again.ranges)
     plan = without_zero_ranges(view, plan, calibrated.table)
-    plain = _Variant(job.moves, model, plan, calibrated, moved, tuple(moves))
-    if not job.rounding:
-        return [plain]
-    codes = again.codes
-    if not codes:
-        codes = rounded_weights(
-            model, plan, calibrated.table, seen,
-            kinds=job.kinds, memory=job.memory, device=job.device, progress=job.progress,
+    found = [_Variant(job.moves, model, plan, calibrated, moved, tuple(moves), again.codes)]
+    if job.method == AUTO_METHOD and _is_close(found[0], view, job, judged):
+        beside = job.calibrated(model, view, plan, source, BESIDE_AUTO)
+        name = f"{job.moves} ({BESIDE_AUTO})"
+        found.append(replace(found[0], name=name, calibrated=beside, codes=None))
+    return [_rounded(variant, job, seen) for variant in found] if job.rounding else found
+
+
+def _is_close(variant: _Variant, view: GraphView, job: _Job, judged: _Judged) -> bool:
+    """Whether one method for all ranges may be as good as those of `variant`, before rounding."""
+    calibrated = ranged_alike(variant.calibrated, view, variant.plan, job.lowerings)
+    alike = replace(variant, calibrated=calibrated)
+    found = [level(judged.errors(replace(v, codes=None))) for v in (variant, alike)]
+    return found[1] < found[0] + BEHIND
+
+
+def _rounded(variant: _Variant, job: _Job, seen: BatchSource) -> _Variant:
+    """`variant` with the codes it has, or its weights rounded if it has none."""
+    codes = variant.codes or rounded_weights(
+        variant.model, variant.plan, variant.calibrated.table, seen,
+        kinds=job.kinds, memory=job.memory, device=job.device, progress=job.progress,
+    )  # fmt: skip
+    name = variant.name.replace(job.moves, f"{job.moves}+{job.rounding}")
+    return replace(variant, name=name, codes=codes)
+
+
+class _Judged:
+    """What variants of `model` do to its outputs on `pictures`, against FP32."""
+
+    def __init__(self, model: Model, pictures: Sequence[Batch], device: str) -> None:
+        self._model, self._device = model, device
+        self._names = [output.name for output in model.outputs]
+        self._batches = in_batches(model, pictures)
+        references = exact_outputs(model, self._batches, device=device)
+        sizes = [len(batch) for batch in self._batches]
+        self._judge = Judge(references, sizes, counted_outputs(model))
+
+    def errors(self, variant: _Variant) -> list[NDArray[np.float64]]:
+        """Of each batch, as `Judge` gives them."""
+        rounded = with_codes(variant.model, variant.plan, variant.codes or {})
+        session = make_session(
+            lower_emulate(rounded, variant.plan, variant.calibrated.table),
+            threads=usable_cores(), external_dir=self._model.external_dir, device=self._device,
         )  # fmt: skip
-    return [replace(plain, name=f"{job.moves}+{job.rounding}", codes=codes)]
+        return [
+            self._judge.errors(k, session.run(self._names, dict(batch.feeds)))
+            for k, batch in enumerate(self._batches)
+        ]
 
 
 def _best(
-    variants: Sequence[_Variant],
-    pictures: Sequence[Batch],
-    model: Model,
-    *,
-    forced: bool,
-    device: str,
-    progress: Progress,
+    variants: Sequence[_Variant], judged: _Judged, *, forced: bool, progress: Progress
 ) -> tuple[_Variant, dict[str, tuple[float, float, float]]]:
-    """The variant with the least error of those whose gain is shown; the last if `forced`."""
-    batches = in_batches(model, pictures)
-    names = [output.name for output in model.outputs]
-    references = exact_outputs(model, batches, device=device)
-    judge = Judge(references, [len(batch) for batch in batches], counted_outputs(model))
+    """The variant that likely gains most of those whose gain is shown, or if `forced` of those with
+    all that was asked for."""
     found: dict[str, list[NDArray[np.float64]]] = {}
     for number, variant in enumerate(variants):
-        rounded = with_codes(variant.model, variant.plan, variant.codes or {})
-        proto = lower_emulate(rounded, variant.plan, variant.calibrated.table)
-        session = make_session(
-            proto, threads=usable_cores(), external_dir=model.external_dir, device=device
-        )
-        found[variant.name] = [
-            judge.errors(k, session.run(names, dict(batch.feeds)))
-            for k, batch in enumerate(batches)
-        ]
+        found[variant.name] = judged.errors(variant)
         progress("judge moves", number + 1, len(variants))
     none = found[variants[0].name]
     gains = {name: improvement(none, errors) for name, errors in found.items()}
-    tried = {n: (worst(found[n]), g.decibels, g.noise) for n, g in gains.items()}
-    if forced:
-        return variants[-1], tried
+    tried = {n: (worst(found[n]), g.likely, g.likely_noise) for n, g in gains.items()}
     better = [v for v in variants if gains[v.name].is_shown]
-    return min([variants[0], *better], key=lambda v: level(found[v.name])), tried
+    allowed = _forced(variants) if forced else [variants[0], *better]
+    return max(allowed, key=lambda v: gains[v.name].likely), tried
+
+
+def _forced(variants: Sequence[_Variant]) -> Sequence[_Variant]:
+    """Those with all that was asked for: if channels could be moved, with each kind of ranges."""
+    return [v for v in variants if v.moved] or variants[-1:]

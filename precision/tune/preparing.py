@@ -72,10 +72,14 @@ FINALISTS = 2
 LEAST = 0.15
 """A move on a tensor has to take away this many decibels of what its quantization does."""
 
+MISLED = 1.0
+"""How far, in decibels, the output may gain less than the tensor itself: a standard deviation."""
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """An affine rewrite of a tensor with the amax of what it becomes, and its gain in dB."""
+    """An affine rewrite of a tensor with the amax of what it becomes, and the gain in decibels that
+    is expected of it."""
 
     affine: Affine
     amax: float
@@ -123,7 +127,8 @@ class Chooser:
     """For each tensor the rewrite that leaves the least error at the output, if any is better.
 
     Local noise (`prepare.local`) proposes: the best scale, shift and both, each with its amax. The
-    output disposes: what a proposal does there alone, its readers' weights quantized with it.
+    output disposes: what a proposal does there alone, its readers' weights quantized with it, as
+    far as the pictures can tell; where they cannot, the tensor's own noise does (`MISLED`).
     `kinds` are all moves that will be made: with round among them errors of weights count as what
     rounding leaves of them, with bias without what they do to the mean. Tensors whose range is zero
     are left alone. `alone` holds the pictures.
@@ -194,7 +199,7 @@ def proposals(
     local: Local,
     kinds: Sequence[str],
 ) -> list[Move]:
-    """The best scale, shift and both that the model allows, by their local noise.
+    """The best scale, shift and both that the model allows, by their local noise, best first.
 
     Those that leave more than `PROPOSED` of the noise there is without are left out.
     """
@@ -220,8 +225,8 @@ def proposals(
             continue
         noise, move = min(noises, key=lambda entry: entry[0])
         if noise < PROPOSED * none and apply_affine(Draft(model), move.affine) is not None:
-            found.append((noise, move))
-    return [move for _, move in sorted(found, key=lambda entry: entry[0])]
+            found.append(replace(move, gain_db=10 * math.log10(none / max(noise, 1e-9 * none))))
+    return sorted(found, key=lambda move: -move.gain_db)
 
 
 def _factors(
@@ -282,24 +287,21 @@ class _Trial:
         self._screening = screening_batches([alone.pictures(b) for b in range(alone.batches)])
 
     def best(self, moves: Sequence[Move], amax: float, axis: int) -> Move | None:
-        """The best of `moves`, with its gain over leaving the tensor as it is with `amax`."""
+        """The best of `moves`, with its likely gain over leaving the tensor as it is, at `amax`."""
         size = moves[0].affine.scale.size
         none = Move(Affine(self._tensor, self._edges, np.ones(size, np.float32), 0.0, axis), amax)
         first = [self._errors(move, range(self._screening)) for move in (none, *moves)]
         ranked = sorted(range(1, len(first)), key=lambda k: (level(first[k]), k))[:FINALISTS]
         rest = range(self._screening, self._alone.batches)
         before = [*first[0], *self._errors(none, rest)]
-        best: Move | None = None
-        least = math.inf
+        found = []
         for k in ranked:
-            if level(first[k]) > level(first[0]):
-                continue
             after = [*first[k], *self._errors(moves[k - 1], rest)]
             gained = improvement(before, after)
-            if gained.is_shown and gained.decibels > LEAST and level(after) < least:
-                least = level(after)
-                best = replace(moves[k - 1], gain_db=gained.decibels)
-        return best
+            likely = gained.towards(moves[k - 1].gain_db, MISLED)
+            if likely > LEAST and not gained.hurts:
+                found.append(replace(moves[k - 1], gain_db=likely))
+        return max(found, key=lambda move: move.gain_db, default=None)
 
     def _errors(self, move: Move, batches: Iterable[int]) -> list[NDArray[np.float64]]:
         batches = list(batches)

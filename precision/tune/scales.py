@@ -305,6 +305,28 @@ def _whole(
     )
 
 
+def ranged_alike(
+    calibrated: Calibrated,
+    view: GraphView,
+    plan: PrecisionPlan,
+    lowerings: Iterable[str],
+    method: str = BESIDE_AUTO,
+) -> Calibrated:
+    """The same histograms with `method`, a key of `AMAX_METHODS`, for every range of int8."""
+    tensors = carried_tensors(view, plan, tuple(lowerings))
+    roots = shared_ranges(view, dict.fromkeys(tensors))
+    held = {root: calibrated.histograms[root] for root in dict.fromkeys(roots.values())}
+    chosen = _chosen_alike(held, method, PERCENTILE)
+    fresh = choices_table({tensor: chosen[root] for tensor, root in roots.items()}, None)
+    table = replace(
+        calibrated.table,
+        scales={**calibrated.table.scales, **fresh.scales},
+        methods={**calibrated.table.methods, **fresh.methods},
+        factors={t: f for t, f in calibrated.table.factors.items() if t not in fresh.scales},
+    )
+    return replace(calibrated, table=table)
+
+
 def better_ranges(calibrated: Calibrated) -> list[str]:
     """What one method for all lost, in words: nothing where none or few decibels are lost.
 

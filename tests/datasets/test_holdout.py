@@ -235,19 +235,20 @@ def test_join(shapes: list[tuple[int, ...]], size: int, expected: list[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("total", "count", "more", "sizes"),
+    ("total", "count", "more", "part", "sizes"),
     [
-        pytest.param(40, 4, 8, (4, 8), id="enough"),
-        pytest.param(16, 6, 12, (4, 4), id="a quarter, and half together"),
-        pytest.param(3, 2, 4, (1, 0), id="too few for others"),
-        pytest.param(1, 2, 4, (1, 0), id="one"),
+        pytest.param(40, 4, 8, 0.5, (4, 8), id="enough"),
+        pytest.param(16, 6, 12, 0.5, (4, 4), id="a quarter, and half together"),
+        pytest.param(20, 5, 30, 0.7, (5, 9), id="as many as may be set apart"),
+        pytest.param(3, 2, 4, 0.5, (1, 0), id="too few for others"),
+        pytest.param(1, 2, 4, 0.5, (1, 0), id="one"),
     ],
 )
 def test_others_follow_those_that_are_held_out(
-    total: int, count: int, more: int, sizes: tuple[int, int]
+    total: int, count: int, more: int, part: float, sizes: tuple[int, int]
 ) -> None:
     data = source(total)
-    first, others = hold_out_more(data, count, more)
+    first, others = hold_out_more(data, count, more, part=part)
     assert (len(first), len(others)) == sizes
     assert [b.items for b in first] == [b.items for b in hold_out(data, count)]
     names = [b.items for b in (*first, *others)]

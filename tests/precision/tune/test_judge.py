@@ -153,3 +153,29 @@ def test_one_noisy_group_does_not_hide_what_the_others_gain() -> None:
     found = improvement([before], [after])
     assert found.groups[0] < 2 * found.group_noises[0]
     assert found.is_shown
+
+
+def test_a_likely_gain_is_half_the_mean_s_and_half_the_typical_picture_s() -> None:
+    before = np.array([[1.0, 1.0, 1.0, 97.0]])
+    found = improvement([before], [np.array([[0.1, 0.1, 0.1, 97.0]])])
+    assert found.decibels == pytest.approx(10 * math.log10(100 / 97.3))
+    assert found.typical == pytest.approx(7.5)
+    assert found.likely == pytest.approx((found.decibels + 7.5) / 2)
+    assert found.likely_noise == pytest.approx(
+        found.typical_noise / 2, rel=0.1
+    )  # the typical picture's is most of it
+
+
+@pytest.mark.parametrize(
+    ("after", "expected", "spread", "wanted"),
+    [
+        pytest.param([0.5, 0.5, 0.5, 0.5], -4.0, 1.0, 3.0103, id="a certain gain stands"),
+        pytest.param([0.1, 10.0, 0.1, 10.0], 2.0, 1e-6, 2.0, id="a sure expectation stands"),
+        pytest.param([0.1, 10.0, 0.1, 10.0], 2.0, 1e6, -3.5166, id="nothing expected"),
+    ],
+)
+def test_a_gain_is_drawn_towards_what_is_expected(
+    after: list[float], expected: float, spread: float, wanted: float
+) -> None:
+    found = improvement([np.ones((1, 4))], [np.array([after])])
+    assert found.towards(expected, spread) == pytest.approx(wanted, abs=1e-3)

@@ -71,21 +71,58 @@ def test_what_does_not_help_is_not_kept() -> None:
     assert best <= none[0]
 
 
+def test_moves_stand_with_ranges_of_company_and_of_one_method() -> None:
+    model = model_from_proto(uneven(tinymodels.depthwise()))
+    feeds = tinymodels.feeds(model.proto, batch=96, seed=5)
+    found = ready(model, Rows(feeds, range(96)), moves=["scale"], holdout=8)
+    assert list(found.tried)[:2] == ["none", "scale"]
+    assert set(found.tried) <= {"none", "scale", "scale (mse)"}
+    kept = max(list(found.tried)[1:], key=lambda name: found.tried[name][1])
+    if kept == "scale (mse)":
+        assert set(found.calibrated.table.methods.values()) == {"mse"}
+
+
+def test_one_method_for_all_is_not_tried_beside_itself() -> None:
+    model = model_from_proto(uneven(tinymodels.depthwise()))
+    feeds = tinymodels.feeds(model.proto, batch=48, seed=5)
+    view, source = GraphView.of(model), Rows(feeds, range(48))
+    plan = make_plan(view)
+    base = calibrate_model(model, view, plan, source, method="max")
+    found = prepare_model(model, view, plan, source, base, method="max", moves=["scale"], holdout=6)
+    assert set(found.tried) == {"none", "scale"}
+    assert set(found.calibrated.table.methods.values()) == {"max"}
+
+
+@needs_data
+@pytest.mark.slow
+def test_resnet_gains_though_its_pictures_hardly_tell() -> None:
+    data = data_dir()
+    model = load_model(data / "models" / "resnet20_cifar10.onnx")
+    calibration = cifar10("cifar10_calib512.npz", 512)
+    found = ready(model, Rows({"input": calibration}, range(512)))
+    feeds = {"input": cifar10("cifar10_test2000.npz", 600)}
+    view = GraphView.of(model)
+    base = calibrate_model(model, view, make_plan(view), Rows({"input": calibration}, range(512)))
+    plain = make_session(lower_emulate(model, make_plan(view), base.table)).run(None, feeds)[0]
+    before = sqnr_db(outputs(model.proto, feeds)[model.outputs[0].name], plain)
+    assert quantized_db(found, model, feeds) > before + 0.3
+
+
+def cifar10(name: str, count: int) -> Any:
+    mean, std = np.float32([0.4914, 0.4822, 0.4465]), np.float32([0.2470, 0.2435, 0.2616])
+    raw = np.load(data_dir() / name)["images"][:count].astype(np.float32) / 255
+    return ((raw - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+
+
 @needs_data
 @pytest.mark.slow
 def test_a_vision_transformer_gains_decibels() -> None:
     data = data_dir()
     model = load_model(data / "models" / "vit_cifar10.onnx")
-    mean, std = np.float32([0.4914, 0.4822, 0.4465]), np.float32([0.2470, 0.2435, 0.2616])
-
-    def pictures(name: str, count: int) -> Any:
-        raw = np.load(data / name)["images"][:count].astype(np.float32) / 255
-        return ((raw - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
-
-    calibration = pictures("cifar10_calib512.npz", 160)
+    calibration = cifar10("cifar10_calib512.npz", 160)
     source = Rows({"input": calibration}, range(160))
     found = ready(model, source, holdout=16)
-    feeds = {"input": pictures("cifar10_test2000.npz", 200)}
+    feeds = {"input": cifar10("cifar10_test2000.npz", 200)}
     view = GraphView.of(model)
     base = calibrate_model(model, view, make_plan(view), source)
     plain = make_session(lower_emulate(model, make_plan(view), base.table)).run(None, feeds)[0]
