@@ -10,8 +10,11 @@ the pictures (two threads, batches of 32), and calibration from batches to scale
 median of the ratios of a turn, so that a noisy machine hurts both sides alike. `--peers` names a
 script that quantizes MODEL with TOOL METHOD and prints one JSON line with seconds and peak_rss_gb;
 `--tools` chooses among them. onnxruntime's Entropy takes 20 GB on some models: it runs with `--all`
-only, and not where less than that is free. The data is found through TRTUNE_DATA, or beside the
-checkout. Writes `results/calibration.md` and, with every number, `results/calibration.json`.
+only, and not where less than that is free. `--whole` times all that a run does by default until it
+has its table (calibration, auto, preparation) beside Model-Optimizer's entropy, each once; CPU
+seconds are those of all cores, for a machine that does other work too. The data is found through
+TRTUNE_DATA, or beside the checkout. Writes `results/calibration.md` and, with every number,
+`results/calibration.json`.
 """
 
 from __future__ import annotations
@@ -37,6 +40,16 @@ PEERS = (("ort", "MinMax"), ("modelopt", "max"), ("modelopt", "entropy"))
 HUNGRY = (("ort", "Entropy"),)
 HUNGRY_GB = 20
 HEADER = ("model", "tool", "method", "pictures", "seconds", "x FP32 inference", "peak GB", "x ours")
+WHOLE = (
+    "model",
+    "tool",
+    "method",
+    "pictures",
+    "seconds",
+    "CPU seconds",
+    "peak GB",
+    "ours by theirs",
+)
 
 
 def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, Any]:
@@ -97,12 +110,111 @@ def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, An
     }
 
 
+def measure_whole(name: str) -> dict[str, Any]:
+    """Time what a run does by default until it has its table, in this process: calibration, the
+    ranges of method auto, preparation. Parts in seconds and in seconds of all cores' work.
+    """
+    from trtune import load_config
+    from trtune.datasets import Batch
+    from trtune.datasets.open import open_section
+    from trtune.precision.graph.view import GraphView, load_model
+    from trtune.precision.plan.rules import make_plan
+    from trtune.precision.tune.prepared import prepare_model
+    from trtune.precision.tune.scales import calibrate_model
+
+    config = load_config(HERE / "configs" / f"{name}.yaml")
+    model = load_model(Path(config.model.path))
+    view = GraphView.of(model)
+    plan = make_plan(view)
+    batches = [
+        Batch({n: a.copy() for n, a in b.feeds.items()}, b.items)
+        for b in open_section(config.data.calibration, model.inputs)
+    ]
+
+    class Held:
+        """The decoded pictures: decoding is nobody's time here."""
+
+        count = sum(map(len, batches))
+        identity, skipped = "benchmark", ()
+
+        def __iter__(self) -> Iterator[Batch]:
+            return iter(batches)
+
+    parts: dict[str, list[float]] = {}
+    last = [time.perf_counter(), time.process_time()]
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        now = [time.perf_counter(), time.process_time()]
+        spent = parts.setdefault(what, [0.0, 0.0])
+        for k in range(2):
+            spent[k] += now[k] - last[k]
+        last[:] = now
+
+    start = list(last)
+    base = calibrate_model(model, view, plan, Held(), progress=progress)
+    prepare_model(model, view, plan, Held(), base, progress=progress)
+    return {
+        "model": name,
+        "method": "auto, prepared",
+        "pictures": Held.count,
+        "seconds": time.perf_counter() - start[0],
+        "cpu_seconds": time.process_time() - start[1],
+        "parts": {what: [round(x, 1) for x in spent] for what, spent in parts.items()},
+        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+
+
+def whole_rows(
+    name: str, arguments: argparse.Namespace, numbers: list[dict[str, Any]]
+) -> list[list[str]]:
+    """Everything that we do by default beside Model-Optimizer's entropy, one after the other on the
+    same cores, each in a process of its own."""
+    found = in_own_process(["--measure-whole", name])
+    numbers.append({"tool": "trtune", **found})
+    memory = f"{found['peak_rss_gb']:.2f}"
+    cpu = f"{found['cpu_seconds']:.1f}"
+    pictures = str(found["pictures"])
+    rows = [[name, "trtune", found["method"], pictures, f"{found['seconds']:.1f}", cpu, memory, ""]]
+    if arguments.peers:
+        idle = children_cpu()
+        peer(arguments.peers, arguments.peer_python, name, "fp32", "-")
+        loading = children_cpu() - idle
+        before = children_cpu()
+        result = peer(arguments.peers, arguments.peer_python, name, "modelopt", "entropy")
+        if result is None:
+            return [*rows, [name, "modelopt", "entropy", pictures, "failed", "", "", ""]]
+        spent = children_cpu() - before - loading
+        numbers.append({"tool": "modelopt", "cpu_seconds": spent, **result})
+        ratio = (
+            f"{found['seconds'] / result['seconds']:.2f}; CPU {found['cpu_seconds'] / spent:.2f}"
+        )
+        rows.append([
+            name, "modelopt", "entropy", str(result["pictures"]), f"{result['seconds']:.1f}",
+            f"{spent:.1f}", f"{result['peak_rss_gb']:.2f}", ratio,
+        ])  # fmt: skip
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
+    print(found["parts"], flush=True)
+    return rows
+
+
+def children_cpu() -> float:
+    """Seconds of all cores' work of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def ours(name: str, method: str, pictures: int, repeats: int) -> dict[str, Any]:
     """`measure` in a process of its own."""
-    command = [sys.executable, __file__, "--measure", name, method, str(pictures), str(repeats)]
+    return in_own_process(["--measure", name, method, str(pictures), str(repeats)])
+
+
+def in_own_process(options: list[str]) -> dict[str, Any]:
+    """What this script prints with `options`."""
+    command = [sys.executable, __file__, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(options)}: {done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -187,6 +299,9 @@ def main() -> None:
         name, method, pictures, repeats = sys.argv[2:6]
         print(json.dumps(measure(name, method, int(pictures), int(repeats))))
         return
+    if sys.argv[1:2] == ["--measure-whole"]:
+        print(json.dumps(measure_whole(sys.argv[2])))
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -198,15 +313,17 @@ def main() -> None:
     tools = sorted({tool for tool, _ in (*PEERS, *HUNGRY)})
     parser.add_argument("--tools", nargs="+", choices=tools, default=tools, help="of --peers")
     parser.add_argument("--all", action="store_true", help="also what takes 20 GB of memory")
+    parser.add_argument("--whole", action="store_true", help="all that a run does until its table")
     parser.add_argument("--append", action="store_true", help="add to results/calibration.md")
     arguments = parser.parse_args()
     if not DATA.is_dir():
         raise SystemExit(f"the models and pictures are not at {DATA}: set TRTUNE_DATA")
     title = f"Measured {time.strftime('%Y-%m-%d')} on {machine()}.\n"
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    header, rows = (WHOLE, whole_rows) if arguments.whole else (HEADER, rows_of)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     numbers: list[dict[str, Any]] = []
     for name in arguments.models:
-        lines += ["| " + " | ".join(row) + " |" for row in rows_of(name, arguments, numbers)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows(name, arguments, numbers)]
     path = HERE / "results" / "calibration.md"
     path.parent.mkdir(exist_ok=True)
     before = path.read_text(encoding="utf-8") + "\n" if arguments.append and path.is_file() else ""
