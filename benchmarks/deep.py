@@ -4,11 +4,11 @@
     python benchmarks/deep.py                       three networks
     python benchmarks/deep.py --seeds 5 --prepare auto
 
-The networks are made here, with what trained ones have: weights with heavy tails, channels of
-very different gain, residual branches that grow fainter with depth, ReLUs that are mostly off, a
-classifier fitted (ridge regression) to CIFAR-10's labels. Each is run as `trtune run` does it, by
-default without preparation, which would leave nothing to tune. Said are the plans that were
-measured, the pins, and the value.
+The networks are made here from the trained ResNet with 20 layers: each block that keeps the size
+stands four times, with a quarter of its residual branch (what a deeper network computes as so many
+smaller steps), and every weight a little different. Each is run as `trtune run` does it, by default
+without preparation, which would leave nothing to tune. Said are the plans that were measured, the
+pins, and the value.
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
-
-Array = NDArray[np.float32]
+from onnx import numpy_helper
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("TRTUNE_DATA", HERE.parents[1] / "shared" / "data"))
-MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-WIDTHS, BLOCKS, CLASSES, FITTED = (16, 32, 64), 9, 10, 256
+TRAINED, BLOCKS, STEPS, SPREAD = "resnet20_cifar10", 3, 4, 0.1
 GAINS = (2.0, 4.0)
 CONFIG = """version: 1
 name: deep{seed}
@@ -48,101 +46,56 @@ backends: [{{name: onnxruntime, lowering: emulate}}]
 """
 
 
-class Builder:
-    """A network that grows layer by layer, and what it makes of some pictures so far."""
-
-    def __init__(self, seed: int, pictures: Array) -> None:
-        self._rng = np.random.default_rng(seed)
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: list[onnx.TensorProto] = []
-        self.values = {"input": pictures}
-
-    def constant(self, name: str, array: Array) -> str:
-        self.weights.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-    def add(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        """A node, run on the pictures."""
-        node = helper.make_node(kind, inputs, [f"{name}_out"], name, **attributes)
-        self.nodes.append(node)
-        read = [n for n in inputs if n in self.values]
-        held = [w for w in self.weights if w.name in inputs]
-        typed = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in read]
-        out = [helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, None)]
-        alone = helper.make_model(
-            helper.make_graph([node], name, typed, out, held),
-            opset_imports=[helper.make_opsetid("", 17)],
-            ir_version=8,
-        )
-        session = onnxruntime.InferenceSession(
-            alone.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
-        (found,) = session.run(None, {n: self.values[n] for n in read})
-        self.values[f"{name}_out"] = found
-        return f"{name}_out"
-
-    def conv(
-        self, source: str, width: int, name: str, *, size: int, stride: int, gain: float
-    ) -> str:
-        """A convolution with its batch norm folded: channels of the wanted mean and deviation."""
-        rng, channels = self._rng, self.values[source].shape[1]
-        weights = rng.standard_t(4, (width, channels, size, size)) / np.sqrt(channels * size * size)
-        weights *= np.exp(rng.normal(0, 0.5, (1, channels, 1, 1)))
-        raw = self.constant(f"{name}_raw", weights.astype(np.float32))
-        options = {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [size // 2] * 4}
-        out = self.values[self.add("Conv", [source, raw], f"{name}_probe", **options)]
-        self.nodes.pop()
-        self.weights.pop()
-        wanted = gain * np.exp(rng.normal(0, 0.6, width))
-        factor = wanted / (out.std(axis=(0, 2, 3)) + 1e-6)
-        offset = rng.normal(-0.3, 0.5, width) * wanted - out.mean(axis=(0, 2, 3)) * factor
-        held = self.constant(
-            f"{name}_w", (weights * factor[:, None, None, None]).astype(np.float32)
-        )
-        bias = self.constant(f"{name}_b", offset.astype(np.float32))
-        return self.add("Conv", [source, held, bias], name, **options)
-
-
 def network(path: Path, seed: int) -> None:
-    """Write a 56-layer ResNet for 32 x 32 pictures to `path`."""
-    with np.load(DATA / "cifar10_calib512.npz") as held:
-        names = {held[name].ndim: held[name] for name in held.files}
-    pixels, labels = names[4][:FITTED].astype(np.float32) / 255, names[1][:FITTED]
-    pictures = (
-        (pixels - np.asarray(MEAN, np.float32)) / np.asarray(DEVIATION, np.float32)
-    ).transpose(0, 3, 1, 2)
-    net = Builder(seed, np.ascontiguousarray(pictures))
-    x = net.add("Relu", [net.conv("input", WIDTHS[0], "stem", size=3, stride=1, gain=1)], "relu")
-    for stage, width in enumerate(WIDTHS):
-        for block in range(BLOCKS):
-            name, stride = f"s{stage}b{block}", 2 if stage and not block else 1
-            y = net.conv(x, width, f"{name}_conv1", size=3, stride=stride, gain=1)
-            y = net.add("Relu", [y], f"{name}_relu1")
-            y = net.conv(y, width, f"{name}_conv2", size=3, stride=1, gain=0.8 / (1 + block) ** 0.5)
-            if stride == 2:
-                x = net.conv(x, width, f"{name}_down", size=1, stride=2, gain=1)
-            x = net.add("Relu", [net.add("Add", [y, x], f"{name}_add")], f"{name}_relu2")
-    pooled = net.add("GlobalAveragePool", [x], "pool")
-    flat = net.add("Flatten", [pooled], "flat")
-    features = net.values[flat].astype(np.float64)
-    wide = np.hstack([features, np.ones((len(features), 1))])
-    targets = 10 * (np.eye(CLASSES)[labels] - 0.1)
-    ridge = 0.1 * np.trace(wide.T @ wide) / wide.shape[1] * np.eye(wide.shape[1])
-    fitted = np.linalg.solve(wide.T @ wide + ridge, wide.T @ targets).astype(np.float32)
-    weights, bias = net.constant("fc_w", fitted[:-1].T), net.constant("fc_b", fitted[-1])
-    logits = net.add("Gemm", [flat, weights, bias], "fc", transB=1)
-    model = helper.make_model(
-        helper.make_graph(
-            net.nodes,
-            "resnet56",
-            [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["N", 3, 32, 32])],
-            [helper.make_tensor_value_info(logits, TensorProto.FLOAT, ["N", CLASSES])],
-            net.weights,
-        ),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=8,
+    """Write a 56-layer ResNet for 32 x 32 pictures to `path`: of the trained one with 20 layers
+    each block that keeps the size stands `STEPS` times, its residual branch shared among them."""
+    rng = np.random.default_rng(seed)
+    model = onnx.load(DATA / "models" / f"{TRAINED}.onnx")
+    graph = model.graph
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    weights = dict(held)
+    source: dict[str, str] = {}  # what stands for a tensor of the trained network by now
+    for name, block in blocks(graph.node):
+        steps = STEPS if name.isdigit() and int(name) % BLOCKS else 1
+        entry = next(t for t in block[0].input if t not in held)
+        for step in range(steps):
+            made = {o: f"{o}/{step}" if steps > 1 else o for node in block for o in node.output}
+            for node in block:
+                copy = onnx.NodeProto()
+                copy.CopyFrom(node)
+                copy.name = f"{node.name or node.output[0]}/{step}"
+                copy.input[:] = [made.get(t, source.get(t, t)) for t in node.input]
+                copy.output[:] = [made[o] for o in node.output]
+                if node.op_type == "Conv" and steps > 1:
+                    share = 1 / steps if "/c2/" in node.output[0] else 1.0
+                    for index in (1, 2):
+                        value = held[node.input[index]] * share
+                        noise = 1 + SPREAD * rng.standard_normal(value.shape)
+                        copy.input[index] = f"{node.input[index]}/{step}"
+                        weights[copy.input[index]] = (value * noise).astype(np.float32)
+                nodes.append(copy)
+            source[entry] = source[block[-1].output[0]] = made[block[-1].output[0]]
+    read = {t for node in nodes for t in node.input}
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(
+        numpy_helper.from_array(value, name) for name, value in weights.items() if name in read
     )
+    del graph.value_info[:]
+    onnx.checker.check_model(model)
     onnx.save(model, path)
+
+
+def blocks(nodes: Iterable[onnx.NodeProto]) -> list[tuple[str, list[onnx.NodeProto]]]:
+    """The nodes by the residual block that they belong to, as `/l/l.3/...` in their results says;
+    "" for what is in none."""
+
+    def block(node: onnx.NodeProto) -> str:
+        match = re.match(r"/l/l\.(\d+)/", node.output[0])
+        return match[1] if match else ""
+
+    return [(name, list(found)) for name, found in groupby(nodes, key=block)]
 
 
 def run(folder: Path, seed: int, least: float, pins: int, prepare: str) -> dict[str, Any]:
