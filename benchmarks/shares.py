@@ -30,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from trtune.calibrate.cache import dump_cache
+from trtune.calibrate.cache import Cache, dump_cache
 from trtune.calibrate.collect import Collection, collect
 from trtune.calibrate.histogram import Counter
 from trtune.calibrate.methods import choose
@@ -73,7 +73,7 @@ class Again:
 
 def table_of(found: Collection) -> bytes:
     table = CalibrationTable.from_amax(choose(found.histograms, "entropy"))
-    return dump_cache(table.scales, "TRT-101400-EntropyCalibration2").encode()
+    return dump_cache(Cache("TRT-101400-EntropyCalibration2", table.scales)).encode()
 
 
 def traffic(model: Any, source: Any, part: BatchSource, found: Collection) -> dict[str, int]:

@@ -5,8 +5,9 @@ DequantizeLinear, the bias as int32, and its output goes into a QuantizeLinear. 
 neither of the latter. So here the outputs of int8 convolutions are quantized as well, biases are
 int32, and activations are uint8: with zero point 128 and scale amax / 127 a signed one has exactly
 the codes of `emulate`; one that is never negative (behind ReLU, Clip, Sigmoid) gets zero point 0
-and scale amax / 255, half the step. A ReLU or Clip whose bounds the uint8 range enforces anyway is
-absorbed, and a matrix product with a bias becomes a Gemm, which alone has a kernel for both.
+and scale amax / 255, half the step, and behind SiLU the codes begin at its least value, -0.28. A
+ReLU or Clip whose bounds the uint8 range enforces anyway is absorbed, and a matrix product with a
+bias becomes a Gemm, which alone has a kernel for both. SiLU and gates are integers too (`gates`).
 
 A node that the user or the tuner pinned to float reads float values, as it does in TensorRT: the
 convolution that makes them then gives its result in float, for which there is no integer kernel
@@ -25,16 +26,13 @@ from numpy.typing import NDArray
 from trtune.calibrate.table import CalibrationTable
 from trtune.precision.graph.operators import MOVES
 from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.lower.bounds import lowest
+from trtune.precision.lower.gates import GATE_SCALE, find_gates
 from trtune.precision.lower.rewrite import Rewrite, weight_scales
 from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.plan.placement import Edge, place
 from trtune.precision.plan.plan import COMPUTE, USER, PrecisionPlan
 
-KEEPS_SIGN = {
-    *("MaxPool", "GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceMax", "Concat", "Add"),
-    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice", "Split"),
-}
-NEVER_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Sqrt", "Exp", "ReduceL2"}
 PASSED_THROUGH = MOVES | {"Slice", "Split", "Gather"}
 """Operators behind which onnxruntime still sees the DequantizeLinear before them."""
 
@@ -46,9 +44,11 @@ LARGEST_BIAS = 2**30
 
 def deploy_tensors(view: GraphView, plan: PrecisionPlan) -> tuple[str, ...]:
     """Tensors that `lower_deploy` needs scales for, in graph order: those of `place`, and the
-    outputs of int8 convolutions (behind an activation that is absorbed)."""
+    outputs of int8 convolutions (behind an activation that is absorbed), and of gates (without
+    these, which an older table lacks, the gates stay float)."""
     plan = with_integers(plan)
     wanted = set(place(view, plan).activations) | set(_quantized_outputs(view, plan))
+    wanted.update(find_gates(view, plan, wanted).products)
     order = [*view.graph_inputs, *(name for node in view.nodes for name in node.output)]
     return tuple(tensor for tensor in order if tensor in wanted)
 
@@ -69,42 +69,10 @@ def lower_deploy(model: Model, plan: PrecisionPlan, table: CalibrationTable) -> 
     plan = with_integers(plan)
     lowering = _Deploy(model, GraphView.of(model), plan, table)
     lowering.quantize_activations()
+    lowering.quantize_gates()
     lowering.quantize_weights()
     lowering.shield_float_nodes()
     return lowering.rewrite.finish()
-
-
-def never_negative(view: GraphView, tensor: str, known: dict[str, bool] | None = None) -> bool:
-    """Whether the graph proves that `tensor` holds no negative value.
-
-    `known` keeps what was found out on the way, for further calls on the same view.
-    """
-    known = {} if known is None else known
-    waiting = [tensor]
-    while waiting:
-        inputs = _sign_sources(view, waiting[-1])
-        missing = [name for name in inputs or () if name not in known]
-        waiting.extend(missing)
-        if not missing:
-            known[waiting.pop()] = inputs is not None and all(known[name] for name in inputs)
-    return known[tensor]
-
-
-def _sign_sources(view: GraphView, tensor: str) -> list[str] | None:
-    """The tensors that make `tensor` non-negative if they all are; None if nothing does."""
-    name = view.producer.get(tensor)
-    if name is None:
-        constant = view.is_constant(tensor) and bool((view.constant(tensor) >= 0).all())
-        return [] if constant else None
-    node = view.by_name[name]
-    if node.op_type in NEVER_NEGATIVE:
-        return []
-    if node.op_type == "Clip":
-        lower = clip_bounds(view, node)[0]
-        return [] if lower is not None and lower >= 0 else None
-    if node.op_type not in KEEPS_SIGN:
-        return None
-    return list(node.input) if node.op_type in ("Concat", "Add") else [node.input[0]]
 
 
 def clip_bounds(view: GraphView, node: onnx.NodeProto) -> tuple[float | None, float | None]:
@@ -165,16 +133,21 @@ class _Deploy:
         self._view, self._plan, self._table = view, plan, table
         self._placement = place(view, plan)
         self._outputs: Mapping[str, str] = _quantized_outputs(view, plan)
+        quantized = {*self._placement.activations, *self._outputs}
+        self._gates = find_gates(view, plan, quantized)
+        self._optional = set(self._gates.products) - quantized
         self._scales: dict[str, float] = {}
-        self._signs: dict[str, bool] = {}
+        self._lowest: dict[str, float] = {}
 
     def quantize_activations(self) -> None:
         """Pairs behind every quantized tensor, and their readers connected to them."""
         for tensor in deploy_tensors(self._view, self._plan):
+            if tensor in self._optional and tensor not in self._table.scales:
+                continue
             if self._table.scale(tensor) == 0 and tensor not in self._placement.activations:
                 continue  # nothing but zeros was seen: the output of that convolution stays float
             edges = self._reading_quantized(tensor)
-            if not edges and tensor in self._outputs and tensor not in self._placement.activations:
+            if not edges and tensor not in self._placement.activations:
                 continue  # nothing but pinned nodes read it
             self._quantize(tensor, edges)
             if len(edges) == len(self._view.consumers.get(tensor, ())):
@@ -210,15 +183,26 @@ class _Deploy:
         return found.precision != "int8" and (found.role == COMPUTE or found.is_pinned)
 
     def _quantize(self, tensor: str, edges: list[Edge]) -> None:
-        if never_negative(self._view, tensor, self._signs):
-            amax = np.float32(self._table.amax(tensor))
-            scale, zero_point = float(amax / np.float32(255)), 0
+        low, amax = lowest(self._view, tensor, self._lowest), np.float32(self._table.amax(tensor))
+        if -low < amax:
+            scale = float((amax - np.float32(low)) / np.float32(255))
+            zero_point = int(np.rint(-low / scale))
         else:
             scale, zero_point = self._table.scale(tensor), 128
         self._scales[tensor] = scale
         result = self.rewrite.quantize_pair(tensor, scale, zero_point, np.uint8)
         for edge in edges:
             self.rewrite.reconnect(edge, result)
+
+    def quantize_gates(self) -> None:
+        """Pairs behind each Sigmoid whose products all got one."""
+        for gate, edges in self._gates.sigmoids.items():
+            source = self._view.by_name[self._view.producer[gate]].input[0]
+            products = [self._view.by_name[name].output[0] for name, _ in edges]
+            if all(tensor in self._scales for tensor in (source, *products)):
+                result = self.rewrite.quantize_pair(gate, GATE_SCALE, 0, np.uint8)
+                for edge in edges:
+                    self.rewrite.reconnect(edge, result)
 
     def _absorb(self, tensor: str) -> None:
         """Leave out the Relu or Clip that made `tensor`, which everything reads quantized, if its

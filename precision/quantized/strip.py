@@ -20,7 +20,7 @@ from trtune.precision.graph.proto import (
     used_tensors,
 )
 from trtune.precision.graph.view import GraphView, Model, model_from_proto
-from trtune.precision.lower.deploy import never_negative
+from trtune.precision.lower.bounds import never_negative
 from trtune.precision.lower.rewrite import QMAX
 from trtune.precision.plan.placement import Edge
 from trtune.precision.plan.plan import QUANTIZED
@@ -115,7 +115,7 @@ class _Strip:
         self.gone = {pair.name for pair in found.pairs} | set(found.passed)
         self.gone |= {pair.quantize for pair in found.pairs}
         self.cuts: dict[tuple[str, str], str] = {}
-        self.signs = {pair.result: True for pair in found.pairs if cuts_at_zero(pair)}
+        self.signs = {pair.result: 0.0 for pair in found.pairs if cuts_at_zero(pair)}
 
     def take_activation(self, pair: Pair) -> None:
         """Let the readers of `pair` read its float tensor, and note that they do so quantized."""

@@ -35,7 +35,6 @@ from trtune.precision.lower.deploy import (
     clip_bounds,
     deploy_tensors,
     lower_deploy,
-    never_negative,
 )
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.rules import make_plan
@@ -180,8 +179,19 @@ def test_a_tensor_without_a_scale_is_named() -> None:
         ),
         pytest.param(
             "silu_se",
-            ["input", "stem", "stem_silu", "dw", "se_mean", "se_relu", "se_up", "flat"],
-            id="SiLU is not absorbed",
+            [
+                "input",
+                "stem",
+                "stem_silu",
+                "dw",
+                "dw_silu",
+                "se_mean",
+                "se_relu",
+                "se_up",
+                "se",
+                "flat",
+            ],
+            id="SiLU and the gate of its channels",
         ),
         pytest.param("mlp", ["input", "relu1"], id="no outputs of matrix products"),
         pytest.param("two_outputs", ["input", "flat"], id="no outputs of the model"),
@@ -223,42 +233,6 @@ def test_signed_tensors_have_the_codes_of_emulate_unsigned_ones_half_the_step() 
     for tensor in ("stem_relu", "relu1", "flat"):
         amax = np.float32(prepared.table.amax(tensor))
         assert parameters(found, tensor) == (float(amax / np.float32(255)), 0)
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "expected"),
-    [
-        ("conv_relu", "input", False),
-        ("conv_relu", "conv1", False),
-        ("conv_relu", "relu1", True),
-        pytest.param("conv_relu", "flat", True, id="an average of a Relu, flattened"),
-        ("depthwise", "clip1", True),
-        ("depthwise", "project", False),
-        pytest.param("residual", "sum", False, id="a sum with a conv"),
-        pytest.param("concat", "max", True, id="a concat of Relus"),
-        pytest.param("silu_se", "stem_silu", False, id="x * sigmoid(x)"),
-        ("silu_se", "se_gate", True),
-        ("attention", "probs", True),
-        ("two_inputs", "joined", False),
-        pytest.param("mlp", "fc2_b", False, id="a constant with both signs"),
-        pytest.param("dynamic_reshape", "rest", False, id="a negative constant"),
-        pytest.param("attention", "ln_scale", True, id="a constant of ones"),
-    ],
-)
-def test_never_negative(name: str, tensor: str, expected: bool) -> None:
-    assert never_negative(view_of(tinymodels.MODELS[name]()), tensor) is expected
-
-
-def test_never_negative_on_a_graph_with_very_many_paths() -> None:
-    net = Net()
-    x = net.op("Relu", net.input("input"), out="x0")
-    for i in range(1, 200):  # each doubles the number of paths
-        x = net.op("Add", x, net.op("Identity", x, out=f"i{i}"), out=f"x{i}")
-    view = view_of(net.model({x: ("N", 3, 8, 8)}))
-    known: dict[str, bool] = {}
-    assert never_negative(view, "x199", known)
-    assert known["i7"]
-    assert not never_negative(view, "input", known)
 
 
 # Relu and Clip
