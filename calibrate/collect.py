@@ -130,6 +130,7 @@ def collect(
         what = "calibrate" if len(passes) == 1 else f"calibrate, pass {number + 1} of {len(passes)}"
         work = _Work(model, groups, fed, extents, batching, workers, external_dir)
         told = partial(progress, what)
+        told(0, source.count)
         if cluster is not None:
             found, pictures, ran = count_in_parts(work, gpu, source, cluster, told)
         elif gpu is None:

@@ -136,6 +136,7 @@ def evaluate(
     asked = asked or Asked(output=output)
     pair = _Pair(_own_agreement(metric, layout), asked, has_reference=reference is not None)
     sums, spread, samples, whole = Fidelity(), _Spread(), 0, True
+    progress(what, 0, source.count)
     for batch in source:
         found = _answers(run, batch, samples, fixed_batch, layout)
         if asked.output is not None:

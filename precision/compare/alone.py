@@ -331,6 +331,7 @@ def in_parallel(
     """
     results: list[Result] = []
     until = time.monotonic() + seconds
+    progress(what, 0, len(tasks))
     pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="alone")
     try:
         for result in pool.map(task, tasks):

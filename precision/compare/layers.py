@@ -81,6 +81,7 @@ def compare_layers(
     total = None if source.count is None else min(pictures, source.count) * len(chunks)
     errors: dict[str, ErrorSums] = {}
     done = 0
+    progress("comparing layers", 0, total)
     for chunk in chunks:
         with exact.engine(chunk) as left, tested.engine(chunk) as right:
             sums = dict.fromkeys(_comparable(chunk, left.outputs, right.outputs), ErrorSums())

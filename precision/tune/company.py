@@ -128,6 +128,7 @@ class Company:
         (paired over the pictures).
         """
         amaxes = {name: choices[name].amax for name in self.ranges}
+        progress("ranges in company", 0, len(self.ranges))
         if not self._on_gpu:
             self._store(amaxes)
         found = dict(choices)

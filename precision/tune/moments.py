@@ -212,6 +212,7 @@ def _look(
     samples: dict[str, list[NDArray[np.float32]]] = {tensor: [] for tensor in sampled}
     rng = np.random.default_rng(SEED)
     size = batch_size(model.inputs, 4)
+    progress(what, 0, PICTURES)
     for number, batch in enumerate(islice(rebatch(source, size), -(-PICTURES // size))):
         if len(batch) < batch_size(model.inputs, 1):
             break

@@ -51,6 +51,8 @@ from trtune.precision.tune.preparing import (
 from trtune.precision.tune.scales import (
     AUTO_METHOD,
     BESIDE_AUTO,
+    READ,
+    RUN_HELD,
     Calibrated,
     Ranges,
     calibrate_model,
@@ -162,6 +164,7 @@ def prepare_model(
     start = _Variant("none", model, without_zero_ranges(view, plan, base.table), base)
     if not start.plan.int8_nodes or not kinds:
         return Ready(Prepared(model), plan, base, {})
+    progress(READ, 0, None)
     count = enough_pictures(model, view, place(view, start.plan), source, holdout)
     chosen_on, judged_on = hold_out_more(source, count, _judged(source, count), part=APART)
     found, seen = chosen_on + judged_on, source
@@ -178,6 +181,7 @@ def prepare_model(
         device=device, provenance=provenance, progress=progress,
     )  # fmt: skip
     variants = _variants(start, job, source, seen, chosen_on)
+    progress("judge moves", 0, len(variants))
     judged = _Judged(model, judged_on, device)
     best, tried = _best(variants, judged, forced=moves is not None, progress=progress)
     error = tried["none"][0]
@@ -265,6 +269,7 @@ def _variants(
         every = channel_tensors(view, placement)
         axes = {tensor: axis for tensor, axis in every.items() if tensor not in job.leave}
         reach = reaches(model, axes, seen, device=job.device, progress=job.progress)
+        job.progress(RUN_HELD, 0, None)
         batches = held_batches(model, view, placement, tuple(chosen_on), memory=job.memory)
         alone = Alone(model, view, placement, batches, device=job.device)
         chooser = Chooser(alone, view, placement, table, reach, axes, job.kinds)
@@ -296,6 +301,7 @@ def _moved(
     Ranges are chosen again in company; method auto stands beside the least square error for all,
     which is the better one where few pictures cannot tell ranges apart.
     """
+    job.progress("rewrite", 0, None)
     model, moved = apply_moves(start.model, moves)
     if not moved:
         return []

@@ -71,6 +71,9 @@ PLENTY = 4
 IMPLICIT = "implicit"
 """The lowering of weakly typed TensorRT 10: scales for every tensor, no Q/DQ."""
 BESIDE_AUTO = "mse"
+READ, RUN_HELD = "read pictures", "run held-out pictures"
+"""What progress is told before the first picture of a search is done."""
+
 PICTURES_AT_ONCE = 4
 """Held-out pictures a batch: small, so that several tensors are tried at a time."""
 
@@ -185,6 +188,7 @@ def calibrate_model(
     held: tuple[Batch, ...] = ()
     others: tuple[Batch, ...] = ()
     if method == AUTO_METHOD and names:
+        progress(READ, 0, None)
         count = enough_pictures(model, view, placement, source, holdout)
         beyond = _most_others(source) if ranges is None else 0
         held, others = hold_out_more(source, count, beyond, part=1.0)
@@ -205,6 +209,8 @@ def calibrate_model(
         progress=progress,
     )
     search = time.perf_counter()
+    if held:
+        progress(RUN_HELD, 0, None)
     batches = held_batches(model, view, placement, held, memory=memory) if held else []
     counted = _Counted(
         model, view, plan, roots, found.histograms, batches, method, percentile, device, progress
@@ -369,6 +375,7 @@ def auto_ranges(
     """
     alone = Alone(model, view, placement, pictures, device=device)
     choices = choose_by_output(alone, histograms, _edges(placement, roots), progress=progress)
+    progress(RUN_HELD, 0, None)
     references = [alone.reference(batch) for batch in range(alone.batches)]
     del alone  # its activations make room for those of the quantized network
     table = choices_table({tensor: choices[root] for tensor, root in roots.items()}, None)

@@ -302,7 +302,7 @@ def test_results_come_in_the_order_of_the_tasks_with_progress() -> None:
         lambda n: n * n, range(5), what="square", progress=lambda *step: seen.append(step)
     )
     assert found == [0, 1, 4, 9, 16]
-    assert seen == [("square", n, 5) for n in range(1, 6)]
+    assert seen == [("square", n, 5) for n in range(6)]
 
 
 def test_what_a_task_raises_comes_out() -> None:

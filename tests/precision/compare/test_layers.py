@@ -196,7 +196,7 @@ def test_progress_counts_every_picture_of_every_pass(known: bool, total: int | N
         model, model, ["fc1", "fc2"], source, pictures=9, memory=1,
         progress=lambda what, done, of: seen.append((done, of)),
     )  # fmt: skip
-    assert seen == [(done, total) for done in (3, 6, 7, 10, 13, 14)]
+    assert seen == [(done, total) for done in (0, 3, 6, 7, 10, 13, 14)]
 
 
 def test_interrupting_the_data_leaves_no_session_open() -> None:

@@ -135,7 +135,8 @@ def test_provenance_goes_into_the_table_and_progress_is_told() -> None:
     )
     assert dict(found.table.provenance) == {"model": "m"}
     assert list(dict.fromkeys(steps)) == [
-        *("calibrate", "choose ranges", "compare methods", "ranges in company")
+        *("read pictures", "calibrate", "run held-out pictures", "choose ranges"),
+        *("compare methods", "ranges in company"),
     ]
     assert found.search_seconds > 0
 
