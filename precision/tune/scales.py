@@ -190,7 +190,7 @@ def calibrate_model(
     if method == AUTO_METHOD and names:
         progress(READ, 0, None)
         count = enough_pictures(model, view, placement, source, holdout)
-        beyond = _most_others(source) if ranges is None else 0
+        beyond = _most_others(source, memory) if ranges is None else 0
         held, others = hold_out_more(source, count, beyond, part=1.0)
     seen = seen_pictures(source, held, batch_size(model.inputs, 1))
     beside = implicit_only(view, plan, lowerings)
@@ -234,13 +234,14 @@ def calibrate_model(
     return calibrated
 
 
-def _most_others(source: BatchSource) -> int:
-    """How many pictures tables are compared on, at most: `MOST_OTHERS`, or what is light."""
+def _most_others(source: BatchSource, memory: int) -> int:
+    """How many pictures tables are compared on, at most: `MOST_OTHERS`, or what takes no more than
+    `OTHERS_BYTES` and a quarter of `memory`."""
     first = next(iter(source), None)
     if first is None:
         return 0
     each = sum(array.nbytes for array in first.feeds.values()) / max(len(first), 1)
-    return min(MOST_OTHERS, max(int(OTHERS_BYTES / max(each, 1)), 1))
+    return min(MOST_OTHERS, max(int(min(OTHERS_BYTES, memory / 4) / max(each, 1)), 1))
 
 
 @dataclass(frozen=True, slots=True)
