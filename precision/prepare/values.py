@@ -20,7 +20,7 @@ class Moved:
     """What was done to one tensor: the smallest and largest factor of a channel, and the shift.
 
     `name` is the tensor that the readers read now; `folded` says that no node was added for it;
-    `gain_db` is what it alone does for the worst output.
+    `gain_db` is what it alone likely gains at the outputs.
     """
 
     tensor: str
@@ -52,7 +52,7 @@ class Prepared:
 
     `codes` maps an initializer of `model` to codes, which stand for it where its
     readers run in int8 (`codes.with_codes`). `moved` says what was done to tensors, in graph order.
-    `gain_db` is what all of it together does for the worst output of the quantized network, on
+    `gain_db` is what all of it together likely gains at the outputs of the quantized network, on
     pictures that nothing was chosen on.
     """
 

@@ -184,9 +184,7 @@ def prepare_model(
     progress("judge moves", 0, len(variants))
     judged = _Judged(model, judged_on, device)
     best, tried = _best(variants, judged, forced=moves is not None, progress=progress)
-    error = tried["none"][0]
-    left = tried[best.name][0]
-    gained = 10 * math.log10(error / left) if 0 < left < math.inf > error > 0 else 0.0
+    gained = tried[best.name][1] if math.isfinite(tried[best.name][1]) else 0.0
     log.info("prepared with %s (%+.1f dB); tried: %s", best.name, gained, tried)
     result = Prepared(best.model, best.codes or {}, best.moved, gained)
     whole = plan if best.model is model else extended_plan(plan, GraphView.of(best.model))
