@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from trtune.precision.backends.trt.lints import lint_groups
 from trtune.reports import plots
 from trtune.reports.differences import Difference
 from trtune.reports.page.data import page_data
@@ -70,6 +71,7 @@ def report_html(record: RunRecord, layers: Sequence[LayerRow] = ()) -> str:
         windowed_from=WINDOWED_FROM,
         open_prepared=OPEN_PREPARED,
         most_lints=MOST_LINTS,
+        groups_of=lint_groups,
         engines=[v for v in record.variants if v.lints or v.explained],
         plots_of={p.tensor: k for k, p in enumerate(shown, start=1)},
         pictures={item: k for k, item in enumerate(record.thumbnails, start=1)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trtune.precision.backends.trt.layer_table import EngineTable
+from trtune.precision.backends.trt.lints import lint_groups
 from trtune.reports.page.template import template_of
 from trtune.reports.summary import DASH
 from trtune.reports.tables import Table
@@ -20,14 +21,8 @@ def engine_html(name: str, found: EngineTable) -> str:
         name=name,
         summary=found.summary(),
         timed=bool(found.times),
-        lints=Table(
-            ("finding", "where", "found", "what to do"),
-            tuple(
-                (lint.kind, ", ".join(lint.nodes) or lint.layer, lint.found, lint.remedy)
-                for lint in found.lints
-            ),
-            text_columns=4,
-        ),
+        groups=lint_groups(found.lints),
+        most_lints=len(found.lints),
         layers=Table(
             ("layer", "type", "computes in", "gives", "ms"),
             tuple(

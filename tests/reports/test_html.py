@@ -217,6 +217,32 @@ def test_a_browser_sorts_and_filters_without_an_error(
     assert too_wide == "false"
 
 
+WIDTHS = """<script>
+window.addEventListener("load", function () {
+  var box = document.querySelector("#results .scroll");
+  document.title = "done|" + Math.max(box.scrollWidth - box.clientWidth, 0);
+});
+</script></body>"""
+
+
+@pytest.mark.slow
+def test_results_fit_their_page_with_every_column_filled(
+    tmp_path: Path, record: RunRecord, layers: list[LayerRow]
+) -> None:
+    said = {
+        "backend": "tensorrt_rtx",
+        "verdict": "missed",
+        "within_noise": True,
+        "interval": (0.8464, 0.8576),
+        "latency_ms": {"median": 12.345, "p95": 13.456, "runs": 50, "batch": 8},
+        "nodes": {"int8": 60, "fp8": 4, "fp16": 8, "fp32": 10},
+    }
+    variants = [Variant.model_validate({**v.model_dump(), **said}) for v in record.variants]
+    html = report_html(record.model_copy(update={"variants": variants}), layers)
+    assert "speed\N{NON-BREAKING HYPHEN}up" in html
+    assert title_in_browser(tmp_path, html.replace("</body>", WIDTHS)) == "done|0"
+
+
 def test_what_engines_and_preparation_say(record: RunRecord, layers: list[LayerRow]) -> None:
     lint = {"kind": "reformat", "layer": "r", "nodes": ["conv_1"], "found": EVIL, "remedy": "pin"}
     said = {"lints": [EngineFinding.model_validate(lint)] * 45, "explained": [EVIL]}

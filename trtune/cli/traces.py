@@ -14,10 +14,12 @@ from trtune.cli.console import Terminal
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from trtune.precision.backends.trt.inspector import EngineLayer
     from trtune.precision.backends.trt.layer_table import EngineTable
     from trtune.precision.traces.explain import LogAccount
 
-MOST = 40
+MOST = 20
+PLACES = 3
 
 
 def show_layers(
@@ -74,14 +76,12 @@ def explain_file(
 
 
 def layer_table(found: EngineTable, *, every: bool = False) -> Iterator[RenderableType]:
-    """Counts, the layers that take longest (or all), and the findings."""
+    """Counts, the layers that take longest (or all), and the findings by kind."""
     from trtune.cli.show import table_of, titled
-    from trtune.reports.summary import DASH
+    from trtune.reports.summary import DASH, plural
 
     yield from found.summary()
-    layers = list(found.layers)
-    if found.times and not every:
-        layers = sorted(layers, key=lambda layer: -found.times.get(layer.name, 0.0))
+    shown = _shown_layers(found, every=every)
     rows = [
         (
             layer.name,
@@ -89,15 +89,46 @@ def layer_table(found: EngineTable, *, every: bool = False) -> Iterator[Renderab
             f"{layer.precision} > {layer.output}",
             f"{found.times[layer.name]:.4g}" if layer.name in found.times else DASH,
         )
-        for layer in (layers if every else layers[:MOST])
+        for layer in shown
     ]
     yield table_of(("layer", "type", "precision", "ms"), rows, text_columns=3)
+    if len(shown) < len(found.layers):
+        yield f"{plural(len(found.layers) - len(shown), 'more layer')}: trtune inspect -v"
     if found.lints:
-        shown = found.lints if every else found.lints[:MOST]
-        lints = [(lint.kind, ", ".join(lint.nodes[:3]) or lint.layer, lint.found, lint.remedy)
-                 for lint in shown]  # fmt: skip
-        table = table_of(("finding", "where", "found", "what to do"), lints, text_columns=4)
-        yield titled(f"{len(found.lints)} findings", table)
+        yield titled(plural(len(found.lints), "finding"), *_findings(found, every=every))
+
+
+def _shown_layers(found: EngineTable, *, every: bool) -> list[EngineLayer]:
+    """All layers, or those that take longest, or without times the first ones that compute."""
+    if every:
+        return list(found.layers)
+    if found.times:
+        timed = [layer for layer in found.layers if found.times.get(layer.name, 0.0) > 0]
+        return sorted(timed, key=lambda layer: -found.times[layer.name])[:MOST]
+    return [x for x in found.layers if x.kind not in ("Constant", "NoOp")][:MOST]
+
+
+def _findings(found: EngineTable, *, every: bool) -> Iterator[RenderableType]:
+    """A row a kind with its remedy, or (`every`) a row a finding below each."""
+    from trtune.cli.show import table_of
+    from trtune.precision.backends.trt.lints import lint_groups, lint_place
+    from trtune.reports.summary import DASH
+
+    groups = lint_groups(found.lints)
+    rows = [
+        (
+            g.kind,
+            g.places(PLACES),
+            g.remedy,
+            str(len(g.lints)),
+            DASH if g.milliseconds is None else f"{g.milliseconds:.4g}",
+        )
+        for g in groups
+    ]
+    yield table_of(("finding", "where", "what to do", "times", "ms"), rows, text_columns=3)
+    if every:
+        lints = [(x.kind, lint_place(x), x.found) for g in groups for x in g.lints]
+        yield table_of(("finding", "where", "found"), lints, text_columns=3)
 
 
 def log_account(path: Path, found: LogAccount, *, every: bool = False) -> Iterator[RenderableType]:

@@ -7,9 +7,9 @@ in float all the same. Every finding names its layer, its ONNX nodes, what was f
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from trtune.precision.backends.trt.inspector import EngineLayer
 from trtune.precision.plan.plan import QUANTIZED
@@ -21,6 +21,9 @@ TENSOR_CORES = re.compile(
     re.IGNORECASE,
 )
 PAIR_NAME = re.compile(r"QuantizeLinear", re.IGNORECASE)
+BESIDE = re.compile(r"QuantizeLinear|[./](weight|bias)$|^\(Unnamed Layer", re.IGNORECASE)
+"""Parts of a fused layer that do not say which operator it is."""
+RESHAPES = ("NoOp", "Reformat")
 MULTIPLE: Mapping[str, int] = {"int8": 16, "fp8": 16, "fp16": 8, "bf16": 8}
 """Channels that tensor cores take at a time."""
 
@@ -71,6 +74,64 @@ REMEDIES: Mapping[str, str] = {
 }
 
 
+class ShownLint(Protocol):
+    """What a finding is shown by, here and in run.json."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def layer(self) -> str: ...
+    @property
+    def nodes(self) -> Sequence[str]: ...
+    @property
+    def found(self) -> str: ...
+    @property
+    def remedy(self) -> str: ...
+    @property
+    def milliseconds(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LintGroup:
+    """Findings of one kind, which have one remedy: the slowest layers first."""
+
+    kind: str
+    remedy: str
+    lints: tuple[ShownLint, ...]
+    milliseconds: float | None
+    """Of their layers together; None where no layer's time is known."""
+
+    def places(self, most: int) -> str:
+        """Where the first `most` are, and how many more there are."""
+        shown = ", ".join(lint_place(lint) for lint in self.lints[:most])
+        rest = len(self.lints) - most
+        return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def lint_place(lint: ShownLint) -> str:
+    """The nodes of a finding in short: no weights, pairs or layers that the parser added.
+
+    >>> lint_place(EngineLint("reformat", "w.weight + Conv_9", ("w.weight", "Conv_9"), "", ""))
+    'Conv_9'
+    """
+    telling = [node for node in lint.nodes if not BESIDE.search(node)] or list(lint.nodes)
+    return " + ".join(telling[:3]) or lint.layer
+
+
+def lint_groups(lints: Iterable[ShownLint]) -> tuple[LintGroup, ...]:
+    """The findings by kind: what costs most time first, then what was found most often."""
+    kinds: dict[str, list[ShownLint]] = {}
+    for lint in lints:
+        kinds.setdefault(lint.kind, []).append(lint)
+    groups = []
+    for kind, members in kinds.items():
+        members.sort(key=lambda lint: -(lint.milliseconds or 0.0))
+        times = [lint.milliseconds for lint in members if lint.milliseconds is not None]
+        total = sum(times) if times else None
+        groups.append(LintGroup(kind, members[0].remedy, tuple(members), total))
+    return tuple(sorted(groups, key=lambda g: (-(g.milliseconds or 0.0), -len(g.lints), g.kind)))
+
+
 def engine_lints(
     layers: Iterable[EngineLayer],
     *,
@@ -83,14 +144,28 @@ def engine_lints(
     `planned` maps nodes to the precision that was asked for; `ends` are the inputs and outputs of
     the engine, whose own quantization is needed and not remarked on; `times` layer -> milliseconds.
     """
-    known, found = times or {}, []
+    known, found, layers = times or {}, [], tuple(layers)
+    outer = _reached(layers, ends)
     for layer in layers:
-        for kind, what in _findings(layer, planned or {}, frozenset(ends)):
+        for kind, what in _findings(layer, planned or {}, outer):
             milliseconds = known.get(layer.name)
             found.append(
                 EngineLint(kind, layer.name, layer.nodes, what, REMEDIES[kind], milliseconds)
             )
     return tuple(found)
+
+
+def _reached(layers: Sequence[EngineLayer], ends: Collection[str]) -> frozenset[str]:
+    """`ends`, and the tensors that only a reshape or a change of format parts from one."""
+    found = set(ends)
+    moves = [x for x in layers if x.kind in RESHAPES and not any(map(PAIR_NAME.search, x.parts))]
+    for layer in reversed(moves):
+        if found & set(layer.writes):
+            found |= set(layer.reads)
+    for layer in moves:
+        if found & set(layer.reads):
+            found |= set(layer.writes)
+    return frozenset(found)
 
 
 def is_convolution(layer: EngineLayer) -> bool:
