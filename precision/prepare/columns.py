@@ -6,6 +6,8 @@ sample of positions, one matrix a group: all that rounding has to know of the da
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,38 +52,85 @@ def columns(
 
     At most `SAMPLED` positions a row of the batch, drawn by `rng`.
     """
+    return columns_at(node, data, weights, positions(node, data.shape, weights, rng))
+
+
+def positions(
+    node: onnx.NodeProto,
+    shape: tuple[int, ...],
+    weights: tuple[int, ...],
+    rng: np.random.Generator,
+) -> list[NDArray[np.int64]]:
+    """Where `columns_at` looks in an input of this `shape`: for a convolution in each picture, else
+    in all rows; at most `SAMPLED` a row of the batch, drawn by `rng`."""
+    if node.op_type != "Conv":
+        total, count = int(np.prod(shape[:-1])), SAMPLED * max(shape[0], 1)
+        if total <= count:
+            return [np.arange(total)]
+        return [np.sort(rng.choice(total, count, replace=False))]
+    total = int(np.prod(_Windows.of(node, shape, weights).sizes))
+    count = min(SAMPLED, total)
+    return [np.sort(rng.choice(total, count, replace=False)) for _ in range(shape[0])]
+
+
+def columns_at(
+    node: onnx.NodeProto,
+    data: Array,
+    weights: tuple[int, ...],
+    places: Sequence[NDArray[np.int64]],
+) -> NDArray[np.float32]:
+    """The inputs of the node's products at `positions`, shape (groups, positions, columns)."""
     if node.op_type != "Conv":
         rows = data.reshape(-1, data.shape[-1])
-        count = SAMPLED * max(len(data), 1)
-        if len(rows) > count:
-            rows = rows[np.sort(rng.choice(len(rows), count, replace=False))]
-        return np.ascontiguousarray(rows, np.float32)[None]
-    return _conv_columns(node, data, weights, rng)
-
-
-def _conv_columns(
-    node: onnx.NodeProto, data: Array, weights: tuple[int, ...], rng: np.random.Generator
-) -> NDArray[np.float32]:
-    spatial = data.ndim - 2
-    kernel = weights[2:]
-    strides = list(attribute(node, "strides", [1] * spatial))
-    dilations = list(attribute(node, "dilations", [1] * spatial))
-    extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-    pads = _pads(node, data.shape[2:], extent, strides)
-    padded = np.pad(data, [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)])
-    sizes = [(padded.shape[2 + k] - extent[k]) // strides[k] + 1 for k in range(spatial)]
-    total = int(np.prod(sizes))
+        taken = rows if len(places[0]) == len(rows) else rows[places[0]]
+        return np.ascontiguousarray(taken, np.float32)[None]
+    windows = _Windows.of(node, data.shape, weights)
+    padded = np.pad(data, [(0, 0), (0, 0), *windows.pads])
     group = int(attribute(node, "group", 1))
-    parts = []
-    for picture in padded:
-        at = np.sort(rng.choice(total, min(SAMPLED, total), replace=False))
-        places = np.unravel_index(at, sizes)
-        windows = np.empty((len(at), data.shape[1], *kernel), np.float32)
-        for offset in np.ndindex(*kernel):
-            index = tuple(places[k] * strides[k] + offset[k] * dilations[k] for k in range(spatial))
-            windows[(slice(None), slice(None), *offset)] = picture[(slice(None), *index)].T
-        parts.append(windows.reshape(len(at), group, -1))
+    parts = [
+        windows.at(picture, at).reshape(len(at), group, -1)
+        for picture, at in zip(padded, places, strict=True)
+    ]
     return np.ascontiguousarray(np.moveaxis(np.concatenate(parts), 1, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """Where the windows of a convolution lie in a padded picture; `sizes` is how many along each
+    axis."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, node: onnx.NodeProto, shape: tuple[int, ...], weights: tuple[int, ...]) -> _Windows:
+        spatial, kernel = len(shape) - 2, weights[2:]
+        strides = list(attribute(node, "strides", [1] * spatial))
+        dilations = list(attribute(node, "dilations", [1] * spatial))
+        extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+        pads = _pads(node, shape[2:], extent, strides)
+        around = tuple(zip(pads[:spatial], pads[spatial:], strict=True))
+        sizes = tuple(
+            (shape[2 + k] + sum(around[k]) - extent[k]) // strides[k] + 1 for k in range(spatial)
+        )
+        return cls(tuple(kernel), tuple(strides), tuple(dilations), around, sizes)
+
+    def at(self, picture: Array, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The windows at `places`, shape (places, channels, *kernel)."""
+        corners = np.unravel_index(places, self.sizes)
+        found = np.empty((len(places), len(picture), *self.kernel), np.float32)
+        for offset in np.ndindex(*self.kernel):
+            index = tuple(
+                corner * stride + step * dilation
+                for corner, stride, step, dilation in zip(
+                    corners, self.strides, offset, self.dilations, strict=True
+                )
+            )
+            found[(slice(None), slice(None), *offset)] = picture[(slice(None), *index)].T
+        return found
 
 
 def _pads(

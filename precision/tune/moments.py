@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
@@ -23,7 +24,14 @@ from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import weight_axis
 from trtune.precision.prepare.affine import bias_edge
 from trtune.precision.prepare.codes import channel_steps
-from trtune.precision.prepare.columns import WIDEST, columns, grouped, moments, ungrouped
+from trtune.precision.prepare.columns import (
+    WIDEST,
+    columns_at,
+    grouped,
+    moments,
+    positions,
+    ungrouped,
+)
 from trtune.precision.prepare.rounding import rounded_codes
 from trtune.precision.prepare.values import CORRECT, ROUND_CODES, Codes
 from trtune.precision.runtime.session import make_session, named_values
@@ -39,6 +47,8 @@ POSITIONS = 32
 LOUDEST = 8.0
 EMPTY: Mapping[str, int] = MappingProxyType({})
 SEED = 20231
+
+_Drawn = tuple[str, list[tuple[Array, float, list[NDArray[np.int64]]]], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,18 +229,47 @@ def _look(
         values = {**batch.feeds, **named_values(session, inner, batch.feeds)}
         for tensor in sampled:
             samples[tensor].append(_sample(values[tensor], axes[tensor], rng))
-        for name, tensor in inputs.items():
-            for rows, weight in usual[name].apart(values[tensor]):
-                found = _seen(view, name, rows, weight, rng)
-                sums[name] = sums[name].plus(found) if name in sums else found
+        _add_moments(
+            view, {name: values[tensor] for name, tensor in inputs.items()}, usual, sums, rng
+        )
         progress(what, min((number + 1) * size, PICTURES), PICTURES)
     joined = {tensor: np.concatenate(rows) for tensor, rows in samples.items() if rows}
     return Observed(sums, joined)
 
 
-def _seen(view: GraphView, name: str, data: Array, weight: float, rng: np.random.Generator) -> Seen:
-    node = view.by_name[name]
-    sampled = columns(node, data, tuple(view.initializers[node.input[1]].dims), rng)
+def _add_moments(
+    view: GraphView,
+    inputs: Mapping[str, Array],
+    usual: Mapping[str, _Usual],
+    sums: dict[str, Seen],
+    rng: np.random.Generator,
+) -> None:
+    """Add what each node meets in a batch of its `inputs` to its `sums`, on all cores; what is
+    sampled is drawn in the order of the nodes."""
+    tasks = []
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        names = list(inputs)
+        apart = pool.map(lambda n: usual[n].apart(inputs[n]), names)
+        for name, parts in zip(names, apart, strict=True):
+            node = view.by_name[name]
+            dims = tuple(view.initializers[node.input[1]].dims)
+            drawn = [(r, w, positions(node, r.shape, dims, rng)) for r, w in parts]
+            tasks.append((name, drawn, dims))
+
+        def one(task: _Drawn) -> Seen | None:
+            name, drawn, dims = task
+            total = sums.get(name)
+            for rows, weight, places in drawn:
+                found = _seen(columns_at(view.by_name[name], rows, dims, places), weight)
+                total = found if total is None else total.plus(found)
+            return total
+
+        for name, found in zip(names, pool.map(one, tasks), strict=True):
+            if found is not None:
+                sums[name] = found
+
+
+def _seen(sampled: Array, weight: float) -> Seen:
     total = sampled.sum(axis=1, dtype=np.float64)
     products = moments(sampled)
     if weight != 1:
@@ -254,12 +293,23 @@ class _Usual:
 
     def apart(self, data: Array) -> list[tuple[Array, float]]:
         """The rows that are like others, with weight 1, and each that is not with its own."""
-        energies = (data.reshape(len(data), -1).astype(np.float64) ** 2).mean(axis=1)
+        energies = _energies(data.reshape(len(data), -1))
         self._energies += energies.tolist()
         limit = LOUDEST * float(np.median(self._energies))
         loud = (energies > limit) & (limit > 0)
         parts: list[tuple[Array, float]] = [(data[~loud], 1.0)] if not loud.all() else []
         return parts + [(data[k : k + 1], float(limit / energies[k])) for k in np.flatnonzero(loud)]
+
+
+def _energies(rows: Array) -> NDArray[np.float64]:
+    """The mean square of each row; in float32 where that holds it: it only says what is loud."""
+    with np.errstate(over="ignore"):
+        sums = np.array([np.dot(row, row) for row in rows], np.float64)
+    if np.isfinite(sums).all():
+        found: NDArray[np.float64] = sums / max(rows.shape[1], 1)
+        return found
+    exact: NDArray[np.float64] = (rows.astype(np.float64) ** 2).mean(axis=1)
+    return exact
 
 
 def _codes(view: GraphView, name: str, seen: Seen, kinds: Sequence[str]) -> Codes:
