@@ -51,6 +51,11 @@ class TensorRTRTX(Runtime):
     compute_capabilities: tuple[ComputeCapability, ...] = Field(
         default=(), description='GPUs to build for, such as ["8.9"]; empty: the one in this machine'
     )
+    apart: bool = Field(
+        default=False,
+        description="beside the engine for all compute_capabilities one for each of them; with "
+        "runtime.ray each is built by a task of its own",
+    )
     workspace: Bytes | None = Field(
         default=None, description="scratch memory of a build; null: the compiler's own limit"
     )
@@ -100,6 +105,11 @@ class TensorRT(Runtime):
         description="0 builds fastest, 5 searches longest; null: TensorRT's own default",
     )
     device: Natural = Field(default=0, description="index of the GPU")
+    gpu_types: tuple[str, ...] = Field(
+        default=(),
+        description="types of GPU in the cluster of runtime.ray, as Ray calls them (H100, L4): an "
+        "engine for each is built on a node that has one",
+    )
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = Field(
         default="none", description="GPUs that the engine runs on beside the one it is built on"
     )
@@ -121,6 +131,12 @@ class TensorRT(Runtime):
         if self.typing == "strong" and self.calibrator != "table":
             raise key_error(
                 "calibrator", f"{self.calibrator!r} needs weak typing; strong typing has only table"
+            )
+        if self.gpu_types and self.calibrator != "table":
+            raise key_error(
+                "gpu_types",
+                f"calibrator {self.calibrator!r} reads pictures while it builds, which nodes of a "
+                "cluster do not have; take table",
             )
         return self
 

@@ -124,10 +124,11 @@ def _engines(record: RunRecord) -> list[str]:
     """The command that builds each engine with NVIDIA's own tool, and what its backend says."""
     lines = []
     for v in record.variants:
-        if v.command or v.notes:
+        if v.command or v.notes or v.engines:
             what = code(v.command or str(v.path))
             lines.append(f"- {escape(v.name)} on {escape(v.backend)}: {what}")
             lines += [f"  - {escape(note)}" for note in v.notes]
+            lines += [f"  - for {escape(gpu)}: {code(path)}" for gpu, path in v.engines.items()]
     return lines
 
 

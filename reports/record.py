@@ -96,6 +96,7 @@ class Variant(_Value):
     those in fp8, and `pins` says of each what it costs. `reason` says why it could not run here,
     `command` builds the same engine with NVIDIA's tool, `notes` is what the backend has to say.
     `lints` are what the engine's own account says against it, `explained` what its build log does.
+    `engines` are those for other GPUs: type or compute capability, and the file in the run.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Variant(_Value):
     notes: list[str] = Field(default_factory=list)
     lints: list[EngineFinding] = Field(default_factory=list)
     explained: list[str] = Field(default_factory=list)
+    engines: dict[str, str] = Field(default_factory=dict)
 
 
 class TuningStep(_Value):

@@ -311,7 +311,7 @@ def verdict(record: RunRecord) -> str:
         parts.append(f"The target, {needed}, {state[record.status]}{_noise_text(record)}.")
     elif record.status == "failed":
         parts.append("The run failed.")
-    parts += [*_apart(record), *_chosen_elsewhere(record)]
+    parts += [*_apart(record), *_slower(record), *_chosen_elsewhere(record)]
     plain, main, metric = untuned(record), main_variant(record), record.baseline.metric
     if plain is not None and main is not None and main is not plain and main.pinned:
         change = "" if plain.drop is None else f" ({change_text(metric, plain.drop)} points)"
@@ -392,6 +392,22 @@ def _noise_text(record: RunRecord) -> str:
 
 def _on(variant: Variant, record: RunRecord) -> str:
     return f" on {variant.backend}" if len(judged_variants(record)) > 1 else ""
+
+
+def _slower(record: RunRecord) -> list[str]:
+    """A sentence on each backend on which the quantized model takes longer than FP32 does."""
+    last = {v.backend: v for v in record.variants if v.name not in ("fp32", ORIGINAL)}
+    found = []
+    for backend, variant in last.items():
+        faster, fp32 = speedup(record, variant), find_variant(record, "fp32", backend)
+        if faster is None or round(faster, 2) >= 1 or fp32 is None:
+            continue
+        ours, theirs = (f"{v.latency_ms.median:.3g} ms" for v in (variant, fp32) if v.latency_ms)
+        found.append(
+            f"{_title(variant)} does not pay on {backend} on this machine: {ours} against {theirs} "
+            "in FP32, so the FP32 model is the one to ship there."
+        )
+    return found
 
 
 def _apart(record: RunRecord) -> list[str]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import raytasks
@@ -21,11 +20,12 @@ import tinyproject
 
 import trtune
 from trtune.calibrate.collect import Collection, collect
-from trtune.calibrate.table import CalibrationTable
-from trtune.configs.errors import DataError, ModelError, TrtuneError
+from trtune.configs.errors import ConfigError, DataError, ModelError, TrtuneError
 from trtune.configs.system.cluster import Cluster, chunks, connected, gpu_types
 from trtune.datasets.arrays import ArraySource
 from trtune.precision.graph.file import model_from_proto
+from trtune.run.stages.elsewhere import check_targets
+from trtune.run.work import targets_in
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytestmark = [
@@ -220,15 +220,102 @@ def test_a_whole_run_is_that_of_one_process(nodes: str, cluster: Cluster, tmp_pa
 
 
 def test_a_run_goes_on_from_what_the_workspace_holds(
+    nodes: str, cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stopped once the table is there, and again: what was made is reused, with Ray or without."""
+    folder = tinyproject.write_project(tmp_path, tinymodels.residual())
+    runs = folder / "runs"
+    on_ray = [*EVERYTHING, f"runtime.ray={nodes}"]
+
+    def stop(*_: object) -> None:
+        if list(runs.glob("*/stages/evaluation*.json")) and list(runs.glob("*/calibration.cache")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trtune.run(
+            trtune.load_config(folder / "tiny.yaml", overrides=on_ray), out=runs, progress=stop
+        )
+    (run,) = runs.iterdir()
+    table = (run / "calibration.cache").read_bytes()
+    stages = {path: path.stat().st_mtime_ns for path in (run / "stages").glob("*.json")}
+    assert stages
+    assert not (run / "run.json").exists()
+    caplog.set_level("INFO", "trtune")
+    record = trtune.run(trtune.load_config(folder / "tiny.yaml", overrides=EVERYTHING), out=runs)
+    assert "calibration: reused from" in caplog.text
+    assert "calibrated" not in caplog.text
+    assert (run / "calibration.cache").read_bytes() == table
+    assert {path: path.stat().st_mtime_ns for path in stages} == stages
+    caplog.clear()
+    again = trtune.run(trtune.load_config(folder / "tiny.yaml", overrides=on_ray), out=runs)
+    assert "ray: " in caplog.text
+    assert "calibrated" not in caplog.text
+    assert [(v.name, v.value) for v in again.variants] == [
+        (v.name, v.value) for v in record.variants
+    ]
+
+
+BOTH = (
+    "backends=[{name: onnxruntime}, "
+    '{name: tensorrt_rtx, compute_capabilities: ["8.6", "8.9"], apart: true}]'
+)
+
+
+def test_engines_for_compute_capabilities_are_tasks(
     nodes: str, cluster: Cluster, tmp_path: Path
 ) -> None:
-    folder = tinyproject.write_project(tmp_path, tinymodels.residual())
-    overrides = ["calibration.method=entropy", f"runtime.ray={nodes}"]
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    folder = tinyproject.write_project(tmp_path, tinymodels.conv_relu())
+    overrides = [BOTH, f"runtime.ray={nodes}"]
     config = trtune.load_config(folder / "tiny.yaml", overrides=overrides)
-    table: CalibrationTable = trtune.calibrate(config, out=folder / "runs")
-    alone = trtune.load_config(folder / "tiny.yaml", overrides=overrides[:1])
-    log = next((folder / "runs").iterdir()) / "log.txt"
-    again = trtune.calibrate(alone, out=folder / "runs")
-    assert dict(again.scales) == dict(table.scales)
-    assert np.isfinite(list(table.scales.values())).all()
-    assert "calibrate: reused" in log.read_text() or "calibrated" in log.read_text()
+    record = trtune.run(config, out=folder / "runs")
+    (run,) = (folder / "runs").iterdir()
+    (tuned,) = (v for v in record.variants if v.engines)
+    for name in ("8.6", "8.9"):
+        told = json.loads((run / "tensorrt_rtx" / name / "engine.json").read_text())
+        assert told["details"]["compute_capabilities"] == [name]
+        assert (run / tuned.engines[name]).stat().st_size
+
+
+def test_a_type_of_gpu_that_no_node_has_is_said(cluster: Cluster, tmp_path: Path) -> None:
+    folder = tinyproject.write_project(tmp_path)
+    backends = "backends=[{name: onnxruntime}, {name: tensorrt, gpu_types: [X1, L4]}]"
+    targets = targets_in(tinyproject.config_of(folder, backends))
+    with pytest.raises(ConfigError, match=r"no node of the cluster .* has L4: its GPUs are X1"):
+        check_targets(targets, cluster)
+    check_targets(targets[:1], cluster)
+
+
+def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
+    """A run with a cluster of its own, stopped while its workers count."""
+    folder = tinyproject.write_project(tmp_path, tinymodels.residual(), calibration=400)
+    mark = f"trtune-test-{os.getpid()}"
+    command = [sys.executable, "-m", "trtune", "run", str(folder / "tiny.yaml"), "--out",
+               str(folder / "runs"), "--set", "runtime.ray=local"]  # fmt: skip
+    environment = {**os.environ, "TRTUNE_TEST_MARK": mark}
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while run.poll() is None and time.monotonic() < deadline and not workers_with(mark):
+        time.sleep(0.2)
+    started = workers_with(mark)
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)
+    assert started
+    assert run.returncode not in (0, 3)
+    deadline = time.monotonic() + 30
+    while workers_with(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not workers_with(mark)
+
+
+def workers_with(mark: str) -> list[int]:
+    """Processes of Ray whose environment has `mark`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words, given = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if mark.encode() in given and (b"ray::" in words or b"raylet" in words):
+            found.append(int(folder.name))
+    return [pid for pid in found if is_alive(pid)]

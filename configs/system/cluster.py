@@ -74,18 +74,19 @@ class Cluster:
         shared: Sequence[Any] = (),
         what: str = "",
         gpu_type: str | None = None,
+        on_cpu: bool = False,
     ) -> Iterator[tuple[int, Any]]:
         """The number and result of each of `tasks`, as they end: `function(*shared, *task)`.
 
         `function` is one of a module. What is `shared` goes to each node once; tasks are taken as
         there is room for them. `gpu_type` asks for a node with such a GPU, as Ray calls it
-        ("H100"). Raises the TrtuneError of a task, or one for a task that was lost more than
-        `RETRIES` times, or whose node has other versions than this one; whatever ends the loop,
-        also Ctrl-C, ends the tasks too.
+        ("H100"), `on_cpu` for no GPU where tasks of this cluster have one. Raises the TrtuneError
+        of a task, or one for a task that was lost more than `RETRIES` times, or whose node has
+        other versions than this one; whatever ends the loop, also Ctrl-C, ends the tasks too.
         """
         ray = _ray()
         options: dict[str, Any] = {"num_cpus": self.cores, "max_retries": RETRIES}
-        if self.gpus or gpu_type is not None:
+        if gpu_type is not None or (self.gpus and not on_cpu):
             options["num_gpus"] = 1
         if gpu_type is not None:
             options["accelerator_type"] = gpu_type

@@ -213,6 +213,19 @@ def test_speedup(backend: str, name: str, batch: int, expected: float | None) ->
     assert speedup(make(int8), int8) is None
 
 
+@pytest.mark.parametrize(("median", "told"), [(9.0, False), (10.01, False), (12.5, True)])
+def test_the_verdict_says_where_int8_is_slower_than_fp32(median: float, told: bool) -> None:
+    def variant(name: str, median: float, backend: str = "onnxruntime/deploy") -> Variant:
+        latency = Latency(median=median, p95=median, runs=5, batch=1)
+        return Variant(name=name, backend=backend, value=0.5, latency_ms=latency)
+
+    emulated = variant("tuned", 99.0, "onnxruntime/emulate")
+    found = verdict(make(emulated, variant("fp32", 10.0), variant("tuned", median)))
+    said = "does not pay on onnxruntime/deploy on this machine: 12.5 ms against 10 ms in FP32"
+    assert (said in found) is told
+    assert "emulate" not in found
+
+
 def test_the_headline_says_how_much_faster_where_that_is_known() -> None:
     latency = Latency(median=4.0, p95=5.0, runs=5, batch=1)
     fp32 = Variant(name="fp32", backend="onnxruntime/deploy", value=0.8427, latency_ms=latency)

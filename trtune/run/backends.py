@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtune.calibrate.sessions import device_of
 from trtune.configs.errors import ConfigError, TrtuneError, did_you_mean
-from trtune.configs.progress import Progress
+from trtune.configs.progress import Progress, silent
 from trtune.configs.runtimes import Backend as BackendSection
 from trtune.configs.runtimes import OnnxRuntime, TensorRT, TensorRTRTX
 from trtune.configs.schema import Config
@@ -114,6 +114,22 @@ def backends_of(
         else:
             absent.append(replace(missing, required=section.required))
     return Backends(tuple(present), tuple(absent), tuple(sorted(lowerings)))
+
+
+def backend_for(section: BackendSection, shapes: Mapping[str, Any], batch: int) -> Backend:
+    """The backend of one section without a config around it: what a node of a cluster builds with.
+
+    TensorRT's own calibrators, which read pictures, do not work with it.
+    """
+    if isinstance(section, OnnxRuntime):
+        return OnnxruntimeBackend(section.lowering, threads=section.threads)
+    if isinstance(section, TensorRTRTX):
+        return _rtx(section, shapes, batch)
+    return _tensorrt(section, shapes, batch, _no_pictures, silent)
+
+
+def _no_pictures() -> BatchSource:
+    raise TrtuneError("this node has no pictures: TensorRT is to take the table's scales here")
 
 
 def _missing(backend: Backend) -> Absent | None:

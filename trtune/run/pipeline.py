@@ -47,12 +47,19 @@ from trtune.run.comparing import compared, layer_rows
 from trtune.run.data import RunData
 from trtune.run.naming import run_folder
 from trtune.run.record import Started, run_record
+from trtune.run.stages.elsewhere import check_targets
 from trtune.run.stages.engines import engine_of
 from trtune.run.stages.layers import gated
 from trtune.run.stages.measuring import baseline
 from trtune.run.tuning import threshold_of, tuned, tuning
-from trtune.run.variants import finished, gate_engines, keep_outputs, make_variants
-from trtune.run.work import RunWork, Setup
+from trtune.run.variants import (
+    engines_elsewhere,
+    finished,
+    gate_engines,
+    keep_outputs,
+    make_variants,
+)
+from trtune.run.work import RunWork, Setup, targets_in
 from trtune.run.workspace import Workspace
 
 __all__ = ["build", "calibrate", "compare", "report", "run", "run_folder", "tune"]
@@ -206,7 +213,8 @@ def _whole(
         done = finished(work, best.plan)
         times = {node: ms for one in done for node, ms in one.speed.nodes.items()}
         rows = layer_rows(work, best.plan, times)
-        variants, lines = make_variants(work, done), keep_outputs(work, done)
+        engines = engines_elsewhere(work, best.plan)
+        variants, lines = make_variants(work, done, engines), keep_outputs(work, done)
         record = run_record(work, best, variants, told, polygraphy=lines)
         enter(progress, REPORT)
         write_report(work.folder, record, rows, formats=formats)
@@ -244,6 +252,8 @@ def build(
         plan = work.workspace.get(stage).plan if held else work.untuned
         write_text(work.folder / "plan.json", plan.to_json())
         candidate = work.candidate(plan)
+        if backend is None:
+            engines_elsewhere(work, plan)
         return [
             work.workspace.get(engine_of(candidate, b, "", progress)) for b in work.runtimes.alive
         ]
@@ -284,6 +294,7 @@ def _working(
             if config.runtime.ray is not None:
                 gpu = setup.device != "cpu"
                 cluster = stack.enter_context(connected(config.runtime.ray, gpu=gpu))
+            check_targets(targets_in(config), cluster)
             yield RunWork(replace(setup, cluster=cluster), workspace)
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
@@ -24,6 +25,7 @@ from trtune.reports.entries.variants import (
 )
 from trtune.reports.record import ORIGINAL, Closeness, Variant
 from trtune.run.backends import BackendFailed, watched
+from trtune.run.stages.elsewhere import build_engines, by_backend
 from trtune.run.stages.engines import (
     FP32,
     TUNED,
@@ -39,7 +41,7 @@ from trtune.run.stages.measuring import as_it_stands, baseline, evaluation
 from trtune.run.stages.outputs import Final, kept_outputs, polygraphy_lines
 from trtune.run.subject import fp32_plan
 from trtune.run.tuning import error_of, is_enough, threshold_of
-from trtune.run.work import RunWork
+from trtune.run.work import RunWork, targets_in
 
 EMULATION_NOTE = "emulation of TensorRT's arithmetic: its CPU time says nothing about speed"
 
@@ -137,11 +139,37 @@ def keep_outputs(work: RunWork, done: Sequence[OnBackend]) -> list[str]:
     return polygraphy_lines(work.folder, finals)
 
 
-def make_variants(work: RunWork, done: list[OnBackend]) -> list[Variant]:
+def engines_elsewhere(work: RunWork, tuned: PrecisionPlan) -> dict[str, dict[str, str]]:
+    """The engines for other GPUs: by the backend's label and the GPU, the file in the run.
+
+    A backend that fails at it has failed, and the others go on.
+    """
+    setup, found = work.setup, dict[str, dict[str, str]]()
+    for label_, targets in by_backend(targets_in(setup.config)).items():
+        try:
+            infos = build_engines(
+                work.workspace, work.candidate(tuned), targets, setup.cluster, setup.progress
+            )
+        except BackendFailed as failure:
+            work.runtimes.fail(failure)
+            continue
+        found[label_] = {
+            name: info.path.relative_to(work.folder).as_posix()
+            for name, info in infos.items()
+            if info.path is not None
+        }
+    return found
+
+
+def make_variants(
+    work: RunWork,
+    done: list[OnBackend],
+    engines: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> list[Variant]:
     """fp32, untuned and tuned for every backend that runs here; of the others why they do not.
 
     The FP32 model of onnxruntime is the user's own; that of another backend is built like the rest.
-    In the order of the config.
+    `engines` are those of `engines_elsewhere`. In the order of the config.
     """
     found = {one.backend.name: _of_backend(work, one) for one in done}
     for name, error in work.runtimes.failed.items():
@@ -151,7 +179,13 @@ def make_variants(work: RunWork, done: list[OnBackend]) -> list[Variant]:
         found[absent.name] = [_without(work, absent.name, "absent", reason)]
     listed = [section.label for section in work.setup.config.backends]
     order = sorted(found, key=lambda name: listed.index(name) if name in listed else len(listed))
-    return [variant for name in order for variant in found[name]]
+    return [
+        variant.model_copy(update={"engines": dict(engines[name])})
+        if name in engines and variant is found[name][-1]
+        else variant
+        for name in order
+        for variant in found[name]
+    ]
 
 
 def _without(work: RunWork, backend: str, status: Any, reason: str) -> Variant:
