@@ -241,6 +241,7 @@ def test_a_run_goes_on_from_what_the_workspace_holds(
     assert stages
     assert not (run / "run.json").exists()
     caplog.set_level("INFO", "trtune")
+    caplog.clear()
     record = trtune.run(trtune.load_config(folder / "tiny.yaml", overrides=EVERYTHING), out=runs)
     assert "calibration: reused from" in caplog.text
     assert "calibrated" not in caplog.text
@@ -287,35 +288,49 @@ def test_a_type_of_gpu_that_no_node_has_is_said(cluster: Cluster, tmp_path: Path
 
 
 def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
-    """A run with a cluster of its own, stopped while its workers count."""
+    """A run with a cluster of its own, stopped once that has workers."""
     folder = tinyproject.write_project(tmp_path, tinymodels.residual(), calibration=400)
-    mark = f"trtune-test-{os.getpid()}"
     command = [sys.executable, "-m", "trtune", "run", str(folder / "tiny.yaml"), "--out",
                str(folder / "runs"), "--set", "runtime.ray=local"]  # fmt: skip
-    environment = {**os.environ, "TRTUNE_TEST_MARK": mark}
-    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while run.poll() is None and time.monotonic() < deadline and not workers_with(mark):
-        time.sleep(0.2)
-    started = workers_with(mark)
+    started: dict[int, bytes] = {}
+    while run.poll() is None and time.monotonic() < deadline:
+        started |= below(run.pid)
+        if any(map(is_worker, started.values())):
+            break
+        time.sleep(0.1)
     run.send_signal(signal.SIGINT)
-    run.communicate(timeout=60)
-    assert started
+    run.wait(timeout=60)
+    assert any(map(is_worker, started.values()))
+    assert any(b"raylet" in words for words in started.values())
     assert run.returncode not in (0, 3)
     deadline = time.monotonic() + 30
-    while workers_with(mark) and time.monotonic() < deadline:
+    while any(map(is_alive, started)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not workers_with(mark)
+    assert not [words for pid, words in started.items() if is_alive(pid)]
 
 
-def workers_with(mark: str) -> list[int]:
-    """Processes of Ray whose environment has `mark`."""
-    found = []
+def is_worker(words: bytes) -> bool:
+    return words.startswith(b"ray::") and b"Agent" not in words
+
+
+def below(pid: int) -> dict[int, bytes]:
+    """The processes that `pid` and its children started, with their command lines."""
+    parents: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words, given = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+            stat = (folder / "stat").read_text()
         except OSError:
             continue
-        if mark.encode() in given and (b"ray::" in words or b"raylet" in words):
-            found.append(int(folder.name))
-    return [pid for pid in found if is_alive(pid)]
+        parents.setdefault(int(stat.rsplit(")", 1)[1].split()[1]), []).append(int(folder.name))
+    found: dict[int, bytes] = {}
+    waiting = list(parents.get(pid, []))
+    while waiting:
+        child = waiting.pop()
+        waiting += parents.get(child, [])
+        try:
+            found[child] = Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:
+            continue
+    return found

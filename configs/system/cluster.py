@@ -144,7 +144,7 @@ def connected(address: str, *, gpu: bool = False) -> Iterator[Cluster]:
         try:
             _reach(address)
             ray.init(
-                address=None if address == "local" else address,
+                address=address,  # "local" starts one beside any that runs here
                 include_dashboard=None if address != "local" else False,
                 log_to_driver=False,
                 configure_logging=False,
