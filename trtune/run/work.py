@@ -27,7 +27,7 @@ from trtune.run.data import RunData, data_of, left_out
 from trtune.run.stage import Stage
 from trtune.run.stages.accounts import move_costs, weighed
 from trtune.run.stages.calibration import calibration
-from trtune.run.stages.elsewhere import Target, targets_of
+from trtune.run.stages.elsewhere import OtherGpu, targets_of
 from trtune.run.stages.engines import candidate_of
 from trtune.run.stages.layers import alone
 from trtune.run.stages.measuring import Bench, metric_of
@@ -102,7 +102,7 @@ class Setup:
         )
 
 
-def targets_in(config: Config) -> list[Target]:
+def targets_in(config: Config) -> list[OtherGpu]:
     """What the backends of `config` are to build for beside this machine's GPU."""
     shapes = {name: shape.model_dump() for name, shape in config.model.shapes.items()}
     return targets_of(config.backends, shapes, config.data.evaluation.batch)

@@ -30,7 +30,7 @@ Files = Mapping[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class OtherGpu:
     """A GPU to build for: `name` as it stands in folder names, and what makes the backend.
 
     `gpu_type` is that which a node must have, or None where any node will do.
@@ -64,30 +64,32 @@ class Target:
         return Stage(name, needs, lambda run: build(run / place), engine_form(place))
 
 
-def targets_of(sections: Sequence[Section], shapes: Mapping[str, Any], batch: int) -> list[Target]:
+def targets_of(
+    sections: Sequence[Section], shapes: Mapping[str, Any], batch: int
+) -> list[OtherGpu]:
     """What the backends of a config ask for beside their one engine."""
     found = []
     for section in sections:
         if isinstance(section, TensorRTRTX) and section.apart:
             for name in dict.fromkeys(section.compute_capabilities):
                 alone = section.model_copy(update={"compute_capabilities": (name,)})
-                found.append(Target(name, alone, shapes, batch))
+                found.append(OtherGpu(name, alone, shapes, batch))
         elif isinstance(section, TensorRT):
             for name in dict.fromkeys(section.gpu_types):
                 one = section.model_copy(update={"gpu_types": (name,)})
-                found.append(Target(name, one, shapes, batch, gpu_type=name))
+                found.append(OtherGpu(name, one, shapes, batch, gpu_type=name))
     return found
 
 
-def by_backend(targets: Sequence[Target]) -> dict[str, list[Target]]:
+def by_backend(targets: Sequence[OtherGpu]) -> dict[str, list[OtherGpu]]:
     """The targets by the label of their backend."""
-    found: dict[str, list[Target]] = {}
+    found: dict[str, list[OtherGpu]] = {}
     for target in targets:
         found.setdefault(target.section.label, []).append(target)
     return found
 
 
-def check_targets(targets: Sequence[Target], cluster: Cluster | None) -> None:
+def check_targets(targets: Sequence[OtherGpu], cluster: Cluster | None) -> None:
     """Raise ConfigError for a type of GPU that no node has, or without a cluster."""
     wanted = list(dict.fromkeys(t.gpu_type for t in targets if t.gpu_type is not None))
     if not wanted:
@@ -110,7 +112,7 @@ def check_targets(targets: Sequence[Target], cluster: Cluster | None) -> None:
 def build_engines(
     workspace: Workspace,
     candidate: Candidate,
-    targets: Sequence[Target],
+    targets: Sequence[OtherGpu],
     cluster: Cluster | None = None,
     progress: Progress = silent,
 ) -> dict[str, BuildInfo]:
@@ -136,8 +138,8 @@ def _not_built(folder: Path) -> NoReturn:
 
 
 def _built(
-    candidate: Candidate, targets: Sequence[Target], cluster: Cluster | None
-) -> Iterator[tuple[Target, Files]]:
+    candidate: Candidate, targets: Sequence[OtherGpu], cluster: Cluster | None
+) -> Iterator[tuple[OtherGpu, Files]]:
     """The files of each engine, as they are done: those of one type of GPU, then of the next."""
     if cluster is None:
         for target in targets:
@@ -156,7 +158,7 @@ def _built(
 
 
 @contextmanager
-def _naming(target: Target) -> Iterator[None]:
+def _naming(target: OtherGpu) -> Iterator[None]:
     """A TrtuneError in the block as that of the target's backend: the others go on."""
     try:
         yield
@@ -164,7 +166,7 @@ def _naming(target: Target) -> Iterator[None]:
         raise BackendFailed(target.section.label) from error
 
 
-def build_one(candidate: Candidate, target: Target) -> dict[str, bytes]:
+def build_one(candidate: Candidate, target: OtherGpu) -> dict[str, bytes]:
     """In a worker, or here: the files of the engine of `candidate` for `target`, by name."""
     backend: Backend = backend_for(target.section, target.shapes, target.batch)
     state = backend.doctor()
