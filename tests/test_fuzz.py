@@ -1,7 +1,9 @@
 """Damaged files end in an error that the user can act on, never in a traceback.
 
 Each target takes a file that is right and changes some of it. The number of examples is small here;
-`TRTUNE_FUZZ=100000 pytest tests/test_fuzz.py` runs as many as are wanted.
+`TRTUNE_FUZZ=100000 pytest -s tests/test_fuzz.py` runs as many as are wanted a target, others each
+time, or with `--hypothesis-seed=N` always the same: so several processes can share the work. At the
+end it says how many were tried.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +44,20 @@ EXAMPLES = int(os.environ.get("TRTUNE_FUZZ", "40"))
 bounded = settings(
     max_examples=EXAMPLES,
     deadline=None,
-    derandomize=EXAMPLES < 1000,
+    derandomize="TRTUNE_FUZZ" not in os.environ,
     suppress_health_check=list(HealthCheck),
 )
 SOURCES = ("conv_relu", "branches", "quantized", "opset11", "constant_nodes")
+TRIED: Counter[str] = Counter()
 ODD: tuple[Any, ...] = (None, True, -1, 0, 1e308, "", "x" * 400, "\0", [], {}, {"a": 1}, [[]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def total() -> Iterator[None]:
+    """Say at the end how many damaged files were tried."""
+    yield
+    parts = ", ".join(f"{name} {count}" for name, count in sorted(TRIED.items()))
+    print(f"\n{TRIED.total()} damaged files: {parts}")
 
 
 def said(error: InputError) -> None:
@@ -98,6 +111,7 @@ def _damage(draw: st.DrawFn, message: Any) -> None:
 @bounded
 @given(damaged_models())
 def test_models(tmp_path_factory: pytest.TempPathFactory, proto: onnx.ModelProto) -> None:
+    TRIED["models"] += 1
     path = tmp_path_factory.getbasetemp() / "fuzzed.onnx"
     path.write_bytes(proto.SerializeToString())
     try:
@@ -114,6 +128,7 @@ def test_models(tmp_path_factory: pytest.TempPathFactory, proto: onnx.ModelProto
 def test_bytes_of_models(
     tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: int
 ) -> None:
+    TRIED["bytes of models"] += 1
     data = bytearray(tinymodels.conv_relu().SerializeToString())
     data[place : place + len(noise)] = noise
     path = tmp_path_factory.getbasetemp() / "bytes.onnx"
@@ -138,6 +153,7 @@ def damaged_text(draw: st.DrawFn, text: str) -> str:
 @bounded
 @given(damaged_text(tinyproject.TEXT))
 def test_configs(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    TRIED["configs"] += 1
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     path.write_text(text, encoding="utf-8")
     try:
@@ -160,6 +176,7 @@ CACHE = "TRT-101401-EntropyCalibration2\ninput: 3c010a14\nconv: 3d010a14\nx: 0\n
 @bounded
 @given(damaged_text(CACHE))
 def test_caches(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    TRIED["caches"] += 1
     path = tmp_path_factory.getbasetemp() / "fuzzed.cache"
     path.write_text(text, encoding="utf-8")
     try:
@@ -191,6 +208,7 @@ def damaged_json(draw: st.DrawFn, text: str) -> str:
 @bounded
 @given(damaged_json(PLAN))
 def test_plans(text: str) -> None:
+    TRIED["plans"] += 1
     try:
         read_pins(text)
     except InputError as error:
@@ -218,6 +236,7 @@ KEPT = {
 def test_stage_files(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:
+    TRIED["stage files"] += 1
     stage, folder = KEPT[name], tmp_path_factory.getbasetemp() / "stages-fuzzed"
     path = folder / FOLDER / f"{name}.json"
     path.unlink(missing_ok=True)  # what the example before left may say the same in other words
@@ -246,6 +265,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_run_records(
     tmp_path_factory: pytest.TempPathFactory, finished: str, data: st.DataObject
 ) -> None:
+    TRIED["run records"] += 1
     path = tmp_path_factory.getbasetemp() / "run.json"
     path.write_text(data.draw(damaged_json(finished)), encoding="utf-8")
     try:
