@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,10 +62,11 @@ def amax_mse(histogram: Histogram) -> float:
     best. The expectation treats a bin as its middle while it is narrower than a quantization step,
     and its rounding error as uniform (step^2 / 12) otherwise.
     """
-    if histogram.maximum == 0:
-        return 0.0
-    centers, counts = _centers(histogram)
-    coarse = histogram.maximum * np.geomspace(1 / 64, 1, MSE_CANDIDATES)
+    return _least_mse(histogram.maximum, *_centers(histogram)) if histogram.maximum else 0.0
+
+
+def _least_mse(maximum: float, centers: NDArray[np.float64], counts: NDArray[np.float64]) -> float:
+    coarse = maximum * np.geomspace(1 / 64, 1, MSE_CANDIDATES)
     errors = np.empty(coarse.size)
     _mse(centers, counts, coarse, errors)
     best = int(np.argmin(errors))
@@ -115,11 +116,17 @@ def quantization_snr_db(histogram: Histogram, amax: float) -> float:
         raise ValueError(f"amax is {amax}; it must be above zero")
     if histogram.maximum == 0:
         return math.inf
-    centers, counts = _centers(histogram)
-    errors = np.empty(1)
-    _mse(centers, counts, np.array([amax]), errors)
+    return _snrs_db(*_centers(histogram), [amax])[0]
+
+
+def _snrs_db(
+    centers: NDArray[np.float64], counts: NDArray[np.float64], amaxes: Sequence[float]
+) -> list[float]:
+    """`quantization_snr_db` of each of `amaxes`, of bins that hold something."""
+    errors = np.empty(len(amaxes))
+    _mse(centers, counts, np.array(amaxes, np.float64), errors)
     signal = float((counts * centers**2).sum())
-    return math.inf if errors[0] == 0 else 10 * math.log10(signal / float(errors[0]))
+    return [math.inf if e == 0 else 10 * math.log10(signal / e) for e in errors.tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,20 +146,24 @@ def better_methods(
     By the signal-to-noise ratio of the tensor itself, not of the network's output. Largest gain
     first, then by name; tensors whose amax is zero are left out.
     """
-    found = []
-    for tensor, amax in amaxes.items():
-        if not amax > 0:
-            continue
-        histogram = histograms[tensor]
-        now = quantization_snr_db(histogram, amax)
-        others = {
-            name: quantization_snr_db(histogram, AMAX_METHODS[name](histogram))
-            for name in ("max", "mse")
-        }
-        best = max(others, key=lambda name: others[name])
-        if others[best] - now >= least_db:
-            found.append(Better(tensor, best, others[best] - now))
+    asked = {t: a for t, a in amaxes.items() if a > 0 and histograms[t].maximum > 0}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        gains = list(pool.map(lambda t: _most_gained(histograms[t], asked[t]), asked))
+    found = [
+        Better(tensor, method, gain)
+        for tensor, (method, gain) in zip(asked, gains, strict=True)
+        if gain >= least_db
+    ]
     return sorted(found, key=lambda b: (-b.gain_db, b.tensor))
+
+
+def _most_gained(histogram: Histogram, amax: float) -> tuple[str, float]:
+    """Which of max and mse quantizes a tensor better, and by how many dB than `amax` does."""
+    centers, counts = _centers(histogram)
+    methods = {"max": histogram.maximum, "mse": _least_mse(histogram.maximum, centers, counts)}
+    now, *others = _snrs_db(centers, counts, [amax, *methods.values()])
+    best = max(range(len(others)), key=lambda number: others[number])
+    return list(methods)[best], 0.0 if others[best] == now else others[best] - now
 
 
 def amax_entropy(histogram: Histogram) -> float:

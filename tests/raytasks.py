@@ -30,6 +30,14 @@ def die_once(folder: str, number: int) -> int:
     return number * number
 
 
+def wait_for(folder: str, number: int) -> int:
+    """The square of `number`, once `folder` has a file "go"; says in a file that it began."""
+    (Path(folder) / f"began{number}-{os.getpid()}").touch()
+    while not (Path(folder) / "go").exists():
+        time.sleep(0.05)
+    return number * number
+
+
 def die(number: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

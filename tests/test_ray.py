@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[str]:
-    """The address of a cluster of two nodes on this machine."""
+def machines() -> Iterator[Any]:
+    """A cluster of two nodes on this machine, to which more can be added."""
     from ray.cluster_utils import Cluster as Nodes
 
     before = os.environ.get("PYTHONPATH")
@@ -55,11 +56,17 @@ def nodes() -> Iterator[str]:
             found.shutdown()
             if attempt == 2:
                 pytest.skip(f"Ray does not start here: {error}")
-    yield found.address
+    yield found
     found.shutdown()
     os.environ.pop("PYTHONPATH")
     if before is not None:
         os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def nodes(machines: Any) -> str:
+    """Its address."""
+    return str(machines.address)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,26 @@ def test_a_lost_worker_is_done_again(cluster: Cluster, tmp_path: Path) -> None:
     found = cluster.map(raytasks.die_once, [(n,) for n in range(4)], shared=(str(tmp_path),))
     assert found == [0, 1, 4, 9]
     assert (tmp_path / "died").exists()
+
+
+def test_a_lost_node_is_done_again(machines: Any, cluster: Cluster, tmp_path: Path) -> None:
+    """Three nodes work on tasks that wait for it, and one of them goes down."""
+    third = machines.add_node(num_cpus=1, object_store_memory=100 << 20)
+    begun = cluster.each(raytasks.wait_for, [(n,) for n in range(4)], shared=(str(tmp_path),))
+
+    def lose() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("began*"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        machines.remove_node(third, allow_graceful=False)
+        (tmp_path / "go").touch()
+
+    losing = threading.Thread(target=lose)
+    losing.start()
+    found = dict(begun)
+    losing.join()
+    assert found == {0: 0, 1: 1, 2: 4, 3: 9}
+    assert len(list(tmp_path.glob("began*"))) > 4  # what the node was doing has begun again
 
 
 def test_a_task_that_is_lost_again_and_again_is_an_error(cluster: Cluster) -> None:
