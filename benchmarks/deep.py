@@ -5,10 +5,10 @@
     python benchmarks/deep.py --seeds 5 --prepare auto
 
 The networks are made here from the trained ResNet with 20 layers: each block that keeps the size
-stands four times, with a quarter of its residual branch (what a deeper network computes as so many
-smaller steps), and every weight a little different. Each is run as `trtune run` does it, by default
-without preparation, which would leave nothing to tune. Said are the plans that were measured, the
-pins, and the value.
+stands four times, its residual branch shared among them (what a deeper network computes as so many
+smaller steps, few of which matter much), and every weight a little different. Each is run as
+`trtune run` does it, by default without preparation, which would leave nothing to tune. Said are
+the plans that were measured, the pins, and the value.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from onnx import numpy_helper
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("TRTUNE_DATA", HERE.parents[1] / "shared" / "data"))
 TRAINED, BLOCKS, STEPS, SPREAD = "resnet20_cifar10", 3, 4, 0.1
+UNEVEN = 0.3
+"""How evenly a branch is shared out (Dirichlet's parameter): one of the steps has most of it."""
 GAINS = (2.0, 4.0)
 CONFIG = """version: 1
 name: deep{seed}
@@ -58,6 +60,7 @@ def network(path: Path, seed: int) -> None:
     source: dict[str, str] = {}  # what stands for a tensor of the trained network by now
     for name, block in blocks(graph.node):
         steps = STEPS if name.isdigit() and int(name) % BLOCKS else 1
+        shares = rng.dirichlet([UNEVEN] * steps)
         entry = next(t for t in block[0].input if t not in held)
         for step in range(steps):
             made = {o: f"{o}/{step}" if steps > 1 else o for node in block for o in node.output}
@@ -68,7 +71,7 @@ def network(path: Path, seed: int) -> None:
                 copy.input[:] = [made.get(t, source.get(t, t)) for t in node.input]
                 copy.output[:] = [made[o] for o in node.output]
                 if node.op_type == "Conv" and steps > 1:
-                    share = 1 / steps if "/c2/" in node.output[0] else 1.0
+                    share = shares[step] if "/c2/" in node.output[0] else 1.0
                     for index in (1, 2):
                         value = held[node.input[index]] * share
                         noise = 1 + SPREAD * rng.standard_normal(value.shape)
