@@ -14,13 +14,20 @@ from types import MappingProxyType
 
 import onnx
 
+from trtune.calibrate.gpu.memory import device_memory
+from trtune.calibrate.sessions import cuda_number
+from trtune.configs.errors import TrtuneError
 from trtune.configs.progress import Progress, silent
-from trtune.datasets.batches import BatchSource, InputSpec
+from trtune.datasets.batches import Batch, BatchSource, InputSpec, batch_size
 from trtune.precision.compare.batches import MEMORY, add_batch, batch_bytes, chunked, limited
+from trtune.precision.compare.in_graph import SumsInGraph, can_merge
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
 
 log = logging.getLogger(__name__)
+
+DEVICE_SHARE = 8
+"""Of a GPU's memory that compared tensors may take: both models' copies, with room for kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ def compare_layers(
     integer_kernels: bool = False,
     external_dir: Path | None = None,
     device: str = "cpu",
+    in_graph: bool | None = None,
 ) -> LayerErrors:
     """Compare `tensors`, by name, between two models on the first `pictures` samples of `source`.
 
@@ -64,7 +72,8 @@ def compare_layers(
     both models' copies of one batch within `memory` bytes; more tensors take further passes. A
     single tensor above that is compared alone. The last batch is cut to `pictures`.
     `integer_kernels` is for candidates lowered for deployment (see `make_session`). `external_dir`
-    is where external weights of both models are, `device` where both run.
+    is where external weights of both models are, `device` where both run. With `in_graph` (by
+    default on a GPU) the sums are taken by the runtime itself, see `SumsInGraph`.
 
     Raises ValueError for a tensor that `reference` does not have, DataError if there are no
     samples or they do not fit, ModelError (naming picture and tensor) for NaN or Inf in the
@@ -77,7 +86,10 @@ def compare_layers(
     present = [name for name in names if name in made]
     if not present:
         return LayerErrors({}, tuple(names), 0, 0)
-    chunks = chunked(batch_bytes(source, present, exact.engine), memory // 2)
+    merging = (device != "cpu" if in_graph is None else in_graph) and not integer_kernels
+    merging = merging and can_merge(reference, candidate)
+    room = _device_room(device, memory) if merging else memory
+    chunks = chunked(batch_bytes(source, present, exact.engine), room // 2)
     total = None if source.count is None else min(pictures, source.count) * len(chunks)
     errors: dict[str, ErrorSums] = {}
     done = 0
@@ -85,8 +97,13 @@ def compare_layers(
     for chunk in chunks:
         with exact.engine(chunk) as left, tested.engine(chunk) as right:
             sums = dict.fromkeys(_comparable(chunk, left.outputs, right.outputs), ErrorSums())
+            inside = exact.sums_with(tested, left, right, list(sums)) if merging else None
             for batch in limited(source, pictures):
-                sums = add_batch(sums, left, right, batch)
+                own = inside.of(batch.feeds) if inside is not None and _whole(left, batch) else None
+                if own is None:
+                    sums = add_batch(sums, left, right, batch)
+                else:
+                    sums = {name: total.merge(own[name]) for name, total in sums.items()}
                 done += len(batch)
                 progress("comparing layers", done, total)
         errors.update(sums)
@@ -124,6 +141,38 @@ class _Marked:
                 device=self.device,
             )
         )
+
+    def sums_with(
+        self, other: _Marked, left: OrtEngine, right: OrtEngine, tensors: Sequence[str]
+    ) -> SumsInGraph | None:
+        """The sums of `tensors` in this model and the `other`; None unless all are float32."""
+        for engine in (left, right):
+            kinds = {spec.name: spec.dtype for spec in engine.outputs}
+            if any(kinds[name] != "float32" for name in tensors):
+                return None
+        try:
+            return SumsInGraph(
+                self.proto,
+                other.proto,
+                tensors,
+                external_dir=self.external_dir,
+                device=self.device,
+                threads=self.threads,
+            )
+        except TrtuneError as error:  # each loads alone, so both are compared one by one
+            log.info("layers are compared on the host: %s", error)
+            return None
+
+
+def _whole(engine: OrtEngine, batch: Batch) -> bool:
+    """Whether `batch` is run as it is, without padding."""
+    return batch_size(engine.inputs, len(batch), batch.axes) == len(batch)
+
+
+def _device_room(device: str, memory: int) -> int:
+    """Bytes for compared tensors: an eighth of the GPU's, or `memory` on the CPU."""
+    number = cuda_number(device)
+    return memory if number is None else max(memory, device_memory(number) // DEVICE_SHARE)
 
 
 def _comparable(
