@@ -24,7 +24,7 @@ from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import make_session, named_values
 
 TESTED = "trtune_tested/"
-SUMS = ("signal", "noise", "dot", "energy", "relative", "worst")
+_SUMS = ("signal", "noise", "dot", "energy", "relative", "worst")
 LEAST_OPSET = 13
 """Where Equal, Where and the reductions, without axes, are what they are in every later version."""
 
@@ -159,7 +159,7 @@ def _behind(number: int, left: str, right: str) -> list[onnx.NodeProto]:
         "relative": op("ReduceSum", relative, out="sum_relative", keepdims=0),
         "worst": op("ReduceMax", error, out="worst", keepdims=0),
     }
-    flat = [op("Reshape", reduced[n], "trtune_flat", out=f"flat_{n}") for n in SUMS]
+    flat = [op("Reshape", reduced[n], "trtune_flat", out=f"flat_{n}") for n in _SUMS]
     sizes = [op("Reshape", op("Size", name, out=f"size_{side}"), "trtune_flat", out=f"count_{side}")
              for side, name in (("left", left), ("right", right))]  # fmt: skip
     nodes.append(helper.make_node("Concat", flat, [_sums(number)], axis=0))
