@@ -30,10 +30,13 @@ log = logging.getLogger(__name__)
 
 PARTS = (0.5, 0.9, 1.0)
 """Of the whole gain that single moves promise: the fewest nodes with so much of it are measured."""
-UNLIKELY = 1.08
-"""What is predicted to lose this many times what is allowed is not tried to be taken back."""
-REJECTED = 2
+UNLIKELY = 1.2
+"""What is predicted to lose this many times what is allowed is not tried to be taken back: gains on
+held-out pictures are off by as much as themselves in small networks."""
+REJECTED = 4
 """Where it can be predicted which pins are needed least, so many that are needed end the search."""
+TRIED = 8
+"""... and so do so many plans that were measured in all."""
 
 
 def ladder(limit: int) -> Iterator[int]:
@@ -119,7 +122,7 @@ def _next_rung(loss: float | None, rung: int, most: int, noises: Sequence[float]
 def _fewest(walk: Walk, low: int, high: int) -> int:
     """The fewest of the ranking that meet the target; `low` miss it and `high` do."""
     noises = walk.ranked.noises
-    while high - low > 1 and not walk.is_over:
+    while high - low > 1 and not walk.is_over and len(walk.steps) < TRIED:
         losses = {k: walk.predicted(high, noises[k]) for k in range(low + 1, high)}
         middle = next((k for k, loss in losses.items() if loss <= 1 + CLOSE), high - 1)
         if losses[middle] > UNLIKELY:
@@ -137,7 +140,8 @@ def _take_back(walk: Walk, rung: int) -> PrecisionPlan:
     best, pins, rejected = walk.plans[rung], walk.ranked.pins[:rung], 0
     for pin in _needed_last(walk, pins, rung):
         fewer = tuple(other for other in pins if other != pin)
-        if not fewer or walk.is_over or (walk.ranked.noise_of and rejected == REJECTED):
+        told = walk.ranked.noise_of and (rejected == REJECTED or len(walk.steps) >= TRIED)
+        if not fewer or walk.is_over or told:
             break  # no pin at all was tried first, and missed
         candidate, score = walk.of("unpin", fewer, f"without {pin[0]}")
         if walk.holds(score):

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from trtune.precision.plan.plan import Assignment, PrecisionPlan
 from trtune.precision.tune.ladder import ladder, tune
@@ -472,3 +474,42 @@ def test_the_loss_that_a_noise_is_expected_to_cost(
 ) -> None:
     found = expected_loss(noise, known)
     assert found == (None if loss is None else pytest.approx(loss))
+
+
+MANY = tuple(f"n{k}" for k in range(22))
+
+
+def gap(seed: int, size: int) -> tuple[int, int]:
+    """Pins above the best `size` that meet its noise, and plans measured: nodes whose gains on
+    held-out pictures are off by as much as an average gain, as on small networks."""
+    rng = np.random.default_rng(seed)
+    true = rng.lognormal(0, 1, len(MANY))
+    true /= true.sum()
+    off = true * 0.3 * rng.standard_normal(len(MANY)) + rng.standard_normal(len(MANY)) / len(MANY)
+    seen = np.clip(true + off, 1e-6, None)
+    seen /= seen.sum()
+    order = sorted(range(len(MANY)), key=lambda k: -seen[k])
+    allowed = 1 - np.sort(true)[-size:].sum()
+
+    def left(gains: NDArray[np.float64], pins: Sequence[str]) -> float:
+        return float(1 - sum(gains[MANY.index(name)] for name in pins))
+
+    def evaluate(plan: PrecisionPlan) -> Score:
+        noise = max(left(true, plan.pinned), 1e-9)
+        return Score(-noise, noise <= allowed * (1 + 1e-9), loss=noise / allowed, noise=noise)
+
+    pins = tuple((MANY[k], "") for k in order)
+    noises = tuple(left(seen, [n for n, _ in pins[:k]]) for k in range(len(MANY) + 1))
+    ranked = Ranked(pins, noises, lambda chosen: left(seen, chosen))
+    nodes = {name: Assignment("int8", "default") for name in MANY}
+    plan = PrecisionPlan("int8", "fp32", nodes, {})
+    found = tune(plan, lambda score: ranked, evaluate, max_pins=len(MANY))
+    assert found.met
+    return len(found.chosen.pinned) - size, len(found.steps)
+
+
+@pytest.mark.parametrize(("size", "most"), [(2, 0.09), (3, 0.25)])
+def test_gains_that_are_off_cost_few_pins_and_at_most_eight_plans(size: int, most: float) -> None:
+    gaps = [gap(seed, size) for seed in range(100)]
+    assert np.mean([above > 1 for above, _ in gaps]) < most
+    assert max(plans for _, plans in gaps) <= 8
