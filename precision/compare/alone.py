@@ -27,7 +27,8 @@ from trtune.configs.progress import Progress, silent
 from trtune.configs.system.compiled import compiled
 from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch
-from trtune.precision.graph.proto import copy_of, inputs_of
+from trtune.precision.compare.resident import Resident
+from trtune.precision.graph.proto import copy_of, default_opset, inputs_of
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.rewrite import quantize_weights, weight_scales
 from trtune.precision.plan.float8 import FP8
@@ -42,7 +43,11 @@ from trtune.precision.runtime.output_groups import (
 )
 from trtune.precision.runtime.session import SharedWeights, make_session, named_values
 
-Rest = Callable[[int, Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
+CLIP_INPUTS = 11
+"""The version of the operators in which Clip takes its bounds as inputs, and Round is there."""
+Changed = NDArray[Any] | float
+"""A tensor's other values; or the scale through which its own go, to int8 and back."""
+Rest = Callable[[int, Mapping[str, Changed]], list[NDArray[Any]]]
 """The rest of a network: from a batch number and changed tensors to the model's outputs."""
 Result = TypeVar("Result")
 Task = TypeVar("Task")
@@ -128,7 +133,8 @@ class Alone:
 
     `pictures` are batches with the model's feeds; the FP32 activations that a change of some edges
     of `placement` needs (`held_tensors`) are computed once and held, and those in `also`. `device`
-    is where the network runs. Thread-safe.
+    is where the network runs. `in_graph`, by default on a GPU: what goes through int8 (`through`)
+    does so in the session, from activations that stay on the device. Thread-safe.
     """
 
     def __init__(
@@ -140,8 +146,11 @@ class Alone:
         *,
         also: Sequence[str] = (),
         device: str = "cpu",
+        in_graph: bool | None = None,
     ) -> None:
         self.model, self._view, self._device = model, view, device
+        asked = device != "cpu" if in_graph is None else in_graph
+        self._in_graph = asked and (default_opset(model.proto) or 0) >= CLIP_INPUTS
         self._outputs = tuple(o.name for o in model.outputs)
         self._weights = SharedWeights(view.initializers.values())
         held = dict.fromkeys([*held_tensors(view, placement), *also])
@@ -155,9 +164,18 @@ class Alone:
         for batch in pictures:
             found = named_values(session, names, batch.feeds)
             self._stored.append({**batch.feeds, **found})
+        self._resident = Resident(self._stored, device)
 
-    def session(self, change: Change) -> Rest:
-        """A function from a batch number and the changed tensors to the model's outputs."""
+    def through(self, batch: int, tensor: str, scale: float) -> Changed:
+        """What a session takes for a held `tensor` that goes through int8 with `scale`."""
+        return scale if self._in_graph else fake_quantize(self.stored(batch, tensor), scale)
+
+    def session(self, change: Change, *, int8: bool = False) -> Rest:
+        """A function from a batch number and the changed tensors to the model's outputs.
+
+        With `int8` all of these come from `through`.
+        """
+        stepped = self._in_graph and int8
         nodes = _behind(self._view, [*change.edges, *change.values])
         made = {output for node in nodes for output in node.output}
         names = [o for o in self._outputs if o in made]
@@ -183,7 +201,8 @@ class Alone:
             while len(copies[name].input) <= index:
                 copies[name].input.append("")
             copies[name].input[index] = f"{name}/value{number}"
-        proto = self._submodel(list(copies.values()), weights)
+        through = _through_int8(renamed) if stepped else []
+        proto = self._submodel([*through, *copies.values()], weights)
         session = make_session(
             proto,
             threads=1,
@@ -194,11 +213,18 @@ class Alone:
         wanted = {entry.name for entry in session.get_inputs()}
         plain = [tensor for tensor in boundary if tensor in wanted]
 
-        def run(batch: int, changed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        def run(batch: int, changed: Mapping[str, Changed]) -> list[NDArray[Any]]:
             stored = self._stored[batch]
-            feeds = {tensor: stored[tensor] for tensor in plain}
-            feeds |= {renamed[t]: a for t, a in changed.items() if renamed[t] in wanted}
-            found = named_values(session, names, feeds)
+            if stepped:
+                steps = {f"{t}/step": np.float32(step) for t, step in changed.items()}
+                held = [tensor for tensor in wanted if tensor in stored]
+                found = self._resident.run(session, names, batch, held, steps)
+            else:
+                feeds = {tensor: stored[tensor] for tensor in plain}
+                feeds |= {
+                    renamed[t]: np.asarray(a) for t, a in changed.items() if renamed[t] in wanted
+                }
+                found = named_values(session, names, feeds)
             return [found[o] if o in found else stored[o] for o in self._outputs]
 
         return run
@@ -238,7 +264,7 @@ class Alone:
     def _value_info(self, name: str) -> onnx.ValueInfoProto:
         stored = self._stored[0].get(name.removesuffix("/changed"))
         kind = onnx.TensorProto.FLOAT
-        shape: list[Any] | None = None
+        shape: list[Any] | None = None if stored is not None or not name.endswith("/step") else []
         if stored is not None:
             kind = onnx.helper.np_dtype_to_tensor_dtype(stored.dtype)
             shape = [None] * stored.ndim
@@ -272,6 +298,25 @@ class Alone:
         """`sums` by group with the model's `outputs` for a batch, in its order, added."""
         named = dict(zip(self._outputs, outputs, strict=True))
         return add_parts(sums, self.groups, self._stored[batch], named)
+
+
+def _through_int8(renamed: Mapping[str, str]) -> list[onnx.NodeProto]:
+    """Nodes that make of each tensor what `fake_quantize` does, its step an input of the graph."""
+    nodes = []
+    for tensor, result in renamed.items():
+        at = [f"{tensor}/{part}" for part in ("steps", "rounded", "codes")]
+        step, bounds = f"{tensor}/step", (f"{tensor}/lowest", f"{tensor}/highest")
+        for name, value in zip(bounds, (-128.0, 127.0), strict=True):
+            scalar = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [], [value])
+            nodes.append(onnx.helper.make_node("Constant", [], [name], name=name, value=scalar))
+        for kind, inputs, output in (
+            ("Div", [tensor, step], at[0]),
+            ("Round", at[:1], at[1]),
+            ("Clip", [at[1], *bounds], at[2]),
+            ("Mul", [at[2], step], result),
+        ):
+            nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output))
+    return nodes
 
 
 def held_tensors(view: GraphView, placement: Placement) -> list[str]:
@@ -368,11 +413,17 @@ def alone_errors(
         own = (weights[name],) if name in weights else ()  # a product of data has none
         codes = plan.precision(name)
         scales = table.float8_weights if codes == FP8 else table.weights
-        run = alone.session(Change(edges, own, scales, codes=codes))
+        int8 = codes != FP8
+        run = alone.session(Change(edges, own, scales, codes=codes), int8=int8)
         tensors = {view.by_name[n].input[i] for n, i in edges}
         sums: dict[str, ErrorSums] = {}
         for batch in range(alone.batches):
-            changed = {t: read_in(codes, alone.stored(batch, t), t, table) for t in tensors}
+            changed: dict[str, Changed] = {
+                t: alone.through(batch, t, table.scale(t))
+                if int8
+                else read_in(codes, alone.stored(batch, t), t, table)
+                for t in tensors
+            }
             sums = alone.compared(sums, batch, run(batch, changed))
         return worst_output(sums)
 

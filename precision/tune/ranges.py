@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trtune.calibrate.histogram import Histogram, quantile
 from trtune.calibrate.methods import CANDIDATES
 from trtune.configs.progress import Progress, silent
-from trtune.precision.compare.alone import Alone, Change, fake_quantize, in_parallel
+from trtune.precision.compare.alone import Alone, Change, in_parallel
 from trtune.precision.plan.placement import Edge
 from trtune.precision.tune.judge import Judge, judge_of, worst
 
@@ -179,7 +179,7 @@ class _Trials:
         self.screening = screening_batches([alone.pictures(b) for b in range(alone.batches)])
 
     def __enter__(self) -> None:
-        self._run = self._alone.session(self._change)
+        self._run = self._alone.session(self._change, int8=True)
 
     def __exit__(self, *reason: object) -> None:
         del self._run  # a session holds the weights of what comes after the tensors
@@ -212,7 +212,7 @@ class _Trials:
         found = self._found.setdefault(amax, [])
         scale = float(np.float32(amax) / np.float32(127))
         for batch in range(len(found), batches):
-            changed = {t: fake_quantize(self._alone.stored(batch, t), scale) for t in self._tensors}
+            changed = {t: self._alone.through(batch, t, scale) for t in self._tensors}
             found.append(self._judge.errors(batch, self._run(batch, changed)))
 
     def best(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ import onnx
 import pytest
 import tinymodels
 from gpuparts import require_onnxruntime_gpu
+from tinyquant import named
 
 from trtune.calibrate.sessions import gpu_name
 from trtune.datasets.batches import Batch
+from trtune.datasets.wrapped import HeldBatches
 from trtune.doctor import DEVICE, diagnose
-from trtune.precision.compare.alone import Alone, Change
+from trtune.precision.compare.alone import Alone, Change, alone_errors
+from trtune.precision.compare.layers import compare_layers
 from trtune.precision.graph.file import model_from_proto
 from trtune.precision.graph.view import GraphView
+from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.session import make_session
@@ -82,6 +86,40 @@ def test_what_is_fed_behind_a_change_is_what_the_cpu_computes() -> None:
         outputs[device] = run(0, {tensor: np.zeros_like(alone.stored(0, tensor))})
     for on_cpu, on_gpu in zip(outputs["cpu"], outputs["cuda"], strict=True):
         np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-4, atol=1e-4)
+
+
+def test_what_goes_through_int8_there_is_what_the_cpu_computes() -> None:
+    prepared = named("residual")
+    placement = place(prepared.view, prepared.plan)
+    pictures = [Batch(dict(prepared.feeds), tuple("abcd"))]
+    errors = {}
+    for device in ("cpu", "cuda"):
+        alone = Alone(prepared.model, prepared.view, placement, pictures, device=device)
+        errors[device] = alone_errors(alone, prepared.view, prepared.plan, prepared.table)
+    assert list(errors["cuda"]) == list(errors["cpu"])
+    for node, sums in errors["cpu"].items():
+        assert errors["cuda"][node].sqnr_db == pytest.approx(sums.sqnr_db, abs=0.5), node
+
+
+def test_layers_are_compared_there_as_on_the_cpu() -> None:
+    prepared = named("silu_se")
+    model = prepared.model.proto
+    lowered = lower_emulate(prepared.model, prepared.plan, prepared.table)
+    tensors = [name for node in model.graph.node for name in node.output]
+    found = {
+        device: compare_layers(model, lowered, tensors, held(prepared.feeds), pictures=4,
+                               device=device)
+        for device in ("cpu", "cuda")
+    }  # fmt: skip
+    assert list(found["cuda"].errors) == list(found["cpu"].errors)
+    for name, sums in found["cpu"].errors.items():
+        assert found["cuda"].errors[name].count == sums.count
+        if np.isfinite(sums.sqnr_db) and sums.sqnr_db < 60:
+            assert found["cuda"].errors[name].sqnr_db == pytest.approx(sums.sqnr_db, abs=0.5), name
+
+
+def held(feeds: Mapping[str, Any]) -> HeldBatches:
+    return HeldBatches((Batch(dict(feeds), tuple("abcd")),))
 
 
 def test_pairs_are_rounded_as_on_the_cpu() -> None:

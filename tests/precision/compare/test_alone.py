@@ -313,3 +313,28 @@ def test_what_a_task_raises_comes_out() -> None:
 
     with pytest.raises(RuntimeError, match="no"):
         in_parallel(task, range(100), what="count")
+
+
+# In the session, as on a GPU
+
+
+@pytest.mark.parametrize("name", ["conv_relu", "residual", "concat", "silu_se", "attention", "mlp"])
+def test_through_int8_in_the_session_gives_the_same_errors(name: str) -> None:
+    prepared = named(name)
+    placement = place(prepared.view, prepared.plan)
+    on_host, inside = (
+        Alone(prepared.model, prepared.view, placement, batches_of(prepared), in_graph=g)
+        for g in (False, True)
+    )
+    tensor = next(iter(placement.activations))
+    assert inside.through(0, tensor, 0.25) == 0.25
+    np.testing.assert_array_equal(
+        on_host.through(0, tensor, 0.25), fake_quantize(on_host.stored(0, tensor), 0.25)
+    )
+    found, expected = (
+        alone_errors(alone, prepared.view, prepared.plan, prepared.table)
+        for alone in (inside, on_host)
+    )
+    assert list(found) == list(expected)
+    for node, sums in expected.items():
+        assert found[node].sqnr_db == pytest.approx(sums.sqnr_db, abs=1e-2), node

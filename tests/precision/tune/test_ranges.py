@@ -300,8 +300,10 @@ def test_an_amax_is_given_up_at_the_batch_that_shows_it_to_be_worse() -> None:
     runs: list[int] = []
 
     class Counting(Alone):
-        def session(self, change: Change) -> Callable[[int, Mapping[str, Rows]], list[Rows]]:
-            run = super().session(change)
+        def session(
+            self, change: Change, *, int8: bool = False
+        ) -> Callable[[int, Mapping[str, Rows]], list[Rows]]:
+            run = super().session(change, int8=int8)
 
             def counted(batch: int, changed: Mapping[str, Rows]) -> list[Rows]:
                 runs.append(batch)
