@@ -27,7 +27,6 @@ from trtune.configs.progress import Progress, silent
 from trtune.configs.system.compiled import compiled
 from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch
-from trtune.precision.compare.resident import Resident
 from trtune.precision.graph.proto import copy_of, default_opset, inputs_of
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.rewrite import quantize_weights, weight_scales
@@ -41,6 +40,7 @@ from trtune.precision.runtime.output_groups import (
     output_groups,
     worst_output,
 )
+from trtune.precision.runtime.resident import Resident
 from trtune.precision.runtime.session import SharedWeights, make_session, named_values
 
 CLIP_INPUTS = 11
