@@ -185,6 +185,12 @@ class DataSet(Section):
     images: str | None = Field(
         default=None, description="folder of the pictures of a coco file, if not beside it"
     )
+    categories: Literal["order", "ids"] = Field(
+        default="order",
+        description="coco: how the model counts classes: from 0 in the order of the category ids, "
+        "or by the ids themselves (detectors with 91 classes; where class 0 is the background and "
+        "left out, with label_offset: -1)",
+    )
     axis: Mapping[str, Natural] = Field(
         default={},
         description="model input -> axis that counts samples, where the shapes do not tell",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePath
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 
 from trtune.configs.yamltree import inline_yaml
 
@@ -31,7 +31,8 @@ class Hints:
     metric, agreement: the task's measure with and without labels; decoder: a detector's;
     source: what the data is; split: it is a data.yaml with its own parts; labelled: it has labels;
     take: how many samples calibrate, the others measure; preprocess: keys that were tried best,
-    `tried` the figures in words.
+    `tried` the figures in words. path: the file or folder itself; pictures: how many there are;
+    counting: keys that say how a COCO file's classes are counted.
     """
 
     metric: str | None = None
@@ -43,6 +44,25 @@ class Hints:
     take: int | None = None
     preprocess: Mapping[str, object] | None = None
     tried: tuple[str, ...] = ()
+    path: Path | None = None
+    pictures: int | None = None
+    counting: Mapping[str, object] = field(default_factory=dict)
+
+    def sentences(self) -> list[str]:
+        """What was found, for people."""
+        task = f"a model for {self.metric}" if self.metric else "no known kind of model"
+        lines = [f"{task}, decoder {self.decoder}" if self.decoder else task]
+        if self.pictures is not None:
+            measured = "(train), those of val measure" if self.split else "and the others measure"
+            lines.append(
+                f"{self.source}: {self.pictures} pictures; {self.take} calibrate {measured}"
+                f"{'' if self.labelled else '; no labels that say how well FP32 does'}"
+            )
+        if self.tried:
+            lines.append(f"best of the usual preprocessings on FP32: {self.tried[0]}")
+        if self.counting:
+            lines.append("classes are the ids of COCO's categories, by the figures too")
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +313,8 @@ def _picture_lines(data_path: str, hints: Hints) -> list[str]:
     if boxes:
         where = "# data.yaml, or a folder with images and labels"
         kinds = "# yolo, coco, images (no boxes), arrays, npy, python"
-        return [f"    source: {source:<23}{kinds}", path + where]
+        counting = [f"    {key}: {value}" for key, value in hints.counting.items()]
+        return [f"    source: {source:<23}{kinds}", path + where, *counting]
     return [
         f"    source: {source:<23}# images, yolo, coco, arrays (.npz/.npy), npy, idx, python",
         path + "# a folder of pictures",

@@ -13,7 +13,7 @@ from trtune.datasets.arrays import ArraySource, load_arrays
 from trtune.datasets.batches import BatchSource, InputSpec
 from trtune.datasets.feeds import AUTO
 from trtune.datasets.idx import read_idx
-from trtune.datasets.pictures.detection import list_coco, list_yolo
+from trtune.datasets.pictures.detection import YAMLS, described_by, list_coco, list_yolo
 from trtune.datasets.pictures.images import ImageSource
 from trtune.datasets.pictures.listing import Listing, list_folder, read_classes
 from trtune.datasets.pictures.prefetch import prefetched
@@ -40,6 +40,7 @@ class _Request:
     split: str | None
     classes: Sequence[str]
     images: str | None
+    categories: str
 
     @property
     def place(self) -> Path:
@@ -70,6 +71,7 @@ def open_source(
     split: str | None = None,
     classes: Sequence[str] | str = (),
     images: str | None = None,
+    categories: str = "order",
 ) -> BatchSource:
     """Data for a model with these `inputs`, in batches of `batch` or of what the model fixes.
 
@@ -78,7 +80,8 @@ def open_source(
         (`module:function`), or auto, which looks; `path` and a label file are relative to
         `base_dir`.
     split: which part of a data.yaml. classes: their names, or a file with one a line. images: the
-        folder of a coco file's pictures.
+        folder of a coco file's pictures. categories: order, or ids (a class is its category's
+        id).
     labels: a CSV or a folder of masks (images), the name of an array (arrays, python), a file
         (idx); "auto" finds folder names, or an array labels, label or y; None leaves them out.
     skip, take, sample, seed: see `Selection`. batch: samples; the last batch may be short.
@@ -107,6 +110,7 @@ def open_source(
             split=split,
             classes=read_classes(base / classes) if isinstance(classes, str) else classes,
             images=images,
+            categories=categories,
         )
     )
 
@@ -142,6 +146,7 @@ def open_section(data: DataSet, inputs: Sequence[InputSpec]) -> BatchSource:
         split=data.split,
         classes=data.classes,
         images=data.images,
+        categories=data.categories,
     )
     if values:
         source = WithValues(source, values)
@@ -165,6 +170,11 @@ def source_on_disk(path: Path) -> str:
     if (path / "images").is_dir() and (path / "labels").is_dir():
         masks = any((path / "labels").rglob("*.png"))
         return "images" if masks else "yolo"
+    described = described_by(path)
+    if described is not None:
+        return "yolo" if described.suffix.casefold() in YAMLS else "coco"
+    if any((part.parent / "labels").is_dir() for part in path.glob("*/images")):
+        return "yolo"
     if any(path.glob("*.npy")) or any(path.glob("*/*.npy")):
         return "npy"
     return "images"
@@ -181,7 +191,7 @@ def _open_yolo(request: _Request) -> BatchSource:
 
 def _open_coco(request: _Request) -> BatchSource:
     images = None if request.images is None else request.base_dir / request.images
-    return _pictures(request, list_coco(request.place, images))
+    return _pictures(request, list_coco(request.place, images, by_id=request.categories == "ids"))
 
 
 def _pictures(request: _Request, listing: Listing) -> BatchSource:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -174,14 +174,16 @@ def init_config(
     data: Path | str | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
+    told: Callable[[Sequence[str]], None] | None = None,
 ) -> Path:
     """Write a commented config for the ONNX file `model` and return where it is.
 
     The JSON Schema by which editors check and complete it is written beside it.
     `config` is by default the model's name with .yaml in the current folder. The model's path is
     written relative to it. With `data`, its kind, number and labels are filled in, and of the
-    usual preprocessings the one with which the FP32 model does best. Raises ModelError if the
-    model cannot be read, InputError if the file is there already, unless `overwrite`.
+    usual preprocessings the one with which the FP32 model does best; `told` gets what was found,
+    in sentences. Raises ModelError if the model cannot be read, InputError if the file is there
+    already, unless `overwrite`.
     """
     model = Path(model)
     target = Path(f"{model.stem}.yaml") if config is None else Path(config)
@@ -194,7 +196,10 @@ def init_config(
     seen = _seen_from(model, target.parent)
     hints = hints_for(loaded, None if data is None else Path(data), progress=progress)
     default = "qat" if how else "int8"
-    place = DATA_PATH if data is None else str(_seen_from(Path(data), target.parent))
+    if told is not None:
+        told(hints.sentences())
+    found = hints.path or data
+    place = DATA_PATH if found is None else str(_seen_from(Path(found), target.parent))
     text = init_text(seen, inputs, data_path=place, default=default, hints=hints)
     write_text(target, text)
     schema = json.dumps(json_schema(), indent=2, ensure_ascii=False)

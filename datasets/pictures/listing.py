@@ -182,6 +182,8 @@ def list_file(path: Path, labels: Path | str | None, classes: Sequence[str] = ()
         if not line.strip():
             continue
         file, label = _listed(line.strip(), classes, f"{path}, line {number}")
+        if not (path.parent / file).is_file() and "\\" in file:  # written on Windows
+            file = file.replace("\\", "/")
         if not (path.parent / file).is_file():
             raise DataError(f"{path}, line {number}: no such file: {path.parent / file}")
         files[Path(file).as_posix()] = None if labels is None else label

@@ -136,6 +136,8 @@ def recognise(outputs: Shapes, size: tuple[int, int] | None) -> str | None:
     last_four = [s for s in ranks.values() if len(s) >= 2 and s[-1] == 4]
     if len(last_four) == 1 and len(ranks) >= 2:
         return _boxes_apart(ranks, last_four[0])
+    if len(ranks) == len(last_four) == len(three) == 2:  # four classes, or three and none
+        return _boxes_apart(ranks, last_four[0])
     grids = [s for s in ranks.values() if len(s) in (4, 5) and (s[-1] or 0) >= 6]
     return "yolov5" if len(three) == 1 and grids and _anchors(size) else None
 
@@ -241,11 +243,24 @@ def _boxes_and(outputs: Outputs, rank: int) -> tuple[Array, Array]:
     known = {n: a for n, a in arrays.items() if a is not None and a.ndim == rank}
     boxes = [n for n, a in known.items() if a.shape[-1] == 4]
     scores = [n for n in known if known[n].shape[-1] != 4]
-    if len(boxes) > 1 and not scores:  # four classes: the scores are those that sum to one
+    if len(boxes) == 2 and not scores:  # four classes
+        first, second = (known[n] for n in boxes)
+        boxes = boxes[::-1] if _are_scores(first, second) else boxes
         boxes, scores = boxes[:1], boxes[1:]
     if not boxes or not scores:
         raise ModelError(f"no boxes N x A x 4 and scores N x A x C (found: {shapes_of(outputs)})")
     return known[boxes[0]].astype(np.float32), known[scores[0]].astype(np.float32)
+
+
+def _are_scores(first: Array, second: Array) -> bool:
+    """Whether of two arrays N x A x 4 the first is the scores: probabilities that sum to one, or
+    logits beside boxes of 0 to 1. In doubt boxes come first, as in torchvision's and TensorFlow's.
+    """
+    sums = [bool(np.allclose(a.sum(axis=-1), 1, atol=1e-2)) for a in (first, second)]
+    if sums[0] != sums[1]:
+        return sums[0]
+    unit = [bool(a.size) and a.min() >= -0.5 and a.max() <= 1.5 for a in (first, second)]
+    return unit == [False, True] and bool(first.min() < -0.5)
 
 
 def _in_pixels(boxes: Array, how: Decoding) -> Array:

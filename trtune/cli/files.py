@@ -36,13 +36,14 @@ def init(
     from trtune import tools
     from trtune.cli import show
 
+    found: list[str] = []
     written = tools.init_config(
-        model, output, data=data, overwrite=force, progress=terminal.progress
+        model, output, data=data, overwrite=force, progress=terminal.progress, told=found.extend
     )
     path = show.near(written)
     first = "fill in data.calibration.path, then: " if data is None else "next: "
     advice = f"{first}trtune run {shlex.quote(path)}"
-    terminal.result({"config": str(written)}, f"wrote {path}; {advice}")
+    terminal.result({"config": str(written), "found": found}, *found, f"wrote {path}; {advice}")
 
 
 @command(epilog="Example: trtune inspect model.onnx -v")

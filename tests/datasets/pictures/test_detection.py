@@ -96,6 +96,39 @@ def test_a_split_that_is_not_there(yolo: Path) -> None:
         list_yolo(yolo / "data.yaml", "vall")
 
 
+def test_a_box_may_reach_over_the_edge_and_a_file_may_be_of_windows(yolo: Path) -> None:
+    path = yolo / "labels" / "val" / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf2 0.95 0.5 0.2 0.4\r\n1 0.5 0.5 1 1\r\n")
+    found = rows(list_yolo(yolo).files["a.png"])
+    assert found == [[2, 0.85, 0.3, 1.05, 0.7, 0], [1, 0, 0, 1, 1, 0]]
+
+
+def test_an_export_whose_yaml_points_beside_its_folder(tmp_path: Path) -> None:
+    for part in ("train", "valid"):
+        picture(tmp_path / "set" / part / "images" / "A.PNG")
+        (tmp_path / "set" / part / "labels").mkdir()
+        (tmp_path / "set" / part / "labels" / "A.txt").write_text("1 0.5 0.5 0.5 0.5")
+    told = "train: ../train/images\r\nvalid: ../valid/images\r\nnames: [cat, dog]\r\n"
+    (tmp_path / "set" / "data.yaml").write_bytes(told.encode())
+    assert source_on_disk(tmp_path / "set") == "yolo"
+    for place, split in ((".", None), ("data.yaml", "train"), ("data.yaml", "val")):
+        listing = list_yolo(tmp_path / "set" / place, split)
+        assert rows(listing.files["A.PNG"]) == [[1, 0.25, 0.25, 0.75, 0.75, 0]]
+    (tmp_path / "set" / "data.yaml").unlink()
+    assert source_on_disk(tmp_path / "set") == "yolo"
+    assert len(list_yolo(tmp_path / "set").files) == 2
+
+
+def test_a_list_written_on_windows_and_seen_from_the_set(yolo: Path) -> None:
+    (yolo / "lists").mkdir()
+    lines = "\r\n".join(f"images\\val\\{name}.png" for name in "ab")
+    (yolo / "lists" / "val.txt").write_bytes(lines.encode())
+    listing = list_yolo(yolo / "lists" / "val.txt")
+    assert list(listing.files) == ["a.png", "b.png"]
+    with pytest.raises(DataError, match="is no list of pictures"):
+        list_yolo(yolo / "images" / "val" / "a.png")
+
+
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
     picture(tmp_path / "val2017" / "1.jpg")
@@ -125,6 +158,26 @@ def test_coco_counts_categories_in_the_order_of_their_ids(coco: Path) -> None:
     assert rows(listing.files["2.jpg"]) == [[1, 10, 20, 40, 60, 1], [0, 0, 0, 5, 5, 0]]
     assert rows(listing.files["1.jpg"]) == []
     assert "2 of the 3 pictures" in listing.notes[0]
+
+
+def test_coco_counts_by_the_ids_themselves(coco: Path) -> None:
+    for place in (coco, coco.parent.parent):
+        listing = list_coco(place, by_id=True)
+        assert rows(listing.files["2.jpg"]) == [[90, 10, 20, 40, 60, 1], [1, 0, 0, 5, 5, 0]]
+        assert (listing.classes[1], listing.classes[90]) == ("person", "brush")
+        assert listing.named == {"person": 1, "brush": 90}
+    assert source_on_disk(coco.parent.parent) == "coco"
+
+
+def test_coco_of_windows_with_boxes_of_pictures_that_are_not_listed(coco: Path) -> None:
+    value = json.loads(coco.read_text())
+    value["annotations"].append({"image_id": 1234, "category_id": 1, "bbox": [0, 0, 5, 5]})
+    for entry in value["images"]:
+        entry["file_name"] = "val2017\\" + entry["file_name"]
+    coco.write_text(json.dumps(value), encoding="utf-8-sig")
+    listing = list_coco(coco)
+    assert list(listing.files) == ["val2017/1.jpg", "val2017/2.jpg"]
+    assert "left out 1 of the boxes" in listing.notes[1]
 
 
 def test_a_file_that_is_no_coco(tmp_path: Path) -> None:

@@ -215,6 +215,15 @@ def test_networks_with_their_own_suppression(outputs: dict[str, Any]) -> None:
     assert only("end2end", outputs) == [[1, 8, 8, 24, 40, 0.9]]
 
 
+def test_of_four_columns_each_the_values_say_which_are_boxes() -> None:
+    boxes = np.full((1, 2, 4), 0.5, np.float32)
+    logits = np.array([[[9, -9, -9, -9], [-9, -9, -9, 9]]], np.float32)
+    for outputs in ({"a": logits, "b": boxes}, {"a": boxes, "b": logits}):
+        (found,) = DECODERS["detr"](outputs, Decoding((100, 200)))
+        assert (found.classes.tolist(), found.scores.round(3).tolist()) == ([0], [1.0])
+        assert found.boxes.tolist() == [[50, 25, 150, 75]]
+
+
 @pytest.mark.parametrize(
     ("outputs", "size", "decoder"),
     [
@@ -225,6 +234,7 @@ def test_networks_with_their_own_suppression(outputs: dict[str, Any]) -> None:
         ({"output": ("n", 7)}, 640, None),
         ({"boxes": (1, 8732, 4), "scores": (1, 8732, 91)}, 300, "ssd"),
         ({"logits": (1, 100, 92), "pred_boxes": (1, 100, 4)}, 800, "detr"),
+        ({"logits": (1, 100, 4), "pred_boxes": (1, 100, 4)}, 800, "detr"),
         ({"num": (1, 1), "boxes": (1, 100, 4), "scores": (1, 100), "classes": (1, 100)}, 640,
          "end2end"),
         ({"logits": ("n", 1000)}, 224, None),
