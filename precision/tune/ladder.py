@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 PARTS = (0.5, 0.9, 1.0)
 """Of the whole gain that single moves promise: the fewest nodes with so much of it are measured."""
-UNLIKELY = 1.2
+UNLIKELY = 1.25
 """What is predicted to lose this many times what is allowed is not tried to be taken back: gains on
 held-out pictures are off by as much as themselves in small networks."""
 REJECTED = 4
