@@ -47,10 +47,21 @@ def deploy_tensors(view: GraphView, plan: PrecisionPlan) -> tuple[str, ...]:
     outputs of int8 convolutions (behind an activation that is absorbed), and of gates (without
     these, which an older table lacks, the gates stay float)."""
     plan = with_integers(plan)
-    wanted = set(place(view, plan).activations) | set(_quantized_outputs(view, plan))
+    wanted = _without_gates(view, plan)
     wanted.update(find_gates(view, plan, wanted).products)
     order = [*view.graph_inputs, *(name for node in view.nodes for name in node.output)]
     return tuple(tensor for tensor in order if tensor in wanted)
+
+
+def optional_tensors(view: GraphView, plan: PrecisionPlan) -> set[str]:
+    """Those of `deploy_tensors` without whose scales only gates stay float."""
+    plan = with_integers(plan)
+    known = _without_gates(view, plan)
+    return set(find_gates(view, plan, known).products) - known
+
+
+def _without_gates(view: GraphView, plan: PrecisionPlan) -> set[str]:
+    return set(place(view, plan).activations) | set(_quantized_outputs(view, plan))
 
 
 def with_integers(plan: PrecisionPlan) -> PrecisionPlan:

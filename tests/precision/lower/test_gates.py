@@ -7,9 +7,12 @@ from pathlib import Path
 
 import onnx
 import tinymodels
+import tinyproject
 from tinymodels import Net
 from tinyquant import case, op_counts, outputs
 
+import trtune
+from trtune.calibrate.cache import Cache, dump_cache, read_cache
 from trtune.calibrate.table import CalibrationTable
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.deploy import deploy_tensors, lower_deploy
@@ -84,6 +87,20 @@ def test_a_table_without_the_scales_of_products_leaves_their_gates_float(tmp_pat
     exact = outputs(prepared.model.proto, prepared.feeds)
     ours = outputs(lowered, prepared.feeds, integer_kernels=True)
     assert min(sqnr_db(exact[name], ours[name]) for name in exact) > 25
+
+
+def test_a_run_takes_a_cache_without_the_scales_of_products(tmp_path: Path) -> None:
+    folder = tinyproject.write_project(tmp_path, tinymodels.MODELS["silu_se"]())
+    asked = ["backends=[{name: onnxruntime, lowering: deploy}]", "calibration.method=mse",
+             "calibration.prepare=none"]  # fmt: skip
+    trtune.calibrate(tinyproject.config_of(folder, *asked), out=folder / "first")
+    held = read_cache(next(folder.glob("first/*/calibration.cache")))
+    assert {"dw_silu", "se"} <= set(held.scales)
+    older = {t: s for t, s in held.scales.items() if t not in ("dw_silu", "se")}
+    (folder / "older.cache").write_text(dump_cache(Cache(held.header, older)))
+    trusted = [*asked, f"calibration.cache={folder}/older.cache", "calibration.trust_cache=true"]
+    record = trtune.run(tinyproject.config_of(folder, *trusted), out=folder / "second")
+    assert {v.name for v in record.variants if v.sqnr_db} >= {"int8"}
 
 
 def test_squeeze_and_excitation_runs_in_integers(tmp_path: Path) -> None:

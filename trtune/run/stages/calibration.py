@@ -17,6 +17,7 @@ from trtune.configs.progress import Progress
 from trtune.configs.schema import Calibration as Section
 from trtune.configs.system.cluster import Cluster
 from trtune.precision.graph.file import Model
+from trtune.precision.lower.deploy import optional_tensors
 from trtune.precision.lower.implicit import left_in_float
 from trtune.precision.plan.half_ranges import tensors_for_ranges
 from trtune.precision.plan.imported import ImportedPlan
@@ -91,7 +92,8 @@ def calibration(
     named = None
     if section.cache is not None and wanted.tensors:
         named = named_table(Path(section.cache), subject.model, trust=section.trust_cache)
-        check_table(named, wanted.tensors)
+        optional = optional_tensors(subject.view, wanted.plan) if "deploy" in lowerings else set()
+        check_table(named, [tensor for tensor in wanted.tensors if tensor not in optional])
         wanted = _Wanted(make_plan(subject.view, default="fp32"), (), (), wanted.ranges)
 
     def make(folder: Path) -> Calibrated:
