@@ -95,6 +95,11 @@ class Model(Section):
         default=(),
         description="tensors that the model ends at; what lies behind is left out of everything",
     )
+    constants: Mapping[str, bool | int | Real | tuple[bool | int | Real, ...]] = Field(
+        default={},
+        description="input name -> the one value that it has: engines are built without it, and "
+        "an If that asks for it becomes the branch it takes",
+    )
 
 
 class Calibration(Section):

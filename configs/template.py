@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from types import MappingProxyType
 
 from trtune.configs.yamltree import inline_yaml
 
@@ -32,7 +33,8 @@ class Hints:
     source: what the data is; split: it is a data.yaml with its own parts; labelled: it has labels;
     take: how many samples calibrate, the others measure; preprocess: keys that were tried best,
     `tried` the figures in words. path: the file or folder itself; pictures: how many there are;
-    counting: keys that say how a COCO file's classes are counted.
+    counting: keys that say how a COCO file's classes are counted; constants: inputs that decide on
+    branches, a value each has.
     """
 
     metric: str | None = None
@@ -47,6 +49,9 @@ class Hints:
     path: Path | None = None
     pictures: int | None = None
     counting: Mapping[str, object] = field(default_factory=dict)
+    constants: Mapping[str, bool | int | float | None] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
 
     def sentences(self) -> list[str]:
         """What was found, for people."""
@@ -106,6 +111,7 @@ def init_text(
         f"  path: {inline_yaml(str(model_path))}     # seen from this file; ${{VAR}} is filled in",
         *_input_comments(inputs),
         *_shape_lines(inputs),
+        *_constant_lines(hints),
         "",
         "data:",
         "  calibration:                     # what the scales come from: 100 to 500 samples",
@@ -123,6 +129,18 @@ def init_text(
     ]
     text = "\n".join(lines).replace(_DEFAULT, f"  default: {default:<24}", 1) + "\n"
     return text.replace(_TARGETS, "\n".join(_target_lines(hints)), 1)
+
+
+def _constant_lines(hints: Hints) -> list[str]:
+    """Commented out: whether an input has one value in use is for the user to say."""
+    if not hints.constants:
+        return []
+    values = {name: "VALUE" if v is None else v for name, v in hints.constants.items()}
+    return [
+        f"  # constants: {inline_yaml(values)}",
+        "  #   # what these inputs ask for lies in branches, of which one is quantized that way:",
+        "  #   # the engine then has no such input, and the data needs none",
+    ]
 
 
 def _share_lines(hints: Hints, *, known: bool) -> list[str]:

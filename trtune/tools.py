@@ -28,6 +28,7 @@ from trtune.configs.load import json_schema
 from trtune.configs.progress import Progress, silent
 from trtune.configs.template import DATA_PATH, SCHEMA_FILE, init_text
 from trtune.precision.backends.trt.layer_table import EngineTable, is_layer_info, read_table
+from trtune.precision.graph.branches import switches
 from trtune.precision.graph.file import save_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_emulate
@@ -195,6 +196,8 @@ def init_config(
         refuse_quantized(GraphView.of(loaded), "int8")
     seen = _seen_from(model, target.parent)
     hints = hints_for(loaded, None if data is None else Path(data), progress=progress)
+    deciding = {s.input: next(iter(s.values), None) for s in switches(loaded.proto.graph)}
+    hints = replace(hints, constants=deciding)
     default = "qat" if how else "int8"
     if told is not None:
         told(hints.sentences())

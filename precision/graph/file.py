@@ -18,6 +18,7 @@ from onnx import external_data_helper, numpy_helper
 from trtune.configs.errors import ModelError
 from trtune.configs.files import atomic_path, hash_bytes, hash_file
 from trtune.datasets.batches import InputSpec
+from trtune.precision.graph.branches import Value, fix_inputs, settle_branches
 from trtune.precision.graph.cut import Tail, cut_plugins, end_at, ending_at
 from trtune.precision.graph.fold import Folded, Folding
 from trtune.precision.graph.fold import fold as fold_model
@@ -74,7 +75,8 @@ class Model:
     changed. `external_dir` is the folder of the weights if they were too large to be read in.
     `folded` are the nodes of the file whose work others do, or nobody has to do. `tail` is what
     stands behind the operators that onnxruntime lacks, which `proto` ends before. `counted` are the
-    outputs that are judged, where not all are.
+    outputs that are judged, where not all are. `fixed` are inputs of the file that the user gave a
+    value: constants of `proto`, as far as it still reads them.
     """
 
     proto: onnx.ModelProto
@@ -88,6 +90,7 @@ class Model:
     folded: Mapping[str, Folded] = field(default_factory=lambda: MappingProxyType({}))
     tail: Tail | None = None
     counted: tuple[str, ...] = ()
+    fixed: tuple[onnx.TensorProto, ...] = ()
 
     @property
     def judged(self) -> tuple[str, ...]:
@@ -105,11 +108,13 @@ def load_model(
     load_limit: int = LOAD_LIMIT,
     fold: Fold = "all",
     outputs: Sequence[str] = (),
+    constants: Mapping[str, Value] = MappingProxyType({}),
 ) -> Model:
     """Read, check, normalise, cut and fold the ONNX file at `path`.
 
     `outputs` names the tensors that the model ends at; what lies behind is left out. Without it,
-    it ends at the file's outputs, or before what onnxruntime lacks (`Model.tail`).
+    it ends at the file's outputs, or before what onnxruntime lacks (`Model.tail`). `constants`
+    are values for some inputs, which it then does not have.
 
     `fold` "constants" leaves batch normalization as it is, "none" all nodes.
 
@@ -123,7 +128,13 @@ def load_model(
     try:
         digest, external_dir = _read_external(proto, path, load_limit)
         model = model_from_proto(
-            proto, path, sha256=digest, external_dir=external_dir, fold=fold, outputs=outputs
+            proto,
+            path,
+            sha256=digest,
+            external_dir=external_dir,
+            fold=fold,
+            outputs=outputs,
+            constants=constants,
         )
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
@@ -157,6 +168,7 @@ def model_from_proto(
     external_dir: Path | None = None,
     fold: Fold = "all",
     outputs: Sequence[str] = (),
+    constants: Mapping[str, Value] = MappingProxyType({}),
 ) -> Model:
     """The normal form of a model that is already in memory, folded; `proto` is not touched.
 
@@ -167,6 +179,13 @@ def model_from_proto(
     if outputs:
         end_at(normal, outputs)
         digest = hash_bytes(f"{digest} {list(outputs)}".encode())
+    fixed = fix_inputs(normal, constants)
+    if fixed:
+        values = [tensor.SerializeToString(deterministic=True).hex() for tensor in fixed]
+        digest = hash_bytes(f"{digest} {values}".encode())
+        notes = (*notes, f"inputs that are constants: {_said(constants)}")
+    if fold != "none":
+        notes = (*notes, *settle_branches(normal, external_dir))
     tail = cut_plugins(normal, strict=fold != "none")
     folding = Folding()
     if fold != "none":
@@ -184,7 +203,12 @@ def model_from_proto(
         external_dir=external_dir,
         folded=folding.gone,
         tail=tail,
+        fixed=fixed,
     )
+
+
+def _said(constants: Mapping[str, Value]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in constants.items())
 
 
 def comparable(model: Model) -> Path | onnx.ModelProto | None:
@@ -199,6 +223,9 @@ def comparable(model: Model) -> Path | onnx.ModelProto | None:
         return None
     names = [spec.name for spec in model.outputs]
     whole = names == [info.name for info in raw.graph.output]
+    if model.fixed:
+        raw.graph.initializer.extend(model.fixed)
+        return raw if whole else ending_at(raw, names)
     if free_dimensions(raw) is not None and whole:
         return raw  # onnxruntime takes a 0 at its word
     if whole:

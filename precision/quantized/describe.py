@@ -12,6 +12,7 @@ import numpy as np
 
 from trtune.configs.errors import ModelError
 from trtune.datasets.batches import InputSpec
+from trtune.precision.graph.branches import switches
 from trtune.precision.graph.macs import MACS, macs, parameter_tensors, parameters
 from trtune.precision.graph.proto import subgraphs
 from trtune.precision.graph.view import GraphView, Model, Shape, elements
@@ -130,6 +131,7 @@ def _problems(
     rows: list[NodeRow],
     assigned: Mapping[str, tuple[str, str]] | None,
 ) -> Iterator[str]:
+    yield from _deciding(model)
     for find in (
         _nothing_to_quantize,
         _already_quantized,
@@ -160,6 +162,17 @@ def _problems(
                 f"input {spec.name!r} fixes the batch at {spec.fixed_batch}: samples go in "
                 f"{spec.fixed_batch} at a time, whatever the batch of the config"
             )
+
+
+def _deciding(model: Model) -> Iterator[str]:
+    """What inputs decide on the branches of Ifs."""
+    for switch in switches(model.proto.graph):
+        value = switch.values[0] if switch.values else "VALUE"
+        yield (
+            f"input {switch.input!r} decides which branch {_listed(switch.branches)} takes, and "
+            f"nothing inside is quantized: `model.constants: {{{switch.input}: {value}}}` builds "
+            "the branch of one value, without that input"
+        )
 
 
 def _nothing_to_quantize(graph: GraphView) -> str | None:

@@ -44,8 +44,14 @@ def subject_of(config: Config) -> Subject:
     """
     section, path = config.precision, Path(config.model.path)
     if section.default != QAT:
-        model = judged_by(load_model(path, outputs=config.model.outputs), config)
+        loaded = load_model(path, outputs=config.model.outputs, constants=config.model.constants)
+        model = judged_by(loaded, config)
         return Subject(model, GraphView.of(model))
+    if config.model.constants:
+        raise ConfigError(
+            "model.constants: a quantized model (precision.default: qat) is taken as it stands; "
+            "give its inputs their values in data.calibration.feed"
+        )
     imported = import_quantized(
         path,
         outputs=config.model.outputs,
