@@ -125,15 +125,16 @@ class Company:
 
         From its amax in `choices`, steps of 25 % up or else down, at most by `HIGHEST` and
         `LOWEST` and within its `limits`; a step is kept if the pictures show it beyond their noise
-        (paired over the pictures).
+        (paired over the pictures). Ranges without `limits` stay as they are.
         """
         amaxes = {name: choices[name].amax for name in self.ranges}
-        progress("ranges in company", 0, len(self.ranges))
+        searched = [name for name in self.ranges if name in limits]
+        progress("ranges in company", 0, len(searched))
         if not self._on_gpu:
             self._store(amaxes)
         found = dict(choices)
         now = self.errors(amaxes)
-        for number, name in enumerate(self.ranges):
+        for number, name in enumerate(searched):
             amax, errors = self._better(name, amaxes, now, limits[name])
             if amax != amaxes[name]:
                 amaxes[name], now = amax, errors
@@ -142,7 +143,7 @@ class Company:
                 found[name] = Choice(amax, before.method, worst(now), factor)
                 if not self._on_gpu:
                     self._refresh(name, amaxes)
-            progress("ranges in company", number + 1, len(self.ranges))
+            progress("ranges in company", number + 1, len(searched))
         self._stored = []
         return found
 

@@ -43,6 +43,7 @@ from trtune.precision.plan.placement import (
 from trtune.precision.plan.plan import RANGE, PrecisionPlan
 from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.company import Company
+from trtune.precision.tune.effort import pictures_within, ranges_within, trial_macs
 from trtune.precision.tune.ranges import USUAL, Choice, choose_by_output
 from trtune.precision.tune.standing import Standing
 
@@ -374,8 +375,14 @@ def auto_ranges(
     on a few pictures is too good there. They are as many as it takes to tell the tables apart
     (`standing.race`), so that what is found is not behind one method for all ranges.
     """
+    readers = _edges(placement, roots)
+    costs = trial_macs(model, view, readers, pictures[0])
+    searched = ranges_within(costs, histograms, sum(map(len, pictures)))
+    unsearched = {name: histograms[name] for name in readers if name not in searched}
     alone = Alone(model, view, placement, pictures, device=device)
-    choices = choose_by_output(alone, histograms, _edges(placement, roots), progress=progress)
+    choices = choose_by_output(
+        alone, histograms, {n: r for n, r in readers.items() if n in searched}, progress=progress
+    ) | _chosen_alike(unsearched, BESIDE_AUTO, PERCENTILE)
     progress(RUN_HELD, 0, None)
     references = [alone.reference(batch) for batch in range(alone.batches)]
     del alone  # its activations make room for those of the quantized network
@@ -395,7 +402,9 @@ def auto_ranges(
     standing = Standing(judging, OTHERS * sum(map(len, pictures)), progress)
     starts = _starts(choices, histograms)
     start = standing.best(starts)
-    limits = {n: range_limits(histograms[n], starts[start][n].amax) for n in ranges}
+    limits = {
+        n: range_limits(histograms[n], starts[start][n].amax) for n in ranges if n in searched
+    }
     found = company.round(starts[start], limits, progress=progress)
     finished = standing.best({start: starts[start], "in company": found})
     log.info("ranges: from %s, %s is kept", start, finished)
@@ -535,7 +544,8 @@ def enough_pictures(
 ) -> int:
     """`holdout`, or up to `PLENTY` times as many where the network is small (`LIGHT`).
 
-    A few pictures decide much of the error of a small network, and there more cost little.
+    A few pictures decide much of the error of a small network, and there more cost little. Where a
+    search would take too much, fewer (`effort.SEARCH`).
     """
     size = batch_size(model.inputs, 1)
     first = next(iter(rebatch(source, size)), None)
@@ -548,7 +558,9 @@ def enough_pictures(
         external_dir=model.external_dir,
     )
     each = max(sum(extent.bytes for extent in extents.values()), 1)
-    return min(max(holdout, LIGHT // each), PLENTY * holdout)
+    wanted = min(max(holdout, LIGHT // each), PLENTY * holdout)
+    costs = trial_macs(model, view, {t: [t] for t in placement.activations}, first)
+    return pictures_within(costs, wanted)
 
 
 def in_batches(model: Model, pictures: Sequence[Batch]) -> list[Batch]:

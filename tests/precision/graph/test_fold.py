@@ -138,7 +138,7 @@ def test_what_stays(kind: str) -> None:
         body = helper.make_graph([helper.make_node("Neg", ["c"], ["b"], "neg")], "g", [], [made])
         net.const("c", [1, 2, 3])
         other = net.op(
-            "If", net.const("t", True, bool), out="r", then_branch=body, else_branch=body
+            "If", net.input("t", (), TensorProto.BOOL), out="r", then_branch=body, else_branch=body
         )
     net.op("Add", x, other, out="y")
     proto = net.model(outputs)
