@@ -8,7 +8,7 @@ the largest only those ranges whose methods disagree most.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import onnx
 
@@ -33,7 +33,7 @@ FEWEST = 4
 
 
 def trial_macs(
-    model: Model, view: GraphView, ranges: Mapping[str, Sequence[str]], batch: Batch
+    model: Model, view: GraphView, ranges: Mapping[str, Iterable[str]], batch: Batch
 ) -> dict[str, int]:
     """Multiply-accumulates of the nodes behind the tensors of each range, for a sample of `batch`.
 
