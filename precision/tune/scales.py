@@ -43,8 +43,14 @@ from trtune.precision.plan.placement import (
 from trtune.precision.plan.plan import RANGE, PrecisionPlan
 from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.company import Company
-from trtune.precision.tune.effort import pictures_within, ranges_within, trial_macs
-from trtune.precision.tune.ranges import USUAL, Choice, choose_by_output
+from trtune.precision.tune.ranges import (
+    USUAL,
+    Choice,
+    choose_by_output,
+    pictures_within,
+    ranges_within,
+    trial_macs,
+)
 from trtune.precision.tune.standing import Standing
 
 log = logging.getLogger(__name__)
@@ -545,7 +551,7 @@ def enough_pictures(
     """`holdout`, or up to `PLENTY` times as many where the network is small (`LIGHT`).
 
     A few pictures decide much of the error of a small network, and there more cost little. Where a
-    search would take too much, fewer (`effort.SEARCH`).
+    search would take too much, fewer (`ranges.SEARCH`).
     """
     size = batch_size(model.inputs, 1)
     first = next(iter(rebatch(source, size)), None)

@@ -13,8 +13,8 @@ from trtune.precision.graph.file import Model, model_from_proto
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.rules import make_plan
-from trtune.precision.tune import effort, scales
-from trtune.precision.tune.effort import SEARCH, pictures_within, ranges_within, trial_macs
+from trtune.precision.tune import ranges, scales
+from trtune.precision.tune.ranges import SEARCH, pictures_within, ranges_within, trial_macs
 
 
 def chain(*, free: bool = False) -> Model:
@@ -80,7 +80,7 @@ def test_a_search_of_some_ranges_gives_every_range_a_scale(monkeypatch: pytest.M
     rng = np.random.default_rng(1)
     rows = Rows({"x": rng.normal(size=(48, 3, 8, 8)).astype(np.float32)}, range(48))
     placement = place(view, plan)
-    monkeypatch.setattr(effort, "SEARCH", 64 * 20 * 4)  # four pictures of the second range alone
+    monkeypatch.setattr(ranges, "SEARCH", 64 * 20 * 4)  # four pictures of the second range alone
     found = scales.calibrate_model(model, view, plan, rows, method="auto", holdout=8)
     assert set(placement.activations) == set(found.table.scales)
     assert found.table.methods["x"] == "mse"
