@@ -30,7 +30,7 @@ from trtune.precision.graph.proto import (
     subgraphs,
 )
 
-Value = bool | int | float | Sequence["Value"]
+InputValue = bool | int | float | Sequence["InputValue"]
 
 OF_SHAPES = frozenset({"Shape", "Size"})
 """What these give follows from the shape of what they read, not from its values."""
@@ -46,7 +46,7 @@ class Switch:
 
 
 def fix_inputs(
-    model: onnx.ModelProto, constants: Mapping[str, Value]
+    model: onnx.ModelProto, constants: Mapping[str, InputValue]
 ) -> tuple[onnx.TensorProto, ...]:
     """Make the inputs named in `constants` constants of these values, in place; what they became.
 
@@ -70,7 +70,7 @@ def fix_inputs(
     return tuple(made)
 
 
-def _array(info: onnx.ValueInfoProto, value: Value) -> NDArray[np.generic]:
+def _array(info: onnx.ValueInfoProto, value: InputValue) -> NDArray[np.generic]:
     """`value` in the type and shape of the input `info`."""
     kind = info.type.tensor_type
     dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)

@@ -18,7 +18,7 @@ from onnx import external_data_helper, numpy_helper
 from trtune.configs.errors import ModelError
 from trtune.configs.files import atomic_path, hash_bytes, hash_file
 from trtune.datasets.batches import InputSpec
-from trtune.precision.graph.branches import Value, fix_inputs, settle_branches
+from trtune.precision.graph.branches import InputValue, fix_inputs, settle_branches
 from trtune.precision.graph.cut import Tail, cut_plugins, end_at, ending_at
 from trtune.precision.graph.fold import Folded, Folding
 from trtune.precision.graph.fold import fold as fold_model
@@ -108,7 +108,7 @@ def load_model(
     load_limit: int = LOAD_LIMIT,
     fold: Fold = "all",
     outputs: Sequence[str] = (),
-    constants: Mapping[str, Value] = MappingProxyType({}),
+    constants: Mapping[str, InputValue] = MappingProxyType({}),
 ) -> Model:
     """Read, check, normalise, cut and fold the ONNX file at `path`.
 
@@ -168,7 +168,7 @@ def model_from_proto(
     external_dir: Path | None = None,
     fold: Fold = "all",
     outputs: Sequence[str] = (),
-    constants: Mapping[str, Value] = MappingProxyType({}),
+    constants: Mapping[str, InputValue] = MappingProxyType({}),
 ) -> Model:
     """The normal form of a model that is already in memory, folded; `proto` is not touched.
 
@@ -207,7 +207,7 @@ def model_from_proto(
     )
 
 
-def _said(constants: Mapping[str, Value]) -> str:
+def _said(constants: Mapping[str, InputValue]) -> str:
     return ", ".join(f"{name} = {value}" for name, value in constants.items())
 
 
