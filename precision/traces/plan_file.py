@@ -54,12 +54,13 @@ class PlanFile:
         """The same in sentences."""
         version = f" {self.version}" if self.version else ", of a version that its header omits"
         gpu = ", ".join(self.devices) or "not told in the file"
-        kernels = ", ".join(self.architectures) or "none are named"
+        known = ", ".join(self.architectures)
+        kernels = f"kernels for compute capability {known}" if known else "no kernel is named"
         int8 = f"yes, such as {self.int8_kernels[0]}" if self.int8_kernels else "no name of one"
         return [
             f"a plan of {self.maker}{version} ({self.magic}, serialization {self.serialization}), "
             f"{self.size_bytes} bytes",
-            f"GPU: {gpu}; kernels for compute capability {kernels}",
+            f"GPU: {gpu}; {kernels}",
             f"INT8 kernels: {int8}",
         ]
 

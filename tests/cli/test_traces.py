@@ -81,6 +81,8 @@ def test_a_log_is_explained() -> None:
     (event,) = value["events"]
     assert (event["key"], event["nodes"]) == ("missing scale", ["n_conv2"])
     assert "conv2 has no scale" in " ".join(invoke("explain", "build.log").stdout.split())
+    Path("other.log").write_text("hello\n")
+    assert "no line of it is known" in invoke("explain", "other.log").stdout
     assert "cannot read the log" in invoke("explain", "none.log", status=2).stderr
 
 

@@ -43,7 +43,9 @@ def init(
     path = show.near(written)
     first = "fill in data.calibration.path, then: " if data is None else "next: "
     advice = f"{first}trtune run {shlex.quote(path)}"
-    terminal.result({"config": str(written), "found": found}, *found, f"wrote {path}; {advice}")
+    value = {"config": str(written)} if data is None else {"config": str(written), "found": found}
+    said = [] if data is None else found
+    terminal.result(value, *said, f"wrote {path}; {advice}")
 
 
 @command(epilog="Example: trtune inspect model.onnx -v")

@@ -144,6 +144,8 @@ def log_account(path: Path, found: LogAccount, *, every: bool = False) -> Iterat
         ]
         columns = ("line", "times", "what", "nodes", "what to do")
         yield titled("What happened", table_of(columns, rows, text_columns=5))
+    if not found.events and not found.version:
+        yield "no line of it is known: is it what trtexec --verbose, or a build with -v, printed?"
     if found.notes():
         yield "notes: " + ", ".join(f"{n} x {key}" for key, n in found.notes().items())
     if found.precisions():
