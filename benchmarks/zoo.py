@@ -50,7 +50,7 @@ SHARED = ("h", "c", "sr")
 CONFIG = """
 version: 1
 name: zoo
-model: {{path: {model}, shapes: {shapes}}}
+model: {{path: {model}, constants: {constants}, shapes: {shapes}}}
 data:
   calibration: {{source: arrays, path: {folder}/calibration.npz, batch: 4}}
   evaluation: {{path: {folder}/evaluation.npz}}
@@ -172,6 +172,7 @@ class Network:
     file: str
     draw: Draw
     rows: int = EVALUATION
+    constants: str = "{}"
 
     @property
     def name(self) -> str:
@@ -210,7 +211,7 @@ NETWORKS = (
     Network(PIPER, "piper/tashkeel/model.onnx", letters),
     Network(PIPER, "piper/hebrew/nakdimon.onnx", hebrew),
     Network(VAD, _VAD + "silero_vad_16k_sequence.onnx", voice_sequence),
-    Network(VAD, _VAD + "silero_vad.onnx", voice_at_rate),
+    Network(VAD, _VAD + "silero_vad.onnx", voice_at_rate, constants="{sr: 16000}"),
     Network(VAD, _VAD + "silero_vad_half.onnx", voice((2, -1, 128))),
     Network(VAD, _VAD + "silero_vad_openvino_16k.onnx", voice((2, 1, 128))),
 )  # fmt: skip
@@ -311,7 +312,10 @@ def sqnr(model: Path, exact: Path, feeds: list[Rows]) -> tuple[float, float]:
     names = [o.name for o in sessions[0].get_outputs() if "float" in o.type]
     signal, noise_sum = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for feed in feeds:
-        expected, got = (named_values(session, names, feed) for session in sessions)
+        expected, got = (
+            named_values(session, names, {i.name: feed[i.name] for i in session.get_inputs()})
+            for session in sessions
+        )
         for name in names:
             signal[name] += float(np.square(expected[name], dtype=np.float64).sum())
             difference = np.subtract(got[name], expected[name], dtype=np.float64)
@@ -339,11 +343,13 @@ def measured(network: Network, cache: Path, *, static: bool, quick: bool) -> dic
             np.savez(folder / f"{part}.npz", **rows)
         fixed = "openvino" in network.file
         calibration, evaluation = (list(singles(p, axes_of(p, fixed))) for p in parts)
-        found = {} if static else ours(model, folder, evaluation, quick=quick)
+        found = {} if static else ours(model, folder, evaluation, network.constants, quick=quick)
         return found | theirs(model, folder, calibration, evaluation)
 
 
-def ours(model: Path, folder: Path, evaluation: list[Rows], *, quick: bool) -> dict[str, Any]:
+def ours(
+    model: Path, folder: Path, evaluation: list[Rows], constants: str, *, quick: bool
+) -> dict[str, Any]:
     """What trtune makes of `model` with the rows in `folder`; `quick` without any search."""
     from trtune.configs.load import load_config
     from trtune.run.pipeline import run, run_folder
@@ -355,6 +361,7 @@ def ours(model: Path, folder: Path, evaluation: list[Rows], *, quick: bool) -> d
     more = RTX if model.stat().st_size <= SMALL and importlib.util.find_spec("tensorrt_rtx") else ""
     shapes = json.dumps(shapes_of(model, evaluation[0]) if more else {})
     text = CONFIG.format(model=model.resolve(), folder=folder, more=more, shapes=shapes,
+                         constants=constants,
                          method=QUICK if quick else "method: auto",
                          alone="false" if quick else "true")  # fmt: skip
     (folder / "zoo.yaml").write_text(text)

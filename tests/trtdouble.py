@@ -458,6 +458,7 @@ def double(major: int, world: World | None = None) -> Any:
     value = snapshot(major)
     world = world or World()
     trt = Module({"__version__": value["version"], "_world": world})
+    trt.init_libnvinfer_plugins = lambda logger, namespace: world.events.append("plugins")
     pending = {n: e for n, e in value["names"].items() if isinstance(e, dict)}
     for name, entry in pending.items():
         if "enum" in entry:

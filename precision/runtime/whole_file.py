@@ -1,7 +1,8 @@
 """The model that is deployed where onnxruntime lacks an operator: with the nodes behind the cut.
 
 Engines are built, judged and timed up to the cut, so that their outputs can be compared; beside
-each stands `whole.onnx`, the same model with TensorRT's plugins in their place again.
+each stands `whole.onnx`, the same model with TensorRT's plugins in their place again, and where the
+builder has these plugins `whole.plan`, the engine of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from trtune.precision.graph.cut import whole
 from trtune.precision.graph.file import Model, save_model
 from trtune.precision.runtime.api import MODEL_FILE
 
-WHOLE_FILE = "whole.onnx"
+WHOLE_FILE, WHOLE_PLAN = "whole.onnx", "whole.plan"
 
 
 def write_whole(model: Model, folder: Path, command: Callable[[Path], str]) -> dict[str, Any]:

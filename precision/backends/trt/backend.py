@@ -64,6 +64,7 @@ from trtune.precision.backends.trt.version import (
     load_tensorrt,
 )
 from trtune.precision.compare.inner import DEBUG_TENSORS
+from trtune.precision.graph.cut import whole
 from trtune.precision.graph.view import GraphView, save_model
 from trtune.precision.lower.implicit import left_in_float
 from trtune.precision.plan.float8 import without_float8
@@ -81,7 +82,7 @@ from trtune.precision.runtime.api import (
 )
 from trtune.precision.runtime.engine_json import ENGINE_JSON, write_engine_json
 from trtune.precision.runtime.not_honoured import not_honoured
-from trtune.precision.runtime.whole_file import write_whole
+from trtune.precision.runtime.whole_file import WHOLE_FILE, WHOLE_PLAN, write_whole
 from trtune.precision.traces.explain import explain_log
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,8 @@ class _Build:
     calibrator: Calibrator | None = None
     pinned: bool = False
     debug: bool = False
+    whole: bool = False
+    whole_engine: dict[str, str] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
         """Tell the user, the engine's record and the log."""
@@ -214,16 +217,37 @@ class TensorRTBackend:
         work = _Build(trt, candidate, folder, self._settings, profiles, debug=debug)
         for text in carried_over(trt, self._settings, candidate, weakly=typed_weakly):
             work.note(text)
-        for name in (ENGINE_JSON, PLAN_FILE, TENSORRT_CACHE, LAYERS_FILE):
+        for name in (ENGINE_JSON, PLAN_FILE, WHOLE_PLAN, TENSORRT_CACHE, LAYERS_FILE):
             (folder / name).unlink(missing_ok=True)  # of an earlier build: this one may fail
         try:
             with self._device(), ExitStack() as stack:
                 work.logger = stack.enter_context(messages_to(trt, work.messages.add))
                 engine = self._build(work, typed_weakly, stack)
                 layers = _inspect(work, engine)
+                if work.candidate.model.tail is not None and not debug:
+                    self._build_whole(work, typed_weakly, stack)
         finally:
             write_text(folder / LOG_FILE, work.messages.text())
         return self._record(work, typed_weakly, layers, time.perf_counter() - start)
+
+    def _build_whole(self, work: _Build, typed_weakly: bool, stack: ExitStack) -> None:
+        """Build the same with TensorRT's plugins in their place again: the engine to deploy.
+
+        A plugin that TensorRT does not find is told; the engine up to the cut is there without it.
+        """
+        work.trt.init_libnvinfer_plugins(work.logger, "")
+        again = _Build(
+            work.trt, work.candidate, work.folder, work.settings, work.profiles,
+            messages=work.messages, logger=work.logger, whole=True,
+        )  # fmt: skip
+        try:
+            self._build(again, typed_weakly, stack)
+        except TrtuneError as error:
+            work.whole_engine["reason"] = str(error)
+            work.note(f"no {WHOLE_PLAN}, the engine ends before the plugins: {error}")
+        else:
+            work.whole_engine["engine"] = WHOLE_PLAN
+            work.note(f"{WHOLE_PLAN}: the engine with TensorRT's plugins, to deploy")
 
     def _device(self) -> AbstractContextManager[None]:
         """The GPU of the settings as the current one; without cuda-python that is GPU 0."""
@@ -260,10 +284,10 @@ class TensorRTBackend:
             raise build_failure(trt, work.messages, settings, pinned=work.pinned)
         if settings.timing_cache is not None:
             save_timing_cache(config, settings.timing_cache)
-        if work.calibrator is not None:
+        if work.calibrator is not None and not work.whole:
             _keep_cache(work, work.calibrator)
         data = bytes(plan)
-        write_bytes(work.folder / PLAN_FILE, data)
+        write_bytes(work.folder / (WHOLE_PLAN if work.whole else PLAN_FILE), data)
         return data
 
     def _check_float8(self, plan: PrecisionPlan) -> None:
@@ -353,6 +377,8 @@ class TensorRTBackend:
             **marked,
             **gpu_facts(self._cuda.find(self._settings.device)),
         )
+        if work.whole_engine:
+            work.details["whole"] |= work.whole_engine
         info = BuildInfo(
             backend=self.name,
             path=path,
@@ -446,7 +472,9 @@ def _lowered(work: _Build, typed_weakly: bool) -> Path:
     if not typed_weakly:
         table = work.candidate.table or CalibrationTable({})
         proto = LOWERINGS["emulate"](model, plan, table)
-    path = work.folder / MODEL_FILE
+    path = work.folder / (WHOLE_FILE if work.whole else MODEL_FILE)
+    if work.whole and model.tail is not None:
+        proto = whole(proto, model.tail)
     save_model(proto, path, model.external_dir)
     return path
 

@@ -19,6 +19,7 @@ import onnx
 import pytest
 import tinymodels
 from numpy.typing import NDArray
+from onnx import helper
 from tinyquant import Case, Rows, case, named, op_counts
 from trtdouble import World, double
 
@@ -878,3 +879,46 @@ def test_without_cuda_python_gpu_0_is_built_for(tmp_path: Path) -> None:
     assert machine.used == []
     assert json.loads((tmp_path / "engine.json").read_text())["details"]["gpu"] == "unknown"
     assert info.versions["gpu"] == "unknown (unknown)"
+
+
+# Plugins
+
+
+def detector() -> Case:
+    """A detector that ends in a plugin of TensorRT, cut before it."""
+    net = tinymodels.Net()
+    x = net.conv(net.input("x", ("N", 3, 8, 8)), "head", 3, 6)
+    boxes = net.op("Reshape", x, net.const("s4", [0, -1, 4], np.int64), out="boxes")
+    rows = net.op("Reshape", x, net.const("s2", [0, -1, 2], np.int64), out="rows")
+    names = ["num", "found"]
+    plugin = helper.make_node("EfficientNMS_TRT", [boxes, rows], names, "nms", domain="TRT")
+    net.nodes.append(plugin)
+    proto = net.model({"num": ("N", 1), "found": ("N", 10, 4)})
+    proto.opset_import.append(helper.make_opsetid("TRT", 1))
+    return case(proto)
+
+
+@BOTH
+def test_the_engine_with_plugins_is_built_whole(tmp_path: Path, major: int) -> None:
+    machine = Machine(major)
+    info = built(machine, detector(), tmp_path)
+    assert (tmp_path / "engine.plan").stat().st_size > 0
+    assert (tmp_path / "whole.plan").stat().st_size > 0
+    assert info.details["whole"]["engine"] == "whole.plan"
+    assert "plugins" in machine.world.events
+    cut, whole = (
+        [network.get_layer(k).name for k in range(network.num_layers)]
+        for network in machine.world.networks
+    )
+    assert "nms" not in cut
+    assert "nms" in whole
+    assert len(whole) == len(cut) + 1
+
+
+@BOTH
+def test_without_the_plugin_the_engine_up_to_the_cut_is_there(tmp_path: Path, major: int) -> None:
+    machine = Machine(major, World(unsupported=frozenset({"EfficientNMS_TRT"})))
+    info = built(machine, detector(), tmp_path)
+    assert info.path == tmp_path / "engine.plan"
+    assert not (tmp_path / "whole.plan").exists()
+    assert "EfficientNMS_TRT" in info.details["whole"]["reason"]
