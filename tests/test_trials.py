@@ -15,6 +15,7 @@ from onnx.numpy_helper import from_array
 
 from trtune.configs.load import load_config
 from trtune.tools import init_config
+from trtune.trials import Trial, published_first
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -101,6 +102,22 @@ def test_classes_that_are_the_ids_of_cocos_categories(tmp_path: Path) -> None:
     assert section.preprocess is not None
     assert (section.preprocess.channels, section.preprocess.scale) == ("RGB", 1 / 255)
     assert "coco: 8 pictures; 4 calibrate" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "values", "first"),
+    [
+        ("yolox", (0.362, 0.355), "letterbox top left, BGR, 0 to 255"),
+        ("yolox", (0.362, 0.330), "letterbox, BGR, 0 to 255"),
+        ("ssd", (0.362, 0.355), "letterbox, BGR, 0 to 255"),
+    ],
+)
+def test_what_a_family_is_published_with_wins_within_noise(
+    decoder: str, values: tuple[float, float], first: str
+) -> None:
+    names = ("letterbox, BGR, 0 to 255", "letterbox top left, BGR, 0 to 255")
+    trials = [Trial(name, {}, value) for name, value in zip(names, values, strict=True)]
+    assert published_first(trials, decoder)[0].what == first
 
 
 def test_without_data_the_kind_of_detector_says_the_preprocessing(tmp_path: Path) -> None:

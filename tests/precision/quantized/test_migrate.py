@@ -6,20 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
+import realdata
 import tinymodels
 import tinyqat
 from tinyqat import assert_same_bits, imported
 from tinyquant import named
 
-from trtune.calibrate.cache import Cache, dump_cache, parse_cache
+import trtune
+from trtune import tools
+from trtune.calibrate.cache import Cache, dump_cache, parse_cache, read_cache
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, ConfigError, InputError, ModelError
+from trtune.configs.schema import Config
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.migrate import PrecisionChange, migrate, migrate_files, to_cache
 from trtune.precision.quantized.migrate_pins import LayerPin, explain_pins, parse_pins, parts_of
+from trtune.precision.runtime.errors import sqnr_db
 
 OLD = "TRT-8601-EntropyCalibration2"
 EVERY = (
@@ -316,3 +322,63 @@ def test_a_cache_and_back_is_the_same_table() -> None:
     back, _ = to_cache(prepared.view, prepared.table)
     again = migrate(prepared.model, back)
     assert {t: again.table.scales[t] for t in prepared.table.scales} == dict(prepared.table.scales)
+
+
+def closeness(model: Path, other: Path) -> float:
+    """SQNR in dB of `other` against `model` on 128 pictures."""
+    pictures = np.load(realdata.data_dir() / "cifar10_test2000.npz")["images"][:128]
+    mean, std = np.float32([0.4914, 0.4822, 0.4465]), np.float32([0.2470, 0.2435, 0.2616])
+    feed = ((pictures.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
+    found = []
+    for path in (model, other):
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (outputs,) = session.run(None, {"input": feed.astype(np.float32)})
+        found.append(outputs)
+    return sqnr_db(*found)
+
+
+@pytest.mark.slow
+@realdata.needs_data
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("resnet20_cifar10", 27, 8), ("mobilenetv2_cifar10", 16, 8)]
+)
+def test_a_right_and_a_foreign_cache_of_a_real_network(
+    tmp_path: Path, name: str, least: float, most: float
+) -> None:
+    """`least` dB with its own cache; with scales of other layers it is refused, or at `most`."""
+    model = realdata.data_dir() / "models" / f"{name}.onnx"
+    section = {
+        "source": "arrays",
+        "preprocess": {"scale": 1 / 255, "mean": [0.4914, 0.4822, 0.4465],
+                       "std": [0.2470, 0.2435, 0.2616], "layout": "NCHW", "channels": "RGB"},
+    }  # fmt: skip
+    data = {
+        "calibration": {**section, "path": str(realdata.data_dir() / "cifar10_calib512.npz"),
+                        "take": 128},
+        "evaluation": {**section, "path": str(realdata.data_dir() / "cifar10_test2000.npz"),
+                       "take": 256},
+    }  # fmt: skip
+    config = {
+        "version": 1,
+        "name": name,
+        "model": {"path": str(model)},
+        "data": data,
+        "calibration": {"method": "entropy", "prepare": "none"},
+    }
+    trtune.calibrate(Config.model_validate(config), out=tmp_path / "runs")
+    (made,) = (tmp_path / "runs").glob("*/calibration.cache")
+    found = read_cache(made).scales
+    names, scales = list(found), list(found.values())
+    third = len(names) // 3
+    for kind, values in (("own", scales), ("foreign", scales[third:] + scales[:third])):
+        cache = Cache("TRT-8601-EntropyCalibration2", dict(zip(names, values, strict=True)))
+        (tmp_path / kind).write_text(dump_cache(cache))
+    own = tools.migrate(model, tmp_path / "own", tmp_path / "a")
+    assert own.fit is not None
+    assert own.fit.belongs
+    with pytest.raises(CacheError, match=r"does not belong to this model.*--force"):
+        tools.migrate(model, tmp_path / "foreign", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    tools.migrate(model, tmp_path / "foreign", tmp_path / "b", foreign=True)
+    assert closeness(model, tmp_path / "a" / "model.onnx") > least
+    assert closeness(model, tmp_path / "b" / "model.onnx") < most
