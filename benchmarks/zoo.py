@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -292,7 +293,8 @@ def quantize(ready: Path, target: Path, feeds: list[Rows]) -> None:
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.left = list(feeds)
+            names = {info.name for info in onnx.load(ready).graph.input}
+            self.left = [{n: a for n, a in feed.items() if n in names} for feed in feeds]
 
         def get_next(self) -> Rows | None:
             return self.left.pop(0) if self.left else None
@@ -344,7 +346,19 @@ def measured(network: Network, cache: Path, *, static: bool, quick: bool) -> dic
         fixed = "openvino" in network.file
         calibration, evaluation = (list(singles(p, axes_of(p, fixed))) for p in parts)
         found = {} if static else ours(model, folder, evaluation, network.constants, quick=quick)
-        return found | theirs(model, folder, calibration, evaluation)
+        exact = at_constants(model, folder, network.constants)
+        return found | theirs(exact, folder, calibration, evaluation)
+
+
+def at_constants(model: Path, folder: Path, constants: str) -> Path:
+    """`model` with the inputs that have one value made constants, as both tools are given it."""
+    values = yaml.safe_load(constants)
+    if not values:
+        return model
+    from trtune.precision.graph.file import load_model, save_model
+
+    save_model(load_model(model, constants=values).proto, folder / "fixed.onnx")
+    return folder / "fixed.onnx"
 
 
 def ours(

@@ -566,7 +566,14 @@ def enough_pictures(
     each = max(sum(extent.bytes for extent in extents.values()), 1)
     wanted = min(max(holdout, LIGHT // each), PLENTY * holdout)
     costs = trial_macs(model, view, {t: [t] for t in placement.activations}, first)
-    return pictures_within(costs, wanted)
+    found = pictures_within(costs, wanted)
+    if found < holdout:
+        log.warning(
+            "calibration.holdout: ranges are searched on %d pictures instead of %d: one trial of "
+            "each takes %.0f GMAC a picture",
+            found, holdout, sum(costs.values()) / 1e9,
+        )  # fmt: skip
+    return found
 
 
 def in_batches(model: Model, pictures: Sequence[Batch]) -> list[Batch]:
