@@ -33,6 +33,7 @@ NEVER_INT8 = ("ConvTranspose",)
 CONV_ALONE = "scale-shape"
 """What keeps a convolution out of int8, and matrix products not."""
 UNTOLD = ("", "unknown")
+NO_ZERO_POINT = "missing-zero-point"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,13 @@ def against_builder(
         view = GraphView.of(renormalised(original, narrow))
     found = find_quantization(view)
     misread = {pair.node for pair in found.pairs if pair.dtype == UINT8 and _around_zero(pair)}
-    # uint8 around 0 is not refused but read as int8: wrong values, and int8 kernels all the same
-    taken = [row for row in rows if not (row.kind == UINT8 and row.node in misread)]
+    # uint8 around 0 or with no zero point is not refused but read as int8: wrong values, and int8
+    # kernels all the same
+    taken = [
+        row
+        for row in rows
+        if row.kind != NO_ZERO_POINT and not (row.kind == UINT8 and row.node in misread)
+    ]
     kinds = tuple(dict.fromkeys(row.kind for row in taken if row.kind in REFUSED_KINDS))
     wrong = {row.node: row.kind for row in taken if row.severity == ERROR}
     unsure = {row.node for row in rows if row.kind in BEYOND_INT8}

@@ -52,6 +52,7 @@ _SAYS = {
     "nothing-int8": (WARNING, "computes every product in float"),
     "residual": (WARNING, "adds in float, and moves four times the bytes"),
     "spare-pair": (WARNING, "runs it as nodes of their own: no int8 kernel is behind it"),
+    "inside-subgraph": (WARNING, "takes it, with kernels of its own choice in each branch"),
     "inside-float": (WARNING, "loses its fused softmax or normalisation kernel"),
     "scalar-constant": (ERROR, "refuses stored codes without an axis"),
     "constant-pair": (INFO, "takes int8 and refuses uint8"),

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import onnx
 
+from trtune.precision.graph.proto import subgraphs
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.plan import COMPUTE_OPS
 from trtune.precision.quantized.find import (
     ACTIVATION,
+    DEQUANTIZE,
     FLOAT8,
     QUANTIZE,
     Found,
@@ -128,9 +130,31 @@ def _nothing(view: GraphView, found: Found) -> Iterator[Finding]:
     )
 
 
+def _in_subgraphs(view: GraphView, found: Found) -> Iterator[Finding]:
+    """Quantization in the bodies of If, Loop and Scan, at any depth: nothing takes it out."""
+    for node in view.nodes:
+        inner = [name for body in subgraphs(node) for name in _quantizers(body)]
+        if inner:
+            yield finding(
+                node.name,
+                "inside-subgraph",
+                f"{len(inner)} quantizing nodes stand inside it: {listed(inner)}",
+                "left as it is, also by strip and import: export without control flow to move it",
+            )
+
+
+def _quantizers(body: onnx.GraphProto) -> Iterator[str]:
+    for node in body.node:
+        if node.op_type in (QUANTIZE, DEQUANTIZE):
+            yield node.name or node.output[0]
+        for inner in subgraphs(node):
+            yield from _quantizers(inner)
+
+
 GRAPH_RULES: tuple[Callable[[GraphView, Found], Iterable[Finding]], ...] = (
     _strays,
     _half_quantized,
     _residual,
     _nothing,
+    _in_subgraphs,
 )

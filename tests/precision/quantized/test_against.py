@@ -33,6 +33,16 @@ def test_a_product_in_float_is_said(tmp_path: Path) -> None:
     assert found.disagreements == ("n_conv2: the linter expects int8, and it runs in fp32",)
 
 
+def test_codes_without_a_zero_point_are_read_as_int8(tmp_path: Path) -> None:
+    """The file means uint8: an error, and integer kernels in spite of it, in wrong values."""
+    net = tinyqat.QatNet()
+    x = net.pair(net.input("input"), 0.03, None)
+    proto = net.head(net.qconv(x, "conv", 3, 16), 16)
+    found = seen(proto, tmp_path, n_conv="int8", n_logits="fp32")
+    assert "n_conv" in {p.node for p in found.products}
+    assert found.disagreements == ()
+
+
 def test_a_refusal_that_no_finding_expects_is_said(tmp_path: Path) -> None:
     found = seen(tinyqat.torch_residual(), tmp_path, refused="no.")
     assert found.disagreements == ("the compiler refuses the file, and no finding says so: no.",)

@@ -367,3 +367,31 @@ def test_blocks_along_another_axis_than_the_one_named() -> None:
         proto = net.model({net.op("Gemm", x, weight, out="output", transB=1): ("N", 4)})
         found = {row.kind for row in findings(proto)}
         assert found & {"block-axis", "blocked-scale"} == kinds
+
+
+def test_pairs_in_branches_are_said_and_stay() -> None:
+    """Three deep: a branch of an If inside a branch of an If."""
+    net = QatNet()
+    x = net.qconv(net.pair(net.input("input"), 0.03), "conv", 3, 16)
+    scale, zero = net.const("s", 0.1, np.float32), net.const("z", 0, np.int8)
+
+    def branch(name: str, *nodes: onnx.NodeProto) -> onnx.GraphProto:
+        out = helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)
+        return helper.make_graph(nodes, name, [], [out])
+
+    pair = (
+        helper.make_node("QuantizeLinear", [x, scale, zero], ["q"], name="n_q"),
+        helper.make_node("DequantizeLinear", ["q", scale, zero], ["d"], name="n_d"),
+    )
+    deep = helper.make_node(
+        "If", ["no"], ["deep"], name="n_deep",
+        then_branch=branch("a", *pair),
+        else_branch=branch("b", helper.make_node("Relu", [x], ["b"], name="n_b")),
+    )  # fmt: skip
+    zero_float = net.const("f", 0.0, np.float32)
+    net.op("Greater", net.op("ReduceMax", x, out="top", keepdims=0), zero_float, out="no")
+    other = branch("c", helper.make_node("Neg", [x], ["c"], name="n_c"))
+    y = net.op("If", "no", out="chosen", then_branch=branch("t", deep), else_branch=other)
+    (row,) = of_kind(lambda: net.head(y, 16), "inside-subgraph")
+    assert (row.node, row.blocks) == ("n_chosen", False)
+    assert row.found == "2 quantizing nodes stand inside it: n_q, n_d"
