@@ -274,6 +274,17 @@ def test_run_records(
         said(error)
 
 
+@pytest.mark.parametrize("word", ["a_graph", "a_tool", "a_node", "a_domain"])
+def test_a_name_that_is_no_text(word: str, tmp_path: Path) -> None:
+    proto = tinymodels.conv_relu()
+    proto.graph.name, proto.producer_name = "a_graph", "a_tool"
+    proto.graph.node[0].name, proto.graph.node[0].domain = "a_node", "a_domain"
+    data = proto.SerializeToString().replace(word.encode(), b"\x80" + word[1:].encode())
+    (tmp_path / "m.onnx").write_bytes(data)
+    with pytest.raises(InputError):
+        load_model(tmp_path / "m.onnx")
+
+
 def external(offset: str) -> onnx.ModelProto:
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4])
     tensor.data_location = TensorProto.EXTERNAL

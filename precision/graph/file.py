@@ -174,7 +174,11 @@ def model_from_proto(
 
     `sha256` is by default that of the serialised proto. Raises ModelError as `load_model` does.
     """
-    normal, notes = normalise(proto)
+    try:
+        normal, notes = normalise(proto)
+        _ = normal.producer_name, normal.producer_version  # read only where they are shown
+    except UnicodeDecodeError as error:
+        raise ModelError(f"the model is not valid ONNX: a name is not UTF-8: {error}") from error
     digest = sha256 or hash_bytes(proto.SerializeToString(deterministic=True))
     if outputs:
         end_at(normal, outputs)
