@@ -315,7 +315,7 @@ def write_accuracy(rows: list[tuple[str, ...]]) -> None:
     text = (
         "Top-1 in percent: of the network in FP32, of the file as the tool wrote it, and of what "
         "is imported from it; all with the integer kernels of onnxruntime. "
-        f"{PICTURES} pictures calibrated."
+        f"{PICTURES} pictures calibrated. A difference is that of the import from the file."
     )
     left = [name for name in TRAINED if not any(row[0].endswith(name) for row in rows)]
     text += f" Not measured: {', '.join(left)}." if left else ""
