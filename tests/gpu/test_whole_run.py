@@ -94,7 +94,10 @@ def test_what_goes_through_int8_there_is_what_the_cpu_computes() -> None:
     pictures = [Batch(dict(prepared.feeds), tuple("abcd"))]
     errors = {}
     for device in ("cpu", "cuda"):
-        alone = Alone(prepared.model, prepared.view, placement, pictures, device=device)
+        alone = Alone(
+            prepared.model, prepared.view, placement, pictures,
+            device=device, in_graph=device == "cuda",
+        )  # fmt: skip
         errors[device] = alone_errors(alone, prepared.view, prepared.plan, prepared.table)
     assert list(errors["cuda"]) == list(errors["cpu"])
     for node, sums in errors["cpu"].items():
@@ -108,7 +111,7 @@ def test_layers_are_compared_there_as_on_the_cpu() -> None:
     tensors = [name for node in model.graph.node for name in node.output]
     found = {
         device: compare_layers(model, lowered, tensors, held(prepared.feeds), pictures=4,
-                               device=device)
+                               device=device, in_graph=device == "cuda")
         for device in ("cpu", "cuda")
     }  # fmt: skip
     assert list(found["cuda"].errors) == list(found["cpu"].errors)
