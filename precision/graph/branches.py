@@ -117,8 +117,32 @@ def settle_branches(model: onnx.ModelProto, external_dir: Path | None = None) ->
         fold_constants(model)
         infer_shapes(model)
     if taken:
+        _scalar_bounds(model.graph)
         notes.append(f"{len(taken)} Ifs whose branch is known are replaced by what they hold")
     return tuple(notes)
+
+
+def _scalar_bounds(graph: onnx.GraphProto) -> None:
+    """Make scalars of what Range reads where it is one element of shape [1].
+
+    onnxruntime takes that from an If, whose shapes it does not know, and refuses it elsewhere.
+    """
+    single = {tensor.name for tensor in graph.initializer if list(tensor.dims) == [1]}
+    single |= {
+        info.name
+        for info in graph.value_info
+        if [dim.dim_value for dim in info.type.tensor_type.shape.dim] == [1]
+    }
+    names = FreshNames(_names(graph, graph.node))
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        for index, name in enumerate(node.input) if node.op_type == "Range" else ():
+            if name in single:
+                node.input[index] = names.new(f"{name}_scalar")
+                made = node.input[index]
+                nodes.append(helper.make_node("Squeeze", [name], [made], name=made))
+        nodes.append(node)
+    replace_field(graph.node, nodes)
 
 
 def _fix_dimensions(graph: onnx.GraphProto) -> None:

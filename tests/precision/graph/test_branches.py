@@ -221,3 +221,40 @@ def test_not_for_a_quantized_model(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"model\.constants"):
         subject_of(config)
+
+
+def test_a_bound_of_range_that_a_branch_gives_as_one_element() -> None:
+    """Files hold that, behind Ifs whose shapes onnxruntime does not know, and it runs them."""
+    ends = [
+        helper.make_graph(
+            [helper.make_node("Identity", [name], [f"{name}_out"])],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"{name}_out", TensorProto.INT64, None)],
+        )
+        for name in ("many", "few")
+    ]
+    stored = {
+        "many": np.asarray([4], np.int64),
+        "few": np.asarray(2, np.int64),
+        "is_many": np.asarray(True),
+        "zero": np.asarray(0, np.int64),
+        "one": np.asarray(1, np.int64),
+    }
+    nodes = [
+        helper.make_node("If", ["is_many"], ["size"], then_branch=ends[0], else_branch=ends[1]),
+        helper.make_node("Range", ["zero", "size", "one"], ["steps"]),
+        helper.make_node("Cast", ["steps"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["x", "floats"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])
+    graph = helper.make_graph(
+        nodes, "steps", [x], [info("y")],
+        [numpy_helper.from_array(value, name) for name, value in stored.items()],
+    )  # fmt: skip
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    feeds = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
+    model = model_from_proto(proto)
+    assert "If" not in {node.op_type for node in model.proto.graph.node}
+    found = make_session(model.proto).run(None, feeds)[0]
+    np.testing.assert_array_equal(found, feeds["x"] + np.arange(4))
