@@ -79,8 +79,7 @@ def test_sigterm_unwinds_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> N
 
     def work() -> None:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            signal.pause()
+            signal.raise_signal(signal.SIGTERM)
         finally:
             unwound.append(True)
 
@@ -99,8 +98,7 @@ def test_a_ctrl_c_that_python_dropped_is_raised_again(
 ) -> None:
     class Clearing:
         def __del__(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.pause()
+            signal.raise_signal(signal.SIGINT)
 
     def work(terminal: Terminal) -> None:
         Clearing()
