@@ -252,7 +252,7 @@ def test_a_bound_of_range_that_a_branch_gives_as_one_element() -> None:
         nodes, "steps", [x], [info("y")],
         [numpy_helper.from_array(value, name) for name, value in stored.items()],
     )  # fmt: skip
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    proto = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
     feeds = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
     model = model_from_proto(proto)
     assert "If" not in {node.op_type for node in model.proto.graph.node}
