@@ -52,11 +52,29 @@ WHOLE = (
 )
 
 
+def decoded(section: Any, inputs: Any) -> Any:
+    """The pictures of a section of a config, decoded: that is nobody's time here."""
+    from trtune.datasets import Batch
+    from trtune.datasets.open import open_section
+
+    batches = [
+        Batch({n: a.copy() for n, a in b.feeds.items()}, b.items)
+        for b in open_section(section, inputs)
+    ]
+
+    class Held:
+        count = sum(map(len, batches))
+        identity, skipped = "benchmark", ()
+
+        def __iter__(self) -> Iterator[Batch]:
+            return iter(batches)
+
+    return Held()
+
+
 def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, Any]:
     """Time one model in this process: medians of seconds, of turn-by-turn ratios, peak memory."""
     from trtune import load_config
-    from trtune.datasets import Batch
-    from trtune.datasets.open import open_section
     from trtune.precision.graph.view import GraphView, load_model
     from trtune.precision.plan.rules import make_plan
     from trtune.precision.runtime.session import make_session
@@ -68,31 +86,19 @@ def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, An
     config = load_config(path, overrides=overrides)
     model = load_model(Path(config.model.path))
     view = GraphView.of(model)
-    batches = [
-        Batch({n: a.copy() for n, a in b.feeds.items()}, b.items)
-        for b in open_section(config.data.calibration, model.inputs)
-    ]
-
-    class Held:
-        """The decoded pictures: decoding is nobody's time here."""
-
-        count = sum(map(len, batches))
-        identity, skipped = "benchmark", ()
-
-        def __iter__(self) -> Iterator[Batch]:
-            return iter(batches)
+    held = decoded(config.data.calibration, model.inputs)
 
     session = make_session(model.proto, threads=2)
 
     def infer() -> float:
         started = time.perf_counter()
-        for batch in batches:
+        for batch in held:
             session.run(None, dict(batch.feeds))
         return time.perf_counter() - started
 
     def calibrate() -> float:
         started = time.perf_counter()
-        calibrate_model(model, view, make_plan(view), Held(), method=method)
+        calibrate_model(model, view, make_plan(view), held, method=method)
         return time.perf_counter() - started
 
     infer()
@@ -101,7 +107,7 @@ def measure(name: str, method: str, pictures: int, repeats: int) -> dict[str, An
     return {
         "model": name,
         "method": method,
-        "pictures": Held.count,
+        "pictures": held.count,
         "inference": statistics.median(plain for plain, _ in turns),
         "seconds": statistics.median(ours for _, ours in turns),
         "ratio": statistics.median(ours / plain for plain, ours in turns),
@@ -115,8 +121,6 @@ def measure_whole(name: str) -> dict[str, Any]:
     ranges of method auto, preparation. Parts in seconds and in seconds of all cores' work.
     """
     from trtune import load_config
-    from trtune.datasets import Batch
-    from trtune.datasets.open import open_section
     from trtune.precision.graph.view import GraphView, load_model
     from trtune.precision.plan.rules import make_plan
     from trtune.precision.tune.prepared import prepare_model
@@ -126,19 +130,7 @@ def measure_whole(name: str) -> dict[str, Any]:
     model = load_model(Path(config.model.path))
     view = GraphView.of(model)
     plan = make_plan(view)
-    batches = [
-        Batch({n: a.copy() for n, a in b.feeds.items()}, b.items)
-        for b in open_section(config.data.calibration, model.inputs)
-    ]
-
-    class Held:
-        """The decoded pictures: decoding is nobody's time here."""
-
-        count = sum(map(len, batches))
-        identity, skipped = "benchmark", ()
-
-        def __iter__(self) -> Iterator[Batch]:
-            return iter(batches)
+    held = decoded(config.data.calibration, model.inputs)
 
     parts: dict[str, list[float]] = {}
     last = [time.perf_counter(), time.process_time()]
@@ -151,12 +143,12 @@ def measure_whole(name: str) -> dict[str, Any]:
         last[:] = now
 
     start = list(last)
-    base = calibrate_model(model, view, plan, Held(), progress=progress)
-    prepare_model(model, view, plan, Held(), base, progress=progress)
+    base = calibrate_model(model, view, plan, held, progress=progress)
+    prepare_model(model, view, plan, held, base, progress=progress)
     return {
         "model": name,
         "method": "auto, prepared",
-        "pictures": Held.count,
+        "pictures": held.count,
         "seconds": time.perf_counter() - start[0],
         "cpu_seconds": time.process_time() - start[1],
         "parts": {what: [round(x, 1) for x in spent] for what, spent in parts.items()},

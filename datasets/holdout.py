@@ -43,6 +43,15 @@ def hold_out_more(
     return kept[:first], kept[first : max(first, min(first + more, int(part * total)))]
 
 
+def fitting_pictures(source: BatchSource, size: float) -> int:
+    """How many pictures like the first batch's take `size` bytes; 0 for an empty source."""
+    first = next(iter(source), None)
+    if first is None:
+        return 0
+    each = sum(array.nbytes for array in first.feeds.values()) / max(len(first), 1)
+    return int(size / max(each, 1))
+
+
 def _smallest(source: BatchSource, count: int) -> tuple[tuple[Batch, ...], int]:
     """The `count` different pictures with the smallest hashes, and how many there are in all."""
     if count < 1:

@@ -18,7 +18,7 @@ from trtune.configs.progress import Progress, silent
 from trtune.configs.system.machine import usable_cores
 from trtune.configs.values import HELD_OUT, PERCENTILE
 from trtune.datasets.batches import Batch, BatchSource
-from trtune.datasets.holdout import Without, hold_out_more
+from trtune.datasets.holdout import Without, fitting_pictures, hold_out_more
 from trtune.precision.compare.alone import Alone
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
@@ -193,11 +193,7 @@ def prepare_model(
 
 def _judged(source: BatchSource, count: int) -> int:
     """How many pictures are to judge what `count` others chose."""
-    first = next(iter(source), None)
-    if first is None:
-        return JUDGED * count
-    each = max(sum(array.nbytes for array in first.feeds.values()) // max(len(first), 1), 1)
-    return max(JUDGED * count, min(HELD_BYTES // each, MOST_JUDGED))
+    return max(JUDGED * count, min(fitting_pictures(source, HELD_BYTES), MOST_JUDGED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +278,7 @@ def _variants(
     variants = [start]
     if job.rounding:
         variants.append(replace(start, name=job.rounding, codes=codes))
-    return variants + _moved(start, job, moves, source, seen, _Judged(model, chosen_on, job.device))
+    return variants + _moved(start, job, moves, source, seen, chosen_on)
 
 
 def _moved(
@@ -291,7 +287,7 @@ def _moved(
     moves: Sequence[Move],
     source: BatchSource,
     seen: BatchSource,
-    judged: _Judged,
+    chosen_on: Sequence[Batch],
 ) -> list[_Variant]:
     """The model with its channels scaled and shifted, calibrated again, without and with rounded
     codes; nothing if there are no moves.
@@ -313,7 +309,9 @@ def _moved(
     calibrated = job.calibrated(model, view, plan, source, job.method, again.ranges)
     plan = without_zero_ranges(view, plan, calibrated.table)
     found = [_Variant(job.moves, model, plan, calibrated, moved, tuple(moves), again.codes)]
-    if job.method == AUTO_METHOD and _is_close(found[0], view, job, judged):
+    if job.method == AUTO_METHOD and _is_close(
+        found[0], view, job, _Judged(start.model, chosen_on, job.device)
+    ):
         beside = job.calibrated(model, view, plan, source, BESIDE_AUTO)
         name = f"{job.moves} ({BESIDE_AUTO})"
         found.append(replace(found[0], name=name, calibrated=beside, codes=None))

@@ -26,7 +26,13 @@ from trtune.configs.system.cluster import Cluster
 from trtune.configs.system.machine import usable_cores
 from trtune.configs.values import HELD_OUT, PERCENTILE
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, rebatch
-from trtune.datasets.holdout import WholeBatches, Without, hold_out_more, join
+from trtune.datasets.holdout import (
+    WholeBatches,
+    Without,
+    fitting_pictures,
+    hold_out_more,
+    join,
+)
 from trtune.precision.compare.alone import Alone, held_tensors
 from trtune.precision.compare.alone_float8 import choose_float8
 from trtune.precision.graph.view import GraphView, Model
@@ -244,11 +250,7 @@ def calibrate_model(
 def _most_others(source: BatchSource, memory: int) -> int:
     """How many pictures tables are compared on, at most: `MOST_OTHERS`, or what takes no more than
     `OTHERS_BYTES` and a quarter of `memory`."""
-    first = next(iter(source), None)
-    if first is None:
-        return 0
-    each = sum(array.nbytes for array in first.feeds.values()) / max(len(first), 1)
-    return min(MOST_OTHERS, max(int(min(OTHERS_BYTES, memory / 4) / max(each, 1)), 1))
+    return min(MOST_OTHERS, max(fitting_pictures(source, min(OTHERS_BYTES, memory / 4)), 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError
 from trtune.datasets.batches import Batch
-from trtune.datasets.holdout import SHARE, WholeBatches, Without, hold_out, hold_out_more, join
+from trtune.datasets.holdout import (
+    SHARE,
+    WholeBatches,
+    Without,
+    fitting_pictures,
+    hold_out,
+    hold_out_more,
+    join,
+)
 
 
 @dataclass(frozen=True)
@@ -253,3 +261,12 @@ def test_others_follow_those_that_are_held_out(
     assert [b.items for b in first] == [b.items for b in hold_out(data, count)]
     names = [b.items for b in (*first, *others)]
     assert len(set(names)) == len(names)
+
+
+def test_how_many_pictures_fit() -> None:
+    data = source(6)
+    first = next(iter(data))
+    each = sum(array.nbytes for array in first.feeds.values()) // len(first)
+    assert fitting_pictures(data, 3 * each + each / 2) == 3
+    assert fitting_pictures(data, each - 1) == 0
+    assert fitting_pictures(source(0), each) == 0
