@@ -355,6 +355,36 @@ def half_weights() -> onnx.ModelProto:
     return net.head(net.op("Cast", x, out="full", to=FLOAT), 16)
 
 
+def in_half(proto: onnx.ModelProto, kind: int = TensorProto.FLOAT16) -> onnx.ModelProto:
+    """`proto` as torch's `model.half()` exports it: every float of it, also in bodies, is half."""
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    _in_half(made.graph, kind, dtype)
+    return made
+
+
+def _in_half(graph: onnx.GraphProto, kind: int, dtype: np.dtype[Any]) -> None:
+    def halved(tensor: onnx.TensorProto) -> None:
+        if tensor.data_type == FLOAT:
+            value = numpy_helper.to_array(tensor).astype(dtype)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+
+    for tensor in graph.initializer:
+        halved(tensor)
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        if info.type.tensor_type.elem_type == FLOAT:
+            info.type.tensor_type.elem_type = kind
+    for node in graph.node:
+        for entry in node.attribute:
+            if entry.name in ("to", "dtype") and entry.i == FLOAT:
+                entry.i = kind
+            if entry.HasField("t"):
+                halved(entry.t)
+            if entry.HasField("g"):
+                _in_half(entry.g, kind, dtype)
+
+
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     make.__name__: make
     for make in (

@@ -29,7 +29,7 @@ from trtune.configs.progress import Progress, silent
 from trtune.configs.template import DATA_PATH, SCHEMA_FILE, init_text
 from trtune.precision.backends.trt.layer_table import EngineTable, is_layer_info, read_table
 from trtune.precision.graph.branches import switches
-from trtune.precision.graph.file import save_model
+from trtune.precision.graph.file import load_model, save_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.rules import make_plan
@@ -70,14 +70,17 @@ FALLBACKS = ("fp32", "fp16", "bf16")
 def inspect(path: Path | str) -> Inspection:
     """What the ONNX file at `path` holds, and for every node what the untuned plan makes of it.
 
-    Of a model with Q/DQ the problems say also what TensorRT would not take of them. Raises
-    ModelError if it cannot be read.
+    Nodes in half precision are planned as a run has them, raised to float32. Of a model with Q/DQ
+    the problems say also what TensorRT would not take of them. Raises ModelError if it cannot be
+    read.
     """
     path = Path(path)
     model, notes = load_quantized(path)
-    plan = make_plan(GraphView.of(model))
+    view = GraphView.of(model)
+    raised = model if quantized_how(view) else load_model(path, fold="none", widen=True)
+    plan = make_plan(GraphView.of(raised))
     planned = {name: (a.precision, a.reason) for name, a in plan.nodes.items()}
-    found = inspect_model(model, planned)
+    found = replace(inspect_model(model, planned, raised=bool(raised.half)), notes=raised.notes)
     if not found.quantize_nodes and not notes:
         return found
     return replace(found, problems=(*found.problems, *summary(lint_model(path))))

@@ -1,22 +1,23 @@
 """Is FP32 right? Gates before anything is quantized: past one that fails, no number means a thing.
 
-`fp32_gate` compares the prepared FP32 model with the user's own file, `engine_gate` an FP32 engine
-with the FP32 model in onnxruntime.
+`fp32_gate` compares the prepared FP32 model with the user's own file, `half_gate` with one in
+half precision, `engine_gate` an FP32 engine with the FP32 model in onnxruntime.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 
 from trtune.configs.errors import ModelError, TrtuneError
-from trtune.datasets.batches import BatchSource
-from trtune.precision.compare.batches import add_batch, limited, no_samples
+from trtune.datasets.batches import Batch, BatchSource
+from trtune.precision.compare.batches import add_batch, infer, limited, no_samples
 from trtune.precision.graph.file import Model, comparable
 from trtune.precision.graph.proto import copy_model
 from trtune.precision.runtime.api import Backend, Engine
@@ -31,6 +32,9 @@ FP32_ENGINE = 1e-3
 """Mean relative error above which an FP32 engine is not FP32; float noise is about 1e-6."""
 FLOAT_NOISE = 1e-5
 """Relative L2 error that is float noise however large the error of the tiniest elements is."""
+HALF_NOISE: Mapping[str, float] = {"float16": 0.1, "bfloat16": 0.4}
+"""Relative L2 error above which a file in half precision and the same weights in float32 are two
+models: deep networks lose up to a hundredth in float16, eight times that in bfloat16."""
 TF32_ENGINE, TF32_NOISE = 1e-1, 1e-2
 """The same two for engines that may compute in TF32, whose mantissa has 10 bits and not 23."""
 
@@ -79,14 +83,77 @@ def model_gate(model: Model, source: BatchSource) -> dict[str, ErrorSums]:
     """`fp32_gate` of a loaded model against its file, as far as onnxruntime can run that.
 
     Empty for an opset so old that onnxruntime has no operators of it: there is nothing to compare
-    with. Raises what `fp32_gate` raises.
+    with. A file in half precision is compared by `half_gate`. Raises what they raise.
     """
     reference = comparable(model)
     if reference is None:
         log.warning("%s: onnxruntime runs no opset below 7, so not compared with it", model.path)
         return {}
+    if model.half:
+        return half_gate(reference, model, source)
     folder = model.path.parent  # of external weights, the file's own and those still outside
     return fp32_gate(reference, model.proto, source, external_dir=folder)
+
+
+def half_gate(
+    reference: onnx.ModelProto | Path, model: Model, source: BatchSource, *, pictures: int = 8
+) -> dict[str, ErrorSums]:
+    """The errors of `model`, raised to float32, against its file in half precision, by output.
+
+    Outputs of integers are left out: they follow from floats, and one digit decides. Where the file
+    gives NaN or Inf the elements are left out too, with a warning: in float32 nothing overflows.
+    Empty if onnxruntime cannot run the file (bfloat16 on a CPU).
+
+    Raises ModelError if an output differs by more than half precision explains (`HALF_NOISE`),
+    DataError if there are no samples.
+    """
+    folder = model.path.parent
+    file = OrtEngine(lambda: _original_session(reference, None, folder))
+    raised = OrtEngine(lambda: make_session(model.proto, external_dir=folder))
+    names = [spec.name for spec in model.outputs if "float" in spec.dtype]
+    try:
+        with file as exact, raised as tested:
+            sums, lost = _finite_sums(exact, tested, names, limited(source, pictures))
+    except ModelError as error:
+        log.warning("%s cannot be compared with what it is in float32: %s", model.path, error)
+        return {}
+    if lost:
+        log.warning(
+            "%s gives %s NaN or infinite values in %s, which in float32 are finite: it overflows",
+            model.path, lost, model.half,
+        )  # fmt: skip
+    limit = HALF_NOISE[model.half]
+    for name, total in sums.items():
+        if not (total.relative_l2 <= limit or total.mean_relative <= limit):
+            raise ModelError(
+                f"output {name!r} of the model in float32 differs from the file's {model.half} by "
+                f"a relative L2 error of {total.relative_l2:.2g}, and {limit:g} is the most that "
+                f"{model.half} explains: the file overflows or loses its digits on these data. "
+                "Export it in float32, so that there is one right result"
+            )
+        log.info("gate: %s in float32 and in the file's %s differ by %.1e", name, model.half,
+                 total.relative_l2)  # fmt: skip
+    return sums
+
+
+def _finite_sums(
+    reference: Engine, tested: Engine, names: Sequence[str], batches: Iterable[Batch]
+) -> tuple[dict[str, ErrorSums], int]:
+    """Errors over what is finite in the reference, and how many values are so in `tested` alone."""
+    sums = {name: ErrorSums() for name in names}
+    seen = lost = 0
+    for batch in batches:
+        exact, test = infer(reference, batch), infer(tested, batch)
+        seen += len(batch)
+        for name in names:
+            r, t = exact[name], test[name]
+            if r.shape == t.shape:  # else its number of rows follows the data
+                finite = np.isfinite(r)
+                lost += int(np.count_nonzero(np.isfinite(t) & ~finite))
+                sums[name] = sums[name].add(r[finite], t[finite])
+    if not seen:
+        raise no_samples()
+    return sums, lost
 
 
 def _original_session(

@@ -18,14 +18,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trtune.configs.errors import ModelError, did_you_mean
 from trtune.precision.graph.fold import fold, fold_constants
-from trtune.precision.graph.inference import infer_shapes
 from trtune.precision.graph.normalise import name_nodes, sort_nodes
 from trtune.precision.graph.proto import (
     FreshNames,
     attribute,
     copy_of,
+    infer_shapes,
     inputs_of,
     names_in,
+    rename_tensors,
     replace_field,
     subgraphs,
 )
@@ -228,7 +229,7 @@ def _inline(graph: onnx.GraphProto, node: onnx.NodeProto, body: onnx.GraphProto)
     for name in (*(tensor.name for tensor in body.initializer), *made):
         if name not in renamed:
             renamed[name] = names.new(name)
-    nodes = [_renamed(copy_of(child), renamed) for child in body.node]
+    nodes = [rename_tensors(copy_of(child), renamed) for child in body.node]
     for inner, outer in zip(body.output, node.output, strict=True):
         source = renamed.get(inner.name, inner.name)
         if outer and source != outer:
@@ -248,21 +249,6 @@ def _names(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> set[str]:
         for body in subgraphs(node):
             found |= names_in(body)
     return found
-
-
-def _renamed(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto:
-    """`node`, and what graphs inside it read from outside, by the new names; in place."""
-    for field in (node.input, node.output):
-        replace_field(field, [renamed.get(name, name) for name in field])
-    for body in subgraphs(node):
-        own = {info.name for info in (*body.input, *body.initializer)}
-        own.update(name for child in body.node for name in child.output)
-        outer = {name: new for name, new in renamed.items() if name not in own}
-        for child in body.node:
-            _renamed(child, outer)
-        for output in body.output:
-            output.name = outer.get(output.name, output.name)
-    return node
 
 
 def switches(graph: onnx.GraphProto) -> tuple[Switch, ...]:

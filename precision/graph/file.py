@@ -32,6 +32,7 @@ from trtune.precision.graph.proto import (
     is_external,
     tensor_bytes,
 )
+from trtune.precision.graph.widen import computing_in_half, widen_halves
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Model:
     `folded` are the nodes of the file whose work others do, or nobody has to do. `tail` is what
     stands behind the operators that onnxruntime lacks, which `proto` ends before. `counted` are the
     outputs that are judged, where not all are. `fixed` are inputs of the file that the user gave a
-    value: constants of `proto`, as far as it still reads them.
+    value: constants of `proto`, as far as it still reads them. `half` is the half type that the
+    file computes in where `proto` computes in float32 instead ("float16"; else "").
     """
 
     proto: onnx.ModelProto
@@ -91,6 +93,7 @@ class Model:
     tail: Tail | None = None
     counted: tuple[str, ...] = ()
     fixed: tuple[onnx.TensorProto, ...] = ()
+    half: str = ""
 
     @property
     def judged(self) -> tuple[str, ...]:
@@ -109,6 +112,7 @@ def load_model(
     fold: Fold = "all",
     outputs: Sequence[str] = (),
     constants: Mapping[str, InputValue] = MappingProxyType({}),
+    widen: bool = False,
 ) -> Model:
     """Read, check, normalise, cut and fold the ONNX file at `path`.
 
@@ -116,7 +120,8 @@ def load_model(
     it ends at the file's outputs, or before what onnxruntime lacks (`Model.tail`). `constants`
     are values for some inputs, which it then does not have.
 
-    `fold` "constants" leaves batch normalization as it is, "none" all nodes.
+    `fold` "constants" leaves batch normalization as it is, "none" all nodes. With `widen` a file
+    that computes in float16 or bfloat16 is raised to float32 (`Model.half`).
 
     Weights in external files are read in if together they have at most `load_limit` bytes;
     otherwise only the small ones (shapes, scalars) are, and `Model.external_dir` is set.
@@ -135,6 +140,7 @@ def load_model(
             fold=fold,
             outputs=outputs,
             constants=constants,
+            widen=widen,
         )
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
@@ -169,6 +175,7 @@ def model_from_proto(
     fold: Fold = "all",
     outputs: Sequence[str] = (),
     constants: Mapping[str, InputValue] = MappingProxyType({}),
+    widen: bool = False,
 ) -> Model:
     """The normal form of a model that is already in memory, folded; `proto` is not touched.
 
@@ -191,6 +198,10 @@ def model_from_proto(
     if fold != "none":
         notes = (*notes, *settle_branches(normal, external_dir))
     tail = cut_plugins(normal, strict=fold != "none")
+    half, first = "", Folding()
+    if widen:
+        half, first = _widened(normal, external_dir, fold=fold != "none")
+        digest = hash_bytes(f"{digest} in float32".encode()) if half else digest
     folding = Folding()
     if fold != "none":
         folding = fold_model(normal, external_dir, batch_norm=fold == "all")
@@ -203,12 +214,28 @@ def model_from_proto(
         inputs=tuple(_spec("input", info) for info in normal.graph.input),
         outputs=tuple(_spec("output", info) for info in normal.graph.output),
         opset=opset,
-        notes=(*notes, *([tail.note] if tail else []), *folding.notes),
+        notes=(*notes, *([tail.note] if tail else []), *first.notes, *folding.notes),
         external_dir=external_dir,
-        folded=folding.gone,
+        folded=MappingProxyType({**first.gone, **folding.gone}),
         tail=tail,
         fixed=fixed,
+        half=half,
     )
+
+
+def _widened(
+    model: onnx.ModelProto, external_dir: Path | None, *, fold: bool
+) -> tuple[str, Folding]:
+    """`widen_halves` of `model`, whose constants are computed first as the file has them."""
+    if not computing_in_half(model.graph):
+        return "", Folding()
+    first = fold_model(model, external_dir, batch_norm=False) if fold else Folding()
+    before = {node.name: node.op_type for node in model.graph.node}
+    half, said = widen_halves(model, external_dir)
+    left = {node.name for node in model.graph.node}
+    gone = {name: Folded(op) for name, op in before.items() if name not in left}
+    notes = (*first.notes, *([said] if said else []))
+    return half, Folding(notes, MappingProxyType({**first.gone, **gone}))
 
 
 def _said(constants: Mapping[str, InputValue]) -> str:

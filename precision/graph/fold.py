@@ -23,10 +23,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtune.precision.graph.batch_norm import fold_batch_norms
-from trtune.precision.graph.inference import infer_shapes
 from trtune.precision.graph.proto import (
     RANDOM_OPS,
     constant_value,
+    infer_shapes,
     inputs_of,
     is_external,
     replace_field,

@@ -16,7 +16,6 @@ from onnx import numpy_helper
 from trtune.configs.errors import ModelError
 from trtune.precision.graph.cut import set_plugins_aside
 from trtune.precision.graph.fold import fold_constants
-from trtune.precision.graph.inference import infer_shapes
 from trtune.precision.graph.opsets import (
     OLDEST_OPSET,
     QDQ_OPSET,
@@ -33,6 +32,7 @@ from trtune.precision.graph.proto import (
     captured,
     copy_model,
     default_opset,
+    infer_shapes,
     is_external,
     is_heavy,
     replace_field,

@@ -1,11 +1,11 @@
-"""Small things that every module does with ONNX's protobufs: names, copies, subgraphs, sizes.
+"""Small things that every module does with ONNX's protobufs: names, copies, subgraphs, types.
 
 Nothing here knows more than the format; what a graph means stands in `view` and `normalise`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,21 @@ def constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
     if entry.name in ("value_string", "value_strings"):
         return numpy_helper.from_array(np.asarray(value, object))
     return None
+
+
+def rename_tensors(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto:
+    """`node`, and what graphs inside it read from outside, by the new names; in place."""
+    for field in (node.input, node.output):
+        replace_field(field, [renamed.get(name, name) for name in field])
+    for body in subgraphs(node):
+        own = {info.name for info in (*body.input, *body.initializer)}
+        own.update(name for child in body.node for name in child.output)
+        outer = {name: new for name, new in renamed.items() if name not in own}
+        for child in body.node:
+            rename_tensors(child, outer)
+        for output in body.output:
+            output.name = outer.get(output.name, output.name)
+    return node
 
 
 def inputs_of(node: onnx.NodeProto) -> list[str]:
@@ -250,3 +265,21 @@ def all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 def external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Those of `all_tensors` whose values lie in files of their own."""
     return (tensor for tensor in all_tensors(graph) if is_external(tensor))
+
+
+def infer_shapes(model: onnx.ModelProto) -> str | None:
+    """Fill `value_info` with every type and shape that can be known without running the model."""
+    graph = model.graph
+    try:
+        inferred = onnx.shape_inference.infer_shapes(without_weights(model), data_prop=True).graph
+    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        return f"shape inference failed, so some shapes are unknown: {reason[:200]}"
+    known = {info.name: info for info in inferred.value_info}
+    outputs = {output.name for output in graph.output}
+    inner = [name for node in graph.node for name in node.output if name not in outputs]
+    replace_field(graph.value_info, [known[name] for name in inner if name in known])
+    for output, found in zip(graph.output, inferred.output, strict=True):
+        if not output.type.tensor_type.HasField("shape"):
+            output.CopyFrom(found)
+    return None

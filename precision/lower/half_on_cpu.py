@@ -13,13 +13,13 @@ import onnx
 from onnx import helper, numpy_helper
 
 from trtune.configs.errors import ModelError
-from trtune.precision.graph.inference import infer_shapes
 from trtune.precision.graph.operators import MOVES
 from trtune.precision.graph.proto import (
     FreshNames,
     captured,
     copy_model,
     copy_of,
+    infer_shapes,
     names_in,
     subgraphs,
     without_graph,

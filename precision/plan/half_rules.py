@@ -387,25 +387,24 @@ def flushed_weights(view: GraphView, plan: PrecisionPlan) -> dict[str, Flushed]:
 
 
 def refuse_half_model(view: GraphView) -> None:
-    """Raise ModelError if `view` is of a model in half precision, or with half inputs.
+    """Raise ModelError if `view` is of a model in half precision, or computes with half inputs.
 
-    A model that is float32 but for some nodes passes; those stay as they are.
+    Inputs with nothing but Casts behind are fine: that is what a file in half precision becomes on
+    loading (`precision.graph.widen`), if it can be raised. A model that is float32 but for some
+    nodes passes too; those stay as they are.
     """
-    floats = [t for t in view.graph_inputs if view.dtypes.get(t) in HALF_WORDS | {"float32"}]
-    halves = [name for name in floats if view.dtypes[name] in HALF_WORDS]
     advice = (
-        "export it in float32 throughout (PyTorch: model.float() before torch.onnx.export), or run "
-        "it as it is with precision.default fp32"
+        "it could not be raised to float32 on loading (the log says why). Export it in float32 "
+        "throughout (PyTorch: model.float() before torch.onnx.export), or run it as it is with "
+        "precision.default fp32"
     )
-    if halves and len(halves) < len(floats):
-        other = next(name for name in floats if name not in halves)
-        raise ModelError(
-            f"input {halves[0]!r} is {view.dtypes[halves[0]]} and input {other!r} is float32: "
-            f"precisions are chosen for float32 models only; {advice}"
-        )
-    if halves:
-        raise ModelError(f"the model is {view.dtypes[halves[0]]} already: so is its input "
-                         f"{halves[0]!r}; {advice}")  # fmt: skip
+    for name in view.graph_inputs:
+        readers = {view.by_name[node].op_type for node, _ in view.consumers.get(name, ())}
+        if view.dtypes.get(name) in HALF_WORDS and not readers <= {"Cast"}:
+            raise ModelError(
+                f"the model computes in {view.dtypes[name]} already: so is its input {name!r}; "
+                f"{advice}"
+            )
     counts = {"float32": 0, "half": 0}
     name = ""
     for tensor, proto in view.initializers.items():

@@ -73,11 +73,15 @@ class Inspection:
 
 
 def inspect_model(
-    model: Model, assigned: Mapping[str, tuple[str, str]] | None = None
+    model: Model,
+    assigned: Mapping[str, tuple[str, str]] | None = None,
+    *,
+    raised: bool = False,
 ) -> Inspection:
     """Describe `model`; `assigned` maps nodes to (precision, reason), as a plan has them.
 
-    Nodes that `assigned` leaves out have no precision. Weights are read, to find values that are
+    Nodes that `assigned` leaves out have no precision. With `raised` the plan is that of the model
+    in float32, so that halves are no problem. Weights are read, to find values that are
     not finite, unless they were too large to be loaded.
     """
     graph = GraphView.of(model)
@@ -104,7 +108,7 @@ def inspect_model(
         weight_bytes=sum(_bytes(graph, tensor) for tensor in weights),
         quantize_nodes=sum(ops[op] for op in QUANTIZED_OPS),
         notes=model.notes,
-        problems=tuple(_problems(model, graph, rows, assigned)),
+        problems=tuple(_problems(model, graph, rows, assigned, raised=raised)),
         nodes=tuple(rows),
     )
 
@@ -130,6 +134,8 @@ def _problems(
     graph: GraphView,
     rows: list[NodeRow],
     assigned: Mapping[str, tuple[str, str]] | None,
+    *,
+    raised: bool,
 ) -> Iterator[str]:
     yield from _deciding(model)
     for find in (
@@ -142,7 +148,7 @@ def _problems(
         _with_subgraphs,
         _unknown_shapes,
     ):
-        problem = find(graph)
+        problem = None if raised and find is _not_float32 else find(graph)
         if problem:
             yield problem
     if model.tail is not None:

@@ -24,9 +24,8 @@ from trtune.calibrate.methods import CANDIDATES
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import Batch
 from trtune.precision.compare.alone import Alone, Change, in_parallel
-from trtune.precision.graph.inference import infer_shapes
 from trtune.precision.graph.macs import macs
-from trtune.precision.graph.proto import replace_field, without_weights
+from trtune.precision.graph.proto import infer_shapes, replace_field, without_weights
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.plan.placement import Edge
 from trtune.precision.tune.judge import Judge, judge_of, worst

@@ -39,12 +39,20 @@ class Subject:
 def subject_of(config: Config) -> Subject:
     """The subject that the config names; of a quantized model what it is without quantization.
 
+    A file that computes in half precision is raised to float32, unless everything is to be left in
+    the types of the file (`precision.default: fp32`).
+
     Raises ModelError if it cannot be read, or its quantization cannot be taken as it is,
     ConfigError if it lacks an output that is to be judged.
     """
     section, path = config.precision, Path(config.model.path)
     if section.default != QAT:
-        loaded = load_model(path, outputs=config.model.outputs, constants=config.model.constants)
+        loaded = load_model(
+            path,
+            outputs=config.model.outputs,
+            constants=config.model.constants,
+            widen={section.default, *section.pin.values()} != {"fp32"},
+        )
         model = judged_by(loaded, config)
         return Subject(model, GraphView.of(model))
     if config.model.constants:

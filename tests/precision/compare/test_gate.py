@@ -12,13 +12,19 @@ import onnx
 import pytest
 import tinymodels
 from comparing import Array, Pictures, Shown, coarse, engine_of, pictures, rows
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from tinyquant import Rows, case
 
 from trtune.configs.errors import DataError, ModelError, TrtuneError
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.backends.trt.backend import Settings
-from trtune.precision.compare.gate import engine_gate, fp32_gate, gate_errors, gate_limits
+from trtune.precision.compare.gate import (
+    engine_gate,
+    fp32_gate,
+    gate_errors,
+    gate_limits,
+    model_gate,
+)
 from trtune.precision.graph.view import load_model
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.api import Candidate
@@ -185,6 +191,27 @@ def test_the_gate_names_the_picture_on_which_the_original_gives_nan() -> None:
     source.feeds["input"][5] = math.nan
     with pytest.raises(ModelError, match="picture 'p5' gives nan in tensor 'logits'"):
         fp32_gate(model, model, source)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_file_in_half_precision_is_held_to_what_that_explains(
+    tmp_path: Path, wrong: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    proto = tinymodels.in_half(tinymodels.residual())
+    onnx.save(proto, tmp_path / "m.onnx")
+    model = load_model(tmp_path / "m.onnx", widen=True)
+    source = Pictures(tinymodels.feeds(proto, batch=4), 4)
+    if not wrong:
+        (total,) = model_gate(model, source).values()
+        assert total.relative_l2 < 5e-3
+        return
+    onnx.save(tinymodels.in_half(tinymodels.residual(), TensorProto.BFLOAT16), tmp_path / "m.onnx")
+    assert model_gate(model, source) == {}
+    assert "cannot be compared" in caplog.text
+    other = tinymodels.in_half(tinymodels.conv_relu())
+    onnx.save(other, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"0\.1 is the most that float16 explains"):
+        model_gate(model, source)
 
 
 @pytest.mark.parametrize("where", ["file", "memory"])
