@@ -7,7 +7,6 @@ never anything but zero. None depends on the order of the data.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from trtune.calibrate.histogram import Histogram, bin_edges, quantile
 from trtune.configs.system.compiled import compiled
+from trtune.configs.system.machine import usable_cores
 from trtune.configs.values import PERCENTILE
 
 LEVELS = 127
@@ -147,7 +147,7 @@ def better_methods(
     first, then by name; tensors whose amax is zero are left out.
     """
     asked = {t: a for t, a in amaxes.items() if a > 0 and histograms[t].maximum > 0}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         gains = list(pool.map(lambda t: _most_gained(histograms[t], asked[t]), asked))
     found = [
         Better(tensor, method, gain)
@@ -372,5 +372,5 @@ def choose(
     function = AMAX_METHODS[method]
     if method == "percentile":
         function = partial(amax_percentile, percentile=percentile)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         return dict(zip(histograms, pool.map(function, histograms.values()), strict=True))

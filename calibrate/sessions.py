@@ -24,7 +24,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from trtune.configs.errors import ConfigError, ModelError, TrtuneError
-from trtune.configs.system.machine import CORES_VARIABLE, is_installed, usable_cores
+from trtune.configs.system.machine import is_installed, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,8 @@ def _options(threads: int | None, optimize: str, integer_kernels: bool) -> ort.S
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = OPTIMIZATION[optimize]
-    if threads is None and os.environ.get(CORES_VARIABLE):
+    if threads is None and usable_cores() < (os.cpu_count() or 1):
+        # Its own default is a thread for each core of the machine, pinned there.
         threads = usable_cores()
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -7,7 +7,9 @@ import importlib
 import os
 import sys
 from contextlib import suppress
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 CORES_VARIABLE = "TRTUNE_CORES"
@@ -17,12 +19,57 @@ CORES_VARIABLE = "TRTUNE_CORES"
 def usable_cores() -> int:
     """Cores that this process may use, which in a container may be fewer than the machine's.
 
-    At most as many as `CORES_VARIABLE` says.
+    Those that it may run on, at most as many as the quotas of its control groups are worth
+    (`docker run --cpus`), and as `CORES_VARIABLE` says.
     """
     known = hasattr(os, "sched_getaffinity")
     here = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     most = os.environ.get(CORES_VARIABLE, "")
-    return min(here, max(int(most), 1)) if most.isdigit() else here
+    return min([here, *_own_quotas(), *([max(int(most), 1)] if most.isdigit() else [])])
+
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+
+@lru_cache(maxsize=1)
+def _own_quotas() -> tuple[int, ...]:
+    try:
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    except OSError:
+        return ()
+    return quotas(CONTROL_GROUPS, groups)
+
+
+def quotas(root: Path, groups: str) -> tuple[int, ...]:
+    """Cores that the CPU quotas of `groups` (a `/proc/PID/cgroup`) are worth, each rounded up.
+
+    `cpu.max` of version 2 of the kernel's control groups ("QUOTA PERIOD", or max), and
+    `cpu.cfs_quota_us` beside `cpu.cfs_period_us` of version 1 (Documentation/admin-guide). In a
+    container the files lie at the root; elsewhere each group on the way to the process's counts.
+    """
+    found: list[int] = []
+    lines = [line.split(":", 2) for line in groups.splitlines()]
+    for controllers, path in (line[1:] for line in lines if len(line) == 3):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / controllers if controllers else root
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            found += _quota(folder, split=bool(controllers))
+            if folder == top:
+                break
+    return tuple(found)
+
+
+def _quota(folder: Path, *, split: bool) -> list[int]:
+    files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if split else ("cpu.max",)
+    try:
+        words = " ".join((folder / name).read_text(encoding="utf-8") for name in files).split()
+    except OSError:
+        return []
+    if len(words) != 2 or not all(word.isdigit() and int(word) for word in words):
+        return []
+    return [-(-int(words[0]) // int(words[1]))]
 
 
 ALSO_CALLED = {"onnxruntime": ("onnxruntime-gpu",)}

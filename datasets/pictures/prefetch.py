@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -10,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch, BatchSource
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 def default_workers() -> int:
     """Threads to decode with: one a core, at most eight."""
-    return max(1, min(8, os.cpu_count() or 1))
+    return min(8, usable_cores())
 
 
 def map_ahead(

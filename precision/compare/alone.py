@@ -133,8 +133,8 @@ class Alone:
 
     `pictures` are batches with the model's feeds; the FP32 activations that a change of some edges
     of `placement` needs (`held_tensors`) are computed once and held, and those in `also`. `device`
-    is where the network runs. With `in_graph` what goes through int8 (`through`) does so in the
-    session, from activations that stay on the device; no GPU has run that yet. Thread-safe.
+    is where the network runs. With `in_graph` (by default on a GPU) what goes through int8
+    (`through`) does so in the session, from activations that stay on the device. Thread-safe.
     """
 
     def __init__(
@@ -146,10 +146,11 @@ class Alone:
         *,
         also: Sequence[str] = (),
         device: str = "cpu",
-        in_graph: bool = False,
+        in_graph: bool | None = None,
     ) -> None:
         self.model, self._view, self._device = model, view, device
-        self._in_graph = in_graph and (default_opset(model.proto) or 0) >= CLIP_INPUTS
+        asked = device != "cpu" if in_graph is None else in_graph
+        self._in_graph = asked and (default_opset(model.proto) or 0) >= CLIP_INPUTS
         self._outputs = tuple(o.name for o in model.outputs)
         self._weights = SharedWeights(view.initializers.values())
         held = dict.fromkeys([*held_tensors(view, placement), *also])

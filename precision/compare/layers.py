@@ -64,7 +64,7 @@ def compare_layers(
     integer_kernels: bool = False,
     external_dir: Path | None = None,
     device: str = "cpu",
-    in_graph: bool = False,
+    in_graph: bool | None = None,
 ) -> LayerErrors:
     """Compare `tensors`, by name, between two models on the first `pictures` samples of `source`.
 
@@ -72,8 +72,8 @@ def compare_layers(
     both models' copies of one batch within `memory` bytes; more tensors take further passes. A
     single tensor above that is compared alone. The last batch is cut to `pictures`.
     `integer_kernels` is for candidates lowered for deployment (see `make_session`). `external_dir`
-    is where external weights of both models are, `device` where both run. With `in_graph` the
-    sums are taken by the runtime itself, see `SumsInGraph`; no GPU has run that yet.
+    is where external weights of both models are, `device` where both run. With `in_graph` (by
+    default on a GPU) the sums are taken by the runtime itself, see `SumsInGraph`.
 
     Raises ValueError for a tensor that `reference` does not have, DataError if there are no
     samples or they do not fit, ModelError (naming picture and tensor) for NaN or Inf in the
@@ -86,7 +86,8 @@ def compare_layers(
     present = [name for name in names if name in made]
     if not present:
         return LayerErrors({}, tuple(names), 0, 0)
-    merging = in_graph and not integer_kernels and can_merge(reference, candidate)
+    merging = device != "cpu" if in_graph is None else in_graph
+    merging = merging and not integer_kernels and can_merge(reference, candidate)
     room = _device_room(device, memory) if merging else memory
     chunks = chunked(batch_bytes(source, present, exact.engine), room // 2)
     total = None if source.count is None else min(pictures, source.count) * len(chunks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import tinymodels
 
+from trtune.calibrate import sessions
 from trtune.calibrate.sessions import CPU, CUDA, open_session, providers_of
 from trtune.configs.errors import ConfigError, ModelError, TrtuneError
 
@@ -76,3 +78,11 @@ def test_without_a_cuda_provider_the_error_says_what_to_install(
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU])
     with pytest.raises(TrtuneError, match="pip install onnxruntime-gpu"):
         open_session(b"", device="cuda:0")
+
+
+def test_no_more_threads_than_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime itself starts one for each core of the machine, whatever the process's share."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setenv("TRTUNE_CORES", "3")
+    options = sessions._options(None, "all", integer_kernels=False)
+    assert options.intra_op_num_threads == min(3, len(os.sched_getaffinity(0)))
