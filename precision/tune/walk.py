@@ -190,7 +190,8 @@ class Walk:
         self.plans[rung], score = self.of(action, self.ranked.pins[:rung], about)
         self.scores[rung] = score
         least = before if score.noise is None else before * (1 - NOTHING)
-        self._idle = 0 if score.rank > least else self._idle + 1
+        gained = score.rank > least or score.rank == -math.inf  # what has no end says nothing
+        self._idle = 0 if gained else self._idle + 1
         return score
 
     def of(

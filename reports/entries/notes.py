@@ -45,12 +45,17 @@ def missed_notes(
     limit: int,
     fp32: float | None,
 ) -> list[str]:
-    """Why a missed target could not be met.
+    """Why a missed target could not be met, or counts as missed though its value was reached.
 
     `nothing` says that nothing runs in int8, if so; `quantized` whether anything was to. `limit` is
     how many pins were allowed, `fp32` the FP32 model's own value of the metric, if it has one.
     """
     notes = [nothing] if nothing else []
+    if nothing and quantized and target is not None and tuned.met:
+        return [
+            "the target is reached only with every node in float, which is the model that was "
+            f"given, so it counts as missed: {nothing}"
+        ]
     if target is None or tuned.met:
         return notes
     if not nothing and not quantized:

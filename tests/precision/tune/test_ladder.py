@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -264,6 +265,21 @@ def test_a_search_ends_after_rungs_that_gain_nothing() -> None:
     tuned = tune(a_plan(), RANKING, evaluator, max_pins=10, patience=2)
     assert evaluator.asked == ["", "a", "ab", "abcd"]
     assert (tuned.met, tuned.plan.pinned) == (False, ("a",))
+
+
+def test_noise_without_end_does_not_end_the_search() -> None:
+    """Behind a division by zero no pin tells by how much it helps, until enough are pinned."""
+    asked: list[int] = []
+
+    def endless(plan: PrecisionPlan) -> Score:
+        asked.append(len(plan.pinned))
+        met = len(plan.pinned) >= 8
+        value = 30.0 if met else -math.inf
+        return Score(value, met, value, noise=1e-3 if met else math.inf)
+
+    tuned = tune(a_plan(), RANKING, endless, max_pins=10, patience=2)
+    assert tuned.met
+    assert asked[:5] == [0, 1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5])
