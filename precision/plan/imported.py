@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from trtune.precision.plan.plan import RULE, PrecisionPlan
+from trtune.precision.plan.plan import FOLLOWS, RULE, Assignment, PrecisionPlan
 
 QAT = "qat"
 IN_FILE = "quantized in the QAT model"
@@ -35,16 +35,21 @@ class ImportedPlan(PrecisionPlan):
     """A plan whose pairs stand where the imported model has them, and not where rules put them.
 
     `axes` maps a weight to the axis of its scales where the model has another than the rules.
-    `products` are the matrix products of two tensors of data that the model quantizes.
+    `products` are the matrix products of two tensors of data that the model quantizes,
+    `elementwise` the sums and products of elements all of whose inputs are. Each of those leads
+    what is fused behind it; `ruled_groups` are the groups without that, where they differ.
     """
 
     reads: tuple[Read, ...] = ()
     axes: Mapping[str, int] = field(default_factory=dict)
     products: tuple[str, ...] = ()
+    elementwise: tuple[str, ...] = ()
+    ruled_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         PrecisionPlan.__post_init__(self)
         object.__setattr__(self, "reads", tuple(self.reads))
+        object.__setattr__(self, "ruled_groups", MappingProxyType(dict(self.ruled_groups)))
         object.__setattr__(self, "axes", MappingProxyType(dict(self.axes)))
 
     @property
@@ -71,9 +76,24 @@ class ImportedPlan(PrecisionPlan):
         ruled = self.without_int8(
             {n: w for n, w in why.items() if self.is_quantized(n)}, origin=RULE
         )
+        follow = {name: self._following(name) for name in self.elementwise}
+        pinned = {name for name in self.elementwise if self.nodes[name].is_pinned}
+        floats = tuple((read.node, read.index) for read in self.reads if read.node in pinned)
         return PrecisionPlan(
-            self.default, self.fallback, ruled.nodes, self.groups, ruled.refusals, self.float_reads
+            self.default,
+            self.fallback,
+            {**ruled.nodes, **follow},
+            self.ruled_groups or self.groups,
+            ruled.refusals,
+            (*self.float_reads, *floats),
         )
+
+    def _following(self, name: str) -> Assignment:
+        """What an elementwise node is assigned where it has no precision of its own."""
+        found = self.nodes[name]
+        if found.is_pinned:
+            return replace(found, role=FOLLOWS)
+        return Assignment(self.float_type(name), "follows its neighbours", FOLLOWS, origin=RULE)
 
     @property
     def decisions(self) -> dict[str, Any]:
@@ -85,6 +105,7 @@ class ImportedPlan(PrecisionPlan):
             "reads": reads,
             "axes": dict(self.axes),
             "products": list(self.products),
+            **({"elementwise": list(self.elementwise)} if self.elementwise else {}),
         }
 
     def to_json(self) -> str:
@@ -95,6 +116,10 @@ class ImportedPlan(PrecisionPlan):
             value["axes"] = dict(self.axes)
         if self.products:
             value["products"] = list(self.products)
+        if self.elementwise:
+            value["elementwise"] = list(self.elementwise)
+        if self.ruled_groups:
+            value["ruled_groups"] = {name: list(held) for name, held in self.ruled_groups.items()}
         return json.dumps(value, indent=1, ensure_ascii=False)
 
     @classmethod
@@ -114,6 +139,8 @@ class ImportedPlan(PrecisionPlan):
             reads=reads,
             axes=value.get("axes", {}),
             products=tuple(value.get("products", ())),
+            elementwise=tuple(value.get("elementwise", ())),
+            ruled_groups={n: tuple(m) for n, m in value.get("ruled_groups", {}).items()},
         )
 
 

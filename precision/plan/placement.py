@@ -57,7 +57,8 @@ def _as_read(view: GraphView, plan: ImportedPlan) -> Placement:
     edges: dict[str, list[Edge]] = {}
     for read in plan.active_reads:
         edges.setdefault(read.tensor, []).append((read.node, read.index))
-    weighted = [name for name in plan.quantized_nodes if name not in plan.products]
+    of_data = {*plan.products, *plan.elementwise}
+    weighted = [name for name in plan.quantized_nodes if name not in of_data]
     nodes = [view.by_name[name] for name in weighted]
     weights = {
         (node.name, 1): (node.input[1], plan.axes.get(node.input[1], weight_axis(node)))

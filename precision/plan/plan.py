@@ -12,6 +12,9 @@ from trtune.precision.plan.half_types import HALVES
 
 COMPUTE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators with integer kernels of their own; the others follow what surrounds them."""
+ELEMENTWISE_OPS = ("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum")
+"""Operators on several tensors of data that a file may quantize all of. They have no integer
+arithmetic of their own: in int8 they read codes, and nobody moves floats for them."""
 
 QUANTIZED = ("int8", "fp8")
 """The precisions that Q/DQ pairs stand for."""

@@ -116,7 +116,7 @@ def against_builder(
     unsure = {row.node for row in rows if row.kind in BEYOND_INT8}
     products = tuple(
         Product(name, _expected(view, found, name, wrong, unsure), precisions.get(name, ""))
-        for name in _products(view)
+        for name in _products(view, found)
     )
     return Agreement(products, refused, kinds)
 
@@ -125,15 +125,17 @@ def _around_zero(pair: Pair) -> bool:
     return not pair.zero_points.any()
 
 
-def _products(view: GraphView) -> list[str]:
-    return [node.name for node in view.nodes if node.op_type in COMPUTE_OPS]
+def _products(view: GraphView, found: Found) -> list[str]:
+    """The products, and what else is quantized on all its inputs."""
+    asked = {*found.elementwise}
+    return [n.name for n in view.nodes if n.op_type in COMPUTE_OPS or n.name in asked]
 
 
 def _expected(
     view: GraphView, found: Found, name: str, wrong: Mapping[str, str], unsure: set[str]
 ) -> str:
     pairs = {pair.node for pair in feeding(view, found, name)}
-    if pairs & unsure:
+    if pairs & unsure or name in found.elementwise:  # which kernel dequantizes is the compiler's
         return ""
     quantized = name in (*found.int8, *found.products)
     op = view.by_name[name].op_type

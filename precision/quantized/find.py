@@ -19,7 +19,7 @@ from trtune.calibrate.float8 import float8_codes
 from trtune.precision.graph.proto import attribute
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import Edge, is_move
-from trtune.precision.plan.plan import COMPUTE_OPS
+from trtune.precision.plan.plan import COMPUTE_OPS, ELEMENTWISE_OPS
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 ACTIVATION, WEIGHT, BIAS, CONSTANT = "activation", "weight", "bias", "constant"
@@ -93,8 +93,9 @@ class Found:
 
     `weights` maps (node, input index) of products to where their weights come from, `roles` each
     pair's name to activation, weight, bias or constant, `int8` the nodes that are quantized on
-    data and weights, `products` the matrix products of two quantized tensors of data. `passed` are
-    DequantizeLinears behind operators that move codes about; `strays` are QuantizeLinears and
+    data and weights, `products` the matrix products of two quantized tensors of data, and
+    `elementwise` the sums and products of elements all of whose inputs are such tensors. `passed`
+    are DequantizeLinears behind operators that move codes about; `strays` are QuantizeLinears and
     DequantizeLinears without the other half.
     """
 
@@ -105,6 +106,7 @@ class Found:
     roles: Mapping[str, str] = field(default_factory=dict)
     int8: tuple[str, ...] = ()
     products: tuple[str, ...] = ()
+    elementwise: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
@@ -151,24 +153,30 @@ def find_quantization(view: GraphView) -> Found:
         and _of_codes(carried_by(view, node.input[0], carried, set(passed)))
         == weights[(node.name, 1)].pair.codes
     )
-    products = _data_products(view, carried, set(passed), weights)
-    return Found(tuple(pairs), tuple(passed), tuple(strays), weights, roles, int8, products)
+    of_data = _of_data(view, carried, set(passed), weights)
+    products = tuple(name for name in of_data if view.by_name[name].op_type == "MatMul")
+    elementwise = tuple(name for name in of_data if name not in products)
+    return Found(
+        tuple(pairs), tuple(passed), tuple(strays), weights, roles, int8, products, elementwise
+    )
 
 
-def _data_products(
+def _of_data(
     view: GraphView,
     carried: Mapping[str, Pair],
     passed: set[str],
     weights: Mapping[Edge, WeightSource],
 ) -> tuple[str, ...]:
-    """The MatMuls both of whose inputs are data read through one scale each, as in attention."""
+    """The MatMuls and operators on elements all of whose inputs, several, are data read through
+    one scale each, as in attention, and where two branches meet."""
     found = []
     for node in view.nodes:
-        if node.op_type != "MatMul" or (node.name, 1) in weights:
+        known = node.op_type in ("MatMul", *ELEMENTWISE_OPS) and node.name not in view.shape_nodes
+        if not known or len(node.input) < 2 or (node.name, 1) in weights:
             continue
-        sides = [carried_by(view, name, carried, passed) for name in node.input[:2]]
+        sides = [carried_by(view, name, carried, passed) for name in node.input]
         plain = all(has_one_scale(side) and not side[0].per_channel for side in sides)
-        if plain and _of_codes(sides[0]) == _of_codes(sides[1]):
+        if plain and len({_of_codes(side) for side in sides}) == 1:
             found.append(node.name)
     return tuple(found)
 

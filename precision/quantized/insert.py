@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -19,6 +19,7 @@ from trtune.precision.plan.placement import Edge, is_move, place
 from trtune.precision.plan.plan import (
     COMPUTE,
     COMPUTE_OPS,
+    ELEMENTWISE_OPS,
     FILE,
     QUANTIZED,
     SHAPE,
@@ -26,7 +27,7 @@ from trtune.precision.plan.plan import (
     PrecisionPlan,
 )
 from trtune.precision.plan.rules import make_plan
-from trtune.precision.quantized.strip import as_int8
+from trtune.precision.quantized.strip import EXACT_METHOD, as_int8
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +44,28 @@ def plan_from_table(
 
     `types` maps nodes to the float type that the file has them in, where that is not `fallback`.
 
-    int8 are the nodes whose weights have scales in the table and whose data are read quantized, and
-    the matrix products both of whose inputs are; every other node stays `fallback`, "float in the
-    QAT model", whatever is pinned to int8. A pin holds for the whole group of the node. Raises
-    ConfigError for a pin that matches nothing.
+    int8 are the nodes whose weights have scales in the table and whose data are read quantized, the
+    matrix products both of whose inputs are, and sums and products of elements if all their inputs
+    are data that is; every other node stays `fallback`, "float in the QAT model", whatever is
+    pinned to int8. A pin holds for the whole group of the node. Raises ConfigError for a pin that
+    matches nothing.
     """
     base = make_plan(view, default="int8", fallback=fallback)
-    quantized = {(name, index) for edges in table.reads.values() for name, index in edges}
-    carried = _carried(view, quantized)
-    products = tuple(n.name for n in view.nodes if _of_data(view, n, carried))
+    read = _read_through(view, table)
+    of_data = {n.name: codes for n in view.nodes if (codes := _of_data(view, table, n, read))}
+    elementwise = tuple(
+        name
+        for name in of_data
+        if view.by_name[name].op_type in ELEMENTWISE_OPS and base.nodes[name].role != SHAPE
+    )
+    products = tuple(name for name in of_data if view.by_name[name].op_type == "MatMul")
     nodes: dict[str, Assignment] = {}
     for name, assigned in base.nodes.items():
-        if assigned.role == COMPUTE:
+        if name in elementwise:
+            assigned = _elementwise(assigned, of_data[name], fallback)
+        elif assigned.role == COMPUTE:
             node = view.by_name[name]
-            codes = _codes_in_file(table, node, carried, product=name in products)
+            codes = of_data[name] if name in products else _weighted(table, node, read)
             if codes:
                 assigned = replace(assigned, precision=codes, reason=IN_FILE, origin=FILE)
             elif assigned.precision == "int8":
@@ -68,26 +77,53 @@ def plan_from_table(
         for name, assigned in nodes.items()
         if assigned.role == COMPUTE and assigned.precision not in QUANTIZED
     }
+    groups = led_by(base.groups, elementwise)
+    led = replace(base, groups=groups)
     plan = ImportedPlan(
         QAT,
         fallback,
         nodes,
-        base.groups,
+        groups,
         {**base.refusals, **dict.fromkeys(QUANTIZED, unscaled)},
-        reads=_reads(view, table, nodes, base),
+        reads=_reads(view, table, nodes, led),
         axes=table.axes,
         products=products,
+        elementwise=elementwise,
+        ruled_groups=base.groups if groups != base.groups else {},
     )
     return with_pins(view, plan, pins or {})
 
 
-def _codes_in_file(
-    table: CalibrationTable, node: onnx.NodeProto, carried: set[Edge], *, product: bool
+def _elementwise(assigned: Assignment, codes: str, fallback: str) -> Assignment:
+    """`assigned`, of a node that follows its neighbours, as one that the file quantizes."""
+    around = assigned.precision if assigned.precision != fallback else ""
+    return Assignment(codes, IN_FILE, COMPUTE, around, FILE)
+
+
+def led_by(
+    groups: Mapping[str, tuple[str, ...]], leaders: Collection[str]
+) -> dict[str, tuple[str, ...]]:
+    """`groups` cut in front of each of `leaders`, which leads what stood behind it there.
+
+    >>> led_by({"conv": ("add", "relu")}, ["add"])
+    {'add': ('relu',)}
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name, members in groups.items():
+        leader = name
+        for member in members:
+            if member in leaders:
+                leader = member
+            else:
+                found[leader] = (*found.get(leader, ()), member)
+    return found
+
+
+def _weighted(
+    table: CalibrationTable, node: onnx.NodeProto, read: Mapping[Edge, tuple[str, ...]]
 ) -> str:
-    """int8 or fp8, what a node multiplies in the file; empty for float."""
-    if product:
-        return "fp8" if _is_float8(table, node.input[0]) else "int8"
-    if (node.name, 0) not in carried:
+    """int8 or fp8, what a node with weights multiplies in the file; empty for float."""
+    if (node.name, 0) not in read:
         return ""
     if node.input[1] in table.float8_weights:
         return "fp8"
@@ -99,10 +135,22 @@ def _is_float8(table: CalibrationTable, tensor: str) -> bool:
     return tensor in table.float8
 
 
-def _of_data(view: GraphView, node: onnx.NodeProto, carried: set[Edge]) -> bool:
-    """Whether a MatMul multiplies two tensors of data, both read quantized."""
-    both = (node.name, 0) in carried and (node.name, 1) in carried
-    return node.op_type == "MatMul" and both and not any(view.is_constant(t) for t in node.input)
+def _of_data(
+    view: GraphView,
+    table: CalibrationTable,
+    node: onnx.NodeProto,
+    read: Mapping[Edge, tuple[str, ...]],
+) -> str:
+    """int8 or fp8, if that is what a MatMul or an operator on elements reads of all its inputs,
+    which are several tensors of data with one scale each; else empty."""
+    if node.op_type not in ("MatMul", *ELEMENTWISE_OPS) or len(node.input) < 2:
+        return ""
+    sides = [read.get((node.name, index), ()) for index in range(len(node.input))]
+    single = all(len({table.scales.get(t) for t in side}) == 1 for side in sides)
+    kinds = {_is_float8(table, t) for side in sides for t in side}
+    if not single or len(kinds) != 1 or any(view.is_constant(t) for t in node.input):
+        return ""
+    return "fp8" if kinds.pop() else "int8"
 
 
 def _as_in_file(base: PrecisionPlan, name: str, assigned: Assignment, kind: str) -> Assignment:
@@ -114,14 +162,19 @@ def _as_in_file(base: PrecisionPlan, name: str, assigned: Assignment, kind: str)
     return replace(assigned, precision=kind, reason=f"{kind} in the QAT model", origin=FILE)
 
 
-def _carried(view: GraphView, quantized: set[Edge]) -> set[Edge]:
-    """`quantized`, and the inputs behind operators that move what those read."""
-    found = set(quantized)
+def _read_through(view: GraphView, table: CalibrationTable) -> dict[Edge, tuple[str, ...]]:
+    """The inputs that are read quantized, also behind operators that move what others read: the
+    tensors of `table` whose values they hold."""
+    found: dict[Edge, tuple[str, ...]] = {
+        (name, index): (t,) for t, edges in table.reads.items() for name, index in edges
+    }
     for node in view.nodes:
         moving = [k for k in range(len(node.input)) if is_move(node, k)]
         if moving and all((node.name, k) in found for k in moving):
+            held = tuple(dict.fromkeys(t for k in moving for t in found[node.name, k]))
             for output in node.output:
-                found.update(view.consumers.get(output, ()))
+                for edge in view.consumers.get(output, ()):
+                    found.setdefault(edge, held)
     return found
 
 
@@ -173,18 +226,25 @@ def without_spare_reads(
 ) -> tuple[CalibrationTable, tuple[Edge, ...]]:
     """`table` less the pairs that make nothing run in int8, and where those stood.
 
-    What stays is what the rules of `place` would quantize for the int8 nodes of `plan`, and what
-    moving operators pass on to them; pairs on the outputs of convolutions, on the main input of a
-    residual Add, before an average pool or a softmax go.
+    What stays is what the rules of `place` would quantize for the int8 nodes of `plan`, what
+    moving operators pass on to them, and what sums and products of elements read exactly as the
+    file says; pairs on the outputs of convolutions, on the main input of a residual Add, before an
+    average pool or a softmax go.
     """
-    ruled = place(view, plan.by_rules())
+    by_rules = plan.by_rules()
+    ruled = place(view, by_rules)
     wanted = {edge for edges in ruled.activations.values() for edge in edges}
     every = {edge for edges in table.reads.values() for edge in edges}
+    changed = {t for t, method in table.methods.items() if method != EXACT_METHOD}
+    lost = {o for read in plan.reads if read.tensor in changed for o in read.owners}
+    lost &= {*plan.elementwise}
     for read in plan.reads:
         node = view.by_name[read.node]
+        owners = {by_rules.leader(o) if o in lost else o for o in read.owners}
+        serves = any(plan.is_quantized(owner) and owner not in lost for owner in owners)
         only_skip = node.op_type == "Add" and (read.node, 1 - read.index) not in every
-        serves = bool(read.owners) and (only_skip or is_move(node, read.index))
-        if serves or node.op_type in COMPUTE_OPS:
+        own = node.op_type in COMPUTE_OPS or read.node in {*plan.elementwise} - lost
+        if own or (serves and (only_skip or is_move(node, read.index))):
             wanted.add((read.node, read.index))
     reads = {t: tuple(e for e in edges if e in wanted) for t, edges in table.reads.items()}
     spare = tuple(e for edges in table.reads.values() for e in edges if e not in wanted)

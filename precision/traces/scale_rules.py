@@ -124,7 +124,9 @@ def _outputs(view: GraphView, plan: PrecisionPlan, found: dict[str, float]) -> N
     for name in plan.int8_nodes:
         node = view.by_name[name]
         chain = [node.output[0], *(view.by_name[m].output[0] for m in plan.groups.get(name, ()))]
-        if not set(chain) & set(view.graph_outputs) or node.input[0] not in found:
+        weighted = len(node.input) > 1 and view.is_constant(node.input[1])
+        at_end = set(chain) & set(view.graph_outputs)
+        if not weighted or not at_end or node.input[0] not in found:
             continue
         bound = _weights_bound(view, node) * found[node.input[0]]
         for tensor in chain:

@@ -12,6 +12,7 @@ import onnx
 from trtune.configs.errors import TrtuneError
 from trtune.precision.backends.gpu.profiles import make_profiles
 from trtune.precision.backends.rtx.child import Request
+from trtune.precision.backends.rtx.elementwise import read_as_codes
 from trtune.precision.backends.rtx.log import Account, accounts, read_kernels
 from trtune.precision.backends.rtx.process import build_in_child
 from trtune.precision.graph.proto import FreshNames, default_opset
@@ -69,7 +70,9 @@ def build_as_it_is(
     except TrtuneError as error:
         return AsItIs(refused=" ".join(str(error).split()))
     kernels = read_kernels((folder / LOG_FILE).read_text("utf-8", errors="replace"))
-    return AsItIs(accounts=accounts(kernels, view.by_name, compute=multiply))
+    codes = read_as_codes(stands.graph)
+    found = accounts(kernels, view.by_name, compute=multiply, elementwise=codes)
+    return AsItIs(accounts=found)
 
 
 def with_node_names(model: Model) -> onnx.ModelProto:

@@ -28,6 +28,7 @@ from trtune.configs.files import atomic_path
 from trtune.configs.values import BUILD_SECONDS
 from trtune.precision.backends.gpu.profiles import Profile, find_gpu, make_profiles
 from trtune.precision.backends.rtx.child import Request
+from trtune.precision.backends.rtx.elementwise import read_as_codes
 from trtune.precision.backends.rtx.log import Account, accounts, complaints, read_kernels
 from trtune.precision.backends.rtx.process import BuildError, build_in_child, why_not_loaded
 from trtune.precision.backends.rtx.repair import (
@@ -54,7 +55,7 @@ from trtune.precision.graph.proto import default_opset
 from trtune.precision.graph.view import save_model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.float8 import without_float8
-from trtune.precision.plan.plan import SHAPE, PrecisionPlan
+from trtune.precision.plan.plan import ELEMENTWISE_OPS, SHAPE, PrecisionPlan
 from trtune.precision.runtime.api import (
     LOG_FILE,
     MODEL_FILE,
@@ -292,7 +293,10 @@ class RtxBackend:
         text = (work / LOG_FILE).read_text("utf-8", errors="replace")
         kernels = read_kernels(text)
         nodes = [name for name, a in plan.nodes.items() if a.role != SHAPE]
-        found = accounts(kernels, nodes, compute=frozenset(plan.compute_nodes))
+        ops = {node.name: node.op_type for node in candidate.model.proto.graph.node}
+        multiply = frozenset(n for n in plan.compute_nodes if ops[n] not in ELEMENTWISE_OPS)
+        codes = read_as_codes(proto.graph, plan.quantized_nodes)
+        found = accounts(kernels, nodes, compute=multiply, elementwise=codes)
         return _Built(work, plan, guards, found, kernels is not None)
 
     def _info(

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from trtune.precision.backends.rtx.elementwise import ReadCodes
 from trtune.precision.plan.plan import COMPUTE, QUANTIZED, SHAPE, PrecisionPlan
 from trtune.precision.runtime.api import UNKNOWN
 from trtune.precision.runtime.not_honoured import not_honoured
@@ -168,23 +169,54 @@ def _operands(text: str) -> tuple[Operand, ...] | None:
 
 
 def accounts(
-    kernels: Iterable[Kernel] | None, nodes: Iterable[str], *, compute: Collection[str]
+    kernels: Iterable[Kernel] | None,
+    nodes: Iterable[str],
+    *,
+    compute: Collection[str],
+    elementwise: Mapping[str, ReadCodes] = MappingProxyType({}),
 ) -> dict[str, Account]:
     """What each of `nodes` runs in; "unknown" where no kernel names it, or the log was not read.
 
     `compute` are the nodes that multiply. A node of several kernels runs in the widest type among
     them. Generated kernels count only where nothing else does a node's work; whether one that
-    reads int8 or fp8 multiplies in that cannot be seen.
+    reads int8 or fp8 multiplies in that cannot be seen. `elementwise` are the sums and products
+    of elements that are quantized. They have no integer arithmetic: one runs in int8 where its own
+    kernel takes the codes of all its inputs, as the tail of an int8 product or from memory, and in
+    float where another kernel dequantized one of them and wrote the floats.
     """
     found: dict[str, list[Kernel]] = {}
     for kernel in kernels or ():
-        for node in kernel.nodes:
-            found.setdefault(node, []).append(kernel)
-    return {node: _account(found.get(node, []), node in compute) for node in nodes}
+        if kernel.kind not in CONTROL:
+            for node in kernel.nodes:
+                found.setdefault(node, []).append(kernel)
+    plain = {node: _account(found.get(node, []), node in compute) for node in nodes}
+    products = {node: plain[node].precision for node in compute if node in plain}
+    return {
+        node: _of_elements(account, elementwise[node], found.get(node, []), products)
+        if node in elementwise
+        else account
+        for node, account in plain.items()
+    }
+
+
+def _of_elements(
+    account: Account,
+    codes: ReadCodes,
+    kernels: list[Kernel],
+    products: Mapping[str, str],
+) -> Account:
+    """What an elementwise node runs in that reads `codes`; `account` is what it is without, and
+    `products` what each product runs in."""
+    touching = [kernel for kernel in kernels if codes.dequantizers & {*kernel.nodes}]
+    for kernel in touching:
+        held = {operand.precision for operand in (*kernel.inputs, *kernel.outputs)}
+        tail = {products[name] for name in kernel.nodes if name in products}
+        if not codes.dequantizers <= {*kernel.nodes} or codes.precision not in held | tail:
+            return Account(account.precision, tuple(touching))
+    return Account(codes.precision, tuple(touching)) if touching else account
 
 
 def _account(kernels: list[Kernel], is_compute: bool) -> Account:
-    kernels = [kernel for kernel in kernels if kernel.kind not in CONTROL]
     mine = [kernel for kernel in kernels if kernel.kind != GENERATED] or kernels
     precisions = {_share(kernel, is_compute) for kernel in mine}
     widest = [name for name in WIDEST_FIRST if name in precisions]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tinymodels
 
+from trtune.precision.backends.rtx.elementwise import ReadCodes
 from trtune.precision.backends.rtx.log import (
     Account,
     Kernel,
@@ -145,6 +146,35 @@ def test_a_node_of_several_kernels_runs_in_the_widest() -> None:
     ]
     found = accounts(kernels, ["n"], compute={"n"})["n"]
     assert (found.precision, [kernel.name for kernel in found.kernels]) == ("fp32", ["a", "b"])
+
+
+BOTH = ReadCodes("int8", frozenset({"left_dq", "right_dq"}))
+
+
+@pytest.mark.parametrize(
+    ("reads", "writes", "nodes", "expected"),
+    [
+        pytest.param([INT8, FLOAT], INT8, ("left_dq", "right_dq"), "int8", id="both codes"),
+        pytest.param([FLOAT], INT8, ("left_dq", "right_dq"), "int8", id="its result is quantized"),
+        pytest.param([FLOAT], FLOAT, ("left_dq", "right_dq", "conv"), "int8",
+                     id="the tail of an int8 convolution"),
+        pytest.param([FLOAT], FLOAT, ("left_dq", "right_dq", "float_conv"), "fp32",
+                     id="the tail of a float one"),
+        pytest.param([FLOAT, FLOAT], INT8, ("left_dq",), "fp32", id="one side came as floats"),
+        pytest.param([FLOAT, FLOAT], FLOAT, (), "fp32", id="both sides came as floats"),
+    ],
+)  # fmt: skip
+def test_a_quantized_sum_of_elements(
+    reads: list[Operand], writes: Operand, nodes: tuple[str, ...], expected: str
+) -> None:
+    kernels = [
+        Kernel("c", "correlation", (INT8,), (W_INT8,), (FLOAT,), ("conv",)),
+        Kernel("f", "correlation", (FLOAT,), (W_FLOAT,), (FLOAT,), ("float_conv",)),
+        Kernel("__myl_MulAdd", "kgen", tuple(reads), (SCALES,), (writes,), ("add", *nodes)),
+    ]
+    names, products = ["add", "conv", "float_conv"], {"conv", "float_conv"}
+    found = accounts(kernels, names, compute=products, elementwise={"add": BOTH})
+    assert found["add"].precision == expected
 
 
 HALF = operand("Half", -1, 16, 8, 8)
