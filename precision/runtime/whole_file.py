@@ -13,11 +13,22 @@ from typing import Any
 
 import onnx
 
+from trtune.datasets.batches import InputSpec
 from trtune.precision.graph.cut import whole
-from trtune.precision.graph.file import Model, save_model
+from trtune.precision.graph.file import Model, save_model, tensor_spec
 from trtune.precision.runtime.api import MODEL_FILE
 
 WHOLE_FILE, WHOLE_PLAN = "whole.onnx", "whole.plan"
+
+
+def whole_inputs(model: Model) -> tuple[InputSpec, ...]:
+    """The inputs of the file behind `model`: also those that only what was cut off reads."""
+    if model.tail is None:
+        return model.inputs
+    known = {spec.name: spec for spec in model.inputs}
+    specs = {info.name: tensor_spec(info) for info in model.tail.inputs}
+    found = (known.get(name, spec) for name, spec in specs.items())
+    return tuple(spec for spec in found if spec is not None)
 
 
 def write_whole(model: Model, folder: Path, command: Callable[[Path], str]) -> dict[str, Any]:

@@ -71,6 +71,52 @@ def test_a_plugin_is_put_back_into_what_is_written(domain: str, tmp_path: Path) 
     assert "DequantizeLinear" in [node.op_type for node in whole.graph.node]
 
 
+def rois(op: str) -> onnx.ModelProto:
+    """A convolution, and behind it an operator of TensorRT's own with inputs of its own."""
+    net = tinymodels.Net()
+    x = net.conv(net.input("x", ("N", 3, 16, 16)), "features", 3, 16)
+    if op == "TRT_FloorDiv":
+        inputs, shape, attributes = [net.input("by", ("N", 1, 1, 1))], ("N", 16, 16, 16), {}
+    else:
+        inputs = [net.input("rois", ("R", 4)), net.input("which", ("R",), TensorProto.INT32)]
+        shape = ("R", 16, 4, 4)
+        attributes = {
+            "plugin_version": "2", "mode": 1, "output_height": 4, "output_width": 4,
+            "sampling_ratio": 2, "spatial_scale": 1.0, "coordinate_transformation_mode": 1,
+        }  # fmt: skip
+    net.op(op, x, *inputs, out="y", name="plugin", **attributes)
+    return net.model({"y": shape})
+
+
+@pytest.mark.skipif(not HAS_RTX, reason="needs tensorrt-rtx")
+@pytest.mark.parametrize("op", ["TRT_FloorDiv", "ROIAlign_TRT", "EfficientNMS_TRT"])
+def test_rtx_builds_the_whole_where_it_has_the_operator(op: str, tmp_path: Path) -> None:
+    proto = detector("") if op == "EfficientNMS_TRT" else rois(op)
+    tinyproject.write_project(tmp_path, tinymodels.conv_relu(), labels=False)
+    for name in ("calibration", "evaluation"):
+        size = 8 if op == "EfficientNMS_TRT" else 16
+        rows = np.random.default_rng(0).normal(size=(16, 3, size, size))
+        np.savez(tmp_path / f"{name}.npz", x=rows.astype(np.float32))
+    onnx.save(proto, tmp_path / "net.onnx")
+    shapes = {n: {w: [4, *s] for w in ("min", "opt", "max")} for n, s in
+              {"TRT_FloorDiv": {"by": (1, 1, 1)}, "ROIAlign_TRT": {"rois": (4,), "which": ()}}
+              .get(op, {}).items()}  # fmt: skip
+    config = tinyproject.config_of(tmp_path, RTX, f"model.shapes={json.dumps(shapes)}")
+    record = run(config, out=tmp_path / "runs")
+    assert record.status == "met"
+    (folder,) = run_folder(config, tmp_path / "runs").glob("tensorrt_rtx*")
+    told = json.loads((folder / "engine.json").read_text())["details"]["whole"]
+    if op == "TRT_FloorDiv":
+        assert (told["lacks"], told["engine"]) == ([], "whole.plan")
+        assert (folder / "whole.plan").read_bytes()[:4] == b"vtrt"
+    elif op == "EfficientNMS_TRT":
+        assert told["lacks"] == ["EfficientNMS_TRT"]
+    else:  # it is there, and made on a GPU alone
+        assert told["lacks"] == []
+        assert told.get("engine") or "its plugins are made on a GPU" in told["reason"]
+    assert (folder / "whole.plan").is_file() == ("engine" in told)
+
+
 def test_the_user_says_where_the_model_ends(tmp_path: Path) -> None:
     config = tinyproject.config_of(
         tinyproject.write_project(tmp_path, labels=False), "model.outputs=[relu2]"

@@ -15,7 +15,7 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import InputError
 from trtune.configs.load import load_config
 from trtune.configs.schema import Config
-from trtune.precision.backends.gpu.profiles import Profile, make_profiles
+from trtune.precision.backends.gpu.profiles import Profile, model_profiles
 from trtune.precision.backends.trt.build import Settings
 from trtune.precision.backends.trt.weak import constrained_nodes
 from trtune.precision.graph.file import Model, load_model
@@ -73,7 +73,7 @@ class Bundle:
         cache = run / (PREPARED_CACHE if prepared else CACHE_FILE)
         table = load_table(cache, allow_unkeyed=True) if plan.quantized_nodes else None
         shapes = {name: shape.model_dump() for name, shape in config.model.shapes.items()}
-        profiles = make_profiles(model.inputs, shapes, batch=config.data.evaluation.batch)
+        profiles = model_profiles(model, shapes, batch=config.data.evaluation.batch)
         return cls(run, record, config, model, plan, table, profiles)
 
     @cached_property

@@ -19,7 +19,7 @@ from trtune.datasets.batches import (
     take_rows,
 )
 from trtune.datasets.open import open_section
-from trtune.precision.backends.gpu.profiles import Profile, make_profiles
+from trtune.precision.backends.gpu.profiles import Profile, make_profiles, own_shapes
 from trtune.precision.graph.file import Model
 from trtune.run.stage import Need, Stage, flat, versions
 
@@ -53,7 +53,7 @@ def data_of(config: Config, model: Model) -> dict[str, RunData]:
     check_data(config, {name: data.source for name, data in found.items()}, fixed_batch=fixed)
     shapes = {name: shape.model_dump() for name, shape in config.model.shapes.items()}
     for data in found.values():
-        check_shapes_of(data, model.inputs, shapes, fixed=fixed)
+        check_shapes_of(data, model.inputs, own_shapes(model, shapes), fixed=fixed)
     return found
 
 

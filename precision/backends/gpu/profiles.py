@@ -12,8 +12,12 @@ from numpy.typing import NDArray
 
 from trtune.configs.errors import ConfigError, DataError, did_you_mean
 from trtune.datasets.batches import InputSpec
+from trtune.precision.graph.file import Model
+from trtune.precision.runtime.whole_file import whole_inputs
 
 QUERY = ("--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
+_Shapes = Mapping[str, Sequence[int]]
+
 LEAST_MAX = 32
 """The largest batch of a profile that nobody asked for holds at least this many samples."""
 
@@ -61,6 +65,19 @@ class Profile:
     def from_json(cls, value: Mapping[str, Sequence[int]]) -> Profile:
         """Read what `to_json` gave. Raises KeyError if one of the three is missing."""
         return cls(tuple(value["min"]), tuple(value["opt"]), tuple(value["max"]))
+
+
+def own_shapes(model: Model, shapes: Mapping[str, _Shapes]) -> dict[str, _Shapes]:
+    """`shapes` without those of inputs that only what was cut off reads."""
+    behind = {spec.name for spec in whole_inputs(model)} - {spec.name for spec in model.inputs}
+    return {name: shape for name, shape in shapes.items() if name not in behind}
+
+
+def model_profiles(
+    model: Model, shapes: Mapping[str, _Shapes], *, batch: int
+) -> dict[str, Profile]:
+    """`make_profiles` of the inputs of `model`; `shapes` may name those that are cut off, too."""
+    return make_profiles(model.inputs, own_shapes(model, shapes), batch=batch)
 
 
 def make_profiles(

@@ -26,7 +26,7 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import ConfigError, TrtuneError, did_you_mean
 from trtune.configs.files import atomic_path
 from trtune.configs.values import BUILD_SECONDS
-from trtune.precision.backends.gpu.profiles import Profile, find_gpu, make_profiles
+from trtune.precision.backends.gpu.profiles import Profile, find_gpu, make_profiles, model_profiles
 from trtune.precision.backends.rtx.child import Request
 from trtune.precision.backends.rtx.elementwise import read_as_codes
 from trtune.precision.backends.rtx.log import Account, accounts, complaints, read_kernels
@@ -65,7 +65,12 @@ from trtune.precision.runtime.api import (
     Usable,
 )
 from trtune.precision.runtime.engine_json import ENGINE_JSON, read_engine_json, write_engine_json
-from trtune.precision.runtime.whole_file import write_whole
+from trtune.precision.runtime.whole_file import (
+    WHOLE_FILE,
+    WHOLE_PLAN,
+    whole_inputs,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from trtune.precision.runtime.api import Engine
@@ -205,7 +210,7 @@ class RtxBackend:
                 f"backends: {NAME}: compute_capabilities: GPUs of {none[0]} have no FP8 "
                 "(8.9 and up do); take it out, or pin those nodes to int8"
             )
-        profiles = make_profiles(candidate.model.inputs, self.shapes, batch=self.batch)
+        profiles = model_profiles(candidate.model, self.shapes, batch=self.batch)
         with scratch(folder) as place:
             built, refused = self._best(candidate, targets, profiles, place)
             (folder / ENGINE_JSON).unlink(missing_ok=True)
@@ -278,17 +283,7 @@ class RtxBackend:
         proto = self.lowered(replace(candidate, plan=plan))
         insert_guards(proto, guards)
         save_model(proto, work / MODEL_FILE, candidate.model.external_dir)
-        request = Request(
-            model=str(work / MODEL_FILE),
-            plan=str(work / PLAN_FILE),
-            log=str(work / LOG_FILE),
-            answer=str(work / "answer.json"),
-            compute_capabilities=targets,
-            profiles={name: profile.to_json() for name, profile in profiles.items()},
-            workspace=self.workspace,
-            optimization_level=self.optimization_level,
-            tf32=self.tf32,
-        )
+        request = self._request(work / MODEL_FILE, work, targets, profiles)
         build_in_child(request, work, timeout=self.timeout, opset=default_opset(proto) or 0)
         text = (work / LOG_FILE).read_text("utf-8", errors="replace")
         kernels = read_kernels(text)
@@ -298,6 +293,22 @@ class RtxBackend:
         codes = read_as_codes(proto.graph, plan.quantized_nodes)
         found = accounts(kernels, nodes, compute=multiply, elementwise=codes)
         return _Built(work, plan, guards, found, kernels is not None)
+
+    def _request(
+        self, model: Path, work: Path, targets: Sequence[str], profiles: Mapping[str, Profile]
+    ) -> Request:
+        """What the child is to make of `model`, in the folder `work`."""
+        return Request(
+            model=str(model),
+            plan=str(work / PLAN_FILE),
+            log=str(work / LOG_FILE),
+            answer=str(work / "answer.json"),
+            compute_capabilities=targets,
+            profiles={name: profile.to_json() for name, profile in profiles.items()},
+            workspace=self.workspace,
+            optimization_level=self.optimization_level,
+            tf32=self.tf32,
+        )
 
     def _info(
         self,
@@ -342,7 +353,7 @@ class RtxBackend:
                 "driver": gpu.driver if gpu else None,
                 "cuda": cuda_version(),
                 "command": shell(Path(MODEL_FILE)),
-                **self._whole(candidate.model, folder, shell),
+                **self._whole(candidate.model, folder, targets, shell),
                 "kernels": {
                     node: [kernel.name for kernel in account.kernels]
                     for node, account in built.accounts.items()
@@ -353,18 +364,38 @@ class RtxBackend:
             },
         )
 
-    @staticmethod
-    def _whole(model: Model, folder: Path, shell: Callable[[Path], str]) -> dict[str, Any]:
-        """What stands behind a cut, put back; with the operators of it that RTX lacks too."""
+    def _whole(
+        self, model: Model, folder: Path, targets: Sequence[str], shell: Callable[[Path], str]
+    ) -> dict[str, Any]:
+        """What stands behind a cut, put back, and the engine of it; or which of its operators RTX
+        lacks, or why else there is none."""
         found = write_whole(model, folder, shell)
-        if found:
+        (folder / WHOLE_PLAN).unlink(missing_ok=True)  # of an earlier build
+        if not found:
+            return found
+        told: dict[str, Any] = {"lacks": []}
+        try:
+            self._build_whole(model, folder, targets)
+            told["engine"] = WHOLE_PLAN
+        except TrtuneError as error:
             registry = importlib.import_module(NAME).get_plugin_registry()
             here = {creator.name for creator in registry.all_creators}
-            lacks = [name for name in found["whole"]["operators"] if name not in here]
-            found["whole"]["lacks"] = lacks
-            if lacks:
-                log.warning("%s has no %s: its engine ends before", NAME, ", ".join(lacks))
-        return found
+            told["lacks"] = [name for name in found["whole"]["operators"] if name not in here]
+            if not told["lacks"]:
+                alone = "" if find_gpu() else "; its plugins are made on a GPU, and none was found"
+                told["reason"] = f"{error}{alone}"
+            why = told.get("reason") or f"{NAME} has no {', '.join(told['lacks'])}"
+            log.warning("no %s, the engine ends before: %s", WHOLE_PLAN, why)
+        return {"whole": {**found["whole"], **told}}
+
+    def _build_whole(self, model: Model, folder: Path, targets: Sequence[str]) -> None:
+        """Build `whole.plan` from the `whole.onnx` in `folder`; raises as `build_in_child` does."""
+        profiles = make_profiles(whole_inputs(model), self.shapes, batch=self.batch)
+        with scratch(folder) as place:
+            request = self._request(folder / WHOLE_FILE, place, targets, profiles)
+            build_in_child(request, place, timeout=self.timeout, opset=model.opset)
+            with atomic_path(folder / WHOLE_PLAN) as target:
+                shutil.move(place / PLAN_FILE, target)
 
     def load(self, folder: Path) -> Engine:
         """The engine in `folder`, to be used in `with`.

@@ -34,7 +34,7 @@ from trtune.configs.files import write_bytes, write_text
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import BatchSource, batch_size
 from trtune.precision.backends.gpu.callbacks import messages_to
-from trtune.precision.backends.gpu.profiles import Profile, make_profiles
+from trtune.precision.backends.gpu.profiles import Profile, make_profiles, model_profiles
 from trtune.precision.backends.trt import weak
 from trtune.precision.backends.trt.build import (
     BuildLog,
@@ -82,7 +82,12 @@ from trtune.precision.runtime.api import (
 )
 from trtune.precision.runtime.engine_json import ENGINE_JSON, write_engine_json
 from trtune.precision.runtime.not_honoured import not_honoured
-from trtune.precision.runtime.whole_file import WHOLE_FILE, WHOLE_PLAN, write_whole
+from trtune.precision.runtime.whole_file import (
+    WHOLE_FILE,
+    WHOLE_PLAN,
+    whole_inputs,
+    write_whole,
+)
 from trtune.precision.traces.explain import explain_log
 
 log = logging.getLogger(__name__)
@@ -212,7 +217,7 @@ class TensorRTBackend:
     def _built(self, candidate: Candidate, folder: Path, *, debug: bool) -> BuildInfo:
         start = time.perf_counter()
         trt = self._load_module()
-        profiles = make_profiles(candidate.model.inputs, self._shapes, batch=self._batch)
+        profiles = model_profiles(candidate.model, self._shapes, batch=self._batch)
         typed_weakly = is_weak(trt, self._settings, candidate)
         work = _Build(trt, candidate, folder, self._settings, profiles, debug=debug)
         for text in carried_over(trt, self._settings, candidate, weakly=typed_weakly):
@@ -236,8 +241,10 @@ class TensorRTBackend:
         A plugin that TensorRT does not find is told; the engine up to the cut is there without it.
         """
         work.trt.init_libnvinfer_plugins(work.logger, "")
+        inputs = whole_inputs(work.candidate.model)
+        profiles = make_profiles(inputs, self._shapes, batch=self._batch)
         again = _Build(
-            work.trt, work.candidate, work.folder, work.settings, work.profiles,
+            work.trt, work.candidate, work.folder, work.settings, profiles,
             messages=work.messages, logger=work.logger, whole=True,
         )  # fmt: skip
         try:
