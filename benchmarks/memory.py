@@ -138,10 +138,10 @@ def whole_run(folder: Path, pictures: int, arguments: argparse.Namespace) -> dic
     from trtune.run.pipeline import run
 
     onnx.save(detector(), folder / "detector.onnx")
-    draw(folder / "pictures.npy", CALIBRATION + pictures)
+    draw(folder / "pictures.npy", arguments.calibration + pictures)
     text = CONFIG.format(
         pictures=pictures,
-        calibration=CALIBRATION,
+        calibration=arguments.calibration,
         method=arguments.method,
         prepare="none" if arguments.short else "auto",
         alone="false" if arguments.short else "true",
@@ -159,6 +159,7 @@ def measured(pictures: int, arguments: argparse.Namespace) -> dict[str, float]:
     """`whole_run` in a process of its own."""
     command = [sys.executable, __file__, "--one", "--pictures", str(pictures)]
     command += ["--method", arguments.method, "--memory", str(arguments.memory)]
+    command += ["--calibration", str(arguments.calibration)]
     command += ["--short"] if arguments.short else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -170,6 +171,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pictures", type=int, action="append", help="evaluation pictures")
+    parser.add_argument("--calibration", type=int, default=CALIBRATION, help="and of calibration")
     parser.add_argument("--method", default="auto", help="calibration.method")
     parser.add_argument("--memory", type=int, default=1024, help="compare.memory, in MiB")
     parser.add_argument("--short", action="store_true", help="no preparation, no nodes alone")
@@ -189,13 +191,13 @@ def main() -> None:
     text = (
         "# Memory by the number of evaluation pictures\n\n"
         "A whole run (`benchmarks/memory.py`): 640 x 640 detector, 70 MB of activations and 2.8 MB "
-        f"of output a picture, {CALIBRATION} calibration pictures, method {arguments.method}, "
-        f"compare.memory {arguments.memory} MiB; {platform.machine()}.\nAnonymous memory is what "
-        "cannot be taken back; the resident set has pages of mapped files too (pictures, and what "
-        "FP32 gave\nbeyond 256 MB). Of what FP32 gave at most 256 MB are held: 45 MB of 16 "
-        "pictures, 256 MB of 96 and of more.\n`tests/test_memory.py` holds it with compare.memory "
-        "at 128 MiB, of which a quarter keeps outputs: 68 pictures need no more\nthan 8, though "
-        "their outputs are 169 MB.\n\n"
+        f"of output a picture, {arguments.calibration} calibration pictures, method "
+        f"{arguments.method}, compare.memory {arguments.memory} MiB; {platform.machine()}.\n"
+        "Anonymous memory is what cannot be taken back; the resident set has pages of mapped files "
+        "too (pictures, and what FP32 gave\nbeyond 256 MB). Of what FP32 gave at most 256 MB are "
+        "held: 45 MB of 16 pictures, 256 MB of 96 and of more.\n`tests/test_memory.py` holds it "
+        "with compare.memory at 128 MiB, of which a quarter keeps outputs: 68 pictures need no "
+        "more\nthan 8, though their outputs are 169 MB.\n\n"
         "| evaluation pictures | anonymous, MB | resident set, MB | seconds |\n|---|---|---|---|\n"
         + "\n".join(rows)
         + "\n"

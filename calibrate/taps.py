@@ -274,6 +274,8 @@ class _Bound:
         types = {o.name: NUMPY_TYPES[o.type] for s in segments for o in s.session.get_outputs()}
         self.arrays = _carve(shapes, types, lives)
         self._segments = segments
+        self._quiet = ort.RunOptions()
+        self._quiet.log_severity_level = 4  # a shape that follows the data is no error of anybody's
         self._bindings = [segment.session.io_binding() for segment in segments]
         for segment, binding in zip(segments, self._bindings, strict=True):
             for name in segment.outputs:
@@ -286,7 +288,7 @@ class _Bound:
         segment, binding = self._segments[number], self._bindings[number]
         for name in feeds.keys() & segment.inputs:
             binding.bind_input(name, *_place(feeds[name]))
-        segment.session.run_with_iobinding(binding)
+        segment.session.run_with_iobinding(binding, self._quiet)
 
 
 def _place(array: NDArray[Any]) -> tuple[str, int, Any, tuple[int, ...], int]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtune.configs.errors import DataError, ModelError
-from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, take_rows
+from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, is_free, take_rows
 from trtune.precision.runtime.api import Engine
 from trtune.precision.runtime.errors import ErrorSums, NotFiniteError
 
@@ -88,17 +88,27 @@ def infer(engine: Engine, batch: Batch) -> dict[str, NDArray[Any]]:
 
 
 def add_batch(
-    sums: Mapping[str, ErrorSums], reference: Engine, candidate: Engine, batch: Batch
+    sums: Mapping[str, ErrorSums],
+    reference: Engine,
+    candidate: Engine,
+    batch: Batch,
+    *,
+    alike: bool = True,
 ) -> dict[str, ErrorSums]:
     """`sums` with one batch added, run through both engines; its keys are the outputs compared.
 
-    Raises ModelError, naming picture and tensor, for NaN or Inf in the reference or if an output's
-    shapes differ.
+    Where shapes need not be `alike`, a tensor whose shapes differ along free dimensions, because
+    they follow the data, gets nothing added. Raises ModelError, naming picture and tensor, for NaN
+    or Inf in the reference, or if shapes differ that must not.
     """
     exact, tested = infer(reference, batch), infer(candidate, batch)
+    known = {spec.name: spec.shape for spec in reference.outputs}
     added = {}
     for name, total in sums.items():
         if exact[name].shape != tested[name].shape:
+            if not alike and _differ_where_free(known[name], exact[name].shape, tested[name].shape):
+                added[name] = total
+                continue
             raise ModelError(
                 f"tensor {name!r} has shape {list(exact[name].shape)} in the FP32 model and "
                 f"{list(tested[name].shape)} in the candidate, so they cannot be compared"
@@ -112,6 +122,16 @@ def add_batch(
                 "be compared with it; check that picture and its preprocessing, or leave it out"
             ) from error
     return added
+
+
+def _differ_where_free(
+    shape: Sequence[int | str | None], exact: Sequence[int], tested: Sequence[int]
+) -> bool:
+    """Whether two shapes of a tensor declared as `shape` differ in free dimensions alone."""
+    if len(exact) != len(tested) or len(shape) not in (0, len(exact)):
+        return False
+    dims = zip(shape or [None] * len(exact), exact, tested, strict=True)
+    return all(a == b or is_free(dim) for dim, a, b in dims)
 
 
 def culprit(batch: Batch, shape: Sequence[int], index: int) -> str:

@@ -12,18 +12,24 @@ from trtune.datasets.batches import BatchSource
 from trtune.precision.compare.inner import opens_inner
 from trtune.precision.compare.layers import compare_layers
 from trtune.precision.compare.runtime_errors import runtime_errors
-from trtune.precision.graph.view import GraphView
+from trtune.precision.graph.view import COLLECTIONS, GraphView
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.lower.half_on_cpu import in_float32
 from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
 
+NO_TENSORS = frozenset(COLLECTIONS.values())
+
 
 def compared_tensors(view: GraphView) -> dict[str, str]:
-    """The first output of every node that does not compute shapes, and the node's name."""
+    """The first output of every node that does not compute shapes, and the node's name.
+
+    Sequences and other collections are no tensors, and left out.
+    """
     nodes = [node for node in view.nodes if node.name not in view.shape_nodes]
-    return {node.output[0]: node.name for node in nodes if node.output and node.output[0]}
+    firsts = {node.output[0]: node.name for node in nodes if node.output and node.output[0]}
+    return {t: name for t, name in firsts.items() if view.dtypes.get(t) not in NO_TENSORS}
 
 
 def accumulated_errors(

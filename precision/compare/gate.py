@@ -19,7 +19,7 @@ from trtune.configs.errors import ModelError, TrtuneError
 from trtune.datasets.batches import Batch, BatchSource
 from trtune.precision.compare.batches import add_batch, infer, limited, no_samples
 from trtune.precision.graph.file import Model, comparable
-from trtune.precision.graph.proto import copy_model
+from trtune.precision.graph.proto import all_nodes, copy_model
 from trtune.precision.runtime.api import Backend, Engine
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
@@ -169,7 +169,7 @@ def _original_session(
             nameless, external_dir = onnx.load(model, load_external_data=False), model.parent
         else:
             nameless = copy_model(model)
-        for node in nameless.graph.node:
+        for node in all_nodes(nameless.graph.node):
             node.ClearField("name")
         return make_session(nameless, threads=threads, external_dir=external_dir)
 

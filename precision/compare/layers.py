@@ -35,7 +35,8 @@ class LayerErrors:
     """Accumulated error of each compared tensor over `pictures` samples.
 
     `missing` are the tensors that the candidate does not have as floats (fused away, renamed or
-    kept as int8 codes). `chunks` is how many passes over the data the memory limit took.
+    kept as int8 codes), or never in the shape that FP32 gives. `chunks` is how many passes over the
+    data the memory limit took.
     """
 
     errors: Mapping[str, ErrorSums]
@@ -70,7 +71,8 @@ def compare_layers(
 
     Both run batch by batch in onnxruntime with the same tensors marked, as many at a time as keep
     both models' copies of one batch within `memory` bytes; more tensors take further passes. A
-    single tensor above that is compared alone. The last batch is cut to `pictures`.
+    single tensor above that is compared alone. A tensor whose shape follows the data counts on the
+    batches on which both models give it the same shape. The last batch is cut to `pictures`.
     `integer_kernels` is for candidates lowered for deployment (see `make_session`). `external_dir`
     is where external weights of both models are, `device` where both run. With `in_graph` (by
     default on a GPU) the sums are taken by the runtime itself, see `SumsInGraph`.
@@ -101,12 +103,12 @@ def compare_layers(
             for batch in limited(source, pictures):
                 own = inside.of(batch.feeds) if inside is not None and _whole(left, batch) else None
                 if own is None:
-                    sums = add_batch(sums, left, right, batch)
+                    sums = add_batch(sums, left, right, batch, alike=False)
                 else:
                     sums = {name: total.merge(own[name]) for name, total in sums.items()}
                 done += len(batch)
                 progress("comparing layers", done, total)
-        errors.update(sums)
+        errors.update((name, total) for name, total in sums.items() if total.count)
     missing = tuple(name for name in names if name not in errors)
     if missing:
         log.info("%d of %d tensors are not in the candidate", len(missing), len(names))

@@ -291,6 +291,7 @@ def _declare_lower(model: onnx.ModelProto, opset: int) -> str | None:
 
 def name_nodes(model: onnx.ModelProto) -> str | None:
     """Give every node a name of its own: TensorRT and the user's pins speak of nodes by name."""
+    _name_bodies(model.graph)
     nodes = model.graph.node
     taken = {node.name for node in nodes if node.name}
     seen: set[str] = set()
@@ -313,3 +314,15 @@ def name_nodes(model: onnx.ModelProto) -> str | None:
         seen.add(name)
     parts = [f"{unnamed} unnamed"] * bool(unnamed) + [f"{repeated} repeated"] * bool(repeated)
     return f"node names made unique: {', '.join(parts)}" if parts else None
+
+
+def _name_bodies(graph: onnx.GraphProto) -> None:
+    """Let no two nodes of a body have one name: onnxruntime refuses such a graph, nobody else
+    speaks of them."""
+    for node in graph.node:
+        for body in subgraphs(node):
+            counts = Counter(child.name for child in body.node if child.name)
+            for child in body.node:
+                if counts[child.name] > 1:
+                    child.ClearField("name")
+            _name_bodies(body)

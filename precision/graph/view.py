@@ -33,6 +33,8 @@ INTEGER_COMPUTE = {
     *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"),
     *("QuantizeLinear", "DynamicQuantizeLinear"),
 }
+COLLECTIONS = {"sequence_type": "sequence", "optional_type": "optional", "map_type": "map"}
+"""What a name can stand for besides a tensor."""
 INDEX_DTYPES = {"bool", "int16", "int32", "int64", "uint16", "uint32", "uint64"}
 
 
@@ -112,6 +114,8 @@ class GraphView:
             elif info.type.tensor_type.elem_type:
                 kind = info.type.tensor_type.elem_type
                 dtypes[info.name] = onnx.helper.tensor_dtype_to_np_dtype(kind).name
+            elif info.type.WhichOneof("value") in COLLECTIONS:
+                dtypes[info.name] = COLLECTIONS[info.type.WhichOneof("value")]
         return shapes, dtypes
 
     @property
@@ -121,7 +125,8 @@ class GraphView:
 
     @property
     def dtypes(self) -> Mapping[str, str]:
-        """Tensor -> numpy dtype name, for the tensors whose type is known."""
+        """Tensor -> numpy dtype name, for the tensors whose type is known; of what is no tensor,
+        its kind (`COLLECTIONS`)."""
         return self._specs[1]
 
     @cached_property

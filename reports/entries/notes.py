@@ -44,11 +44,13 @@ def missed_notes(
     quantized: bool,
     limit: int,
     fp32: float | None,
+    compared: bool = True,
 ) -> list[str]:
     """Why a missed target could not be met, or counts as missed though its value was reached.
 
     `nothing` says that nothing runs in int8, if so; `quantized` whether anything was to. `limit` is
-    how many pins were allowed, `fp32` the FP32 model's own value of the metric, if it has one.
+    how many pins were allowed, `fp32` the FP32 model's own value of the metric, if it has one, and
+    `compared` whether any output could be compared with FP32's, where that is what is measured.
     """
     notes = [nothing] if nothing else []
     if nothing and quantized and target is not None and tuned.met:
@@ -58,6 +60,11 @@ def missed_notes(
         ]
     if target is None or tuned.met:
         return notes
+    if not compared:
+        notes.append(
+            "nothing was compared: for no sample has an output the shape that FP32 gives it. Where "
+            "samples lie along another axis of an input, data.calibration.axis: {INPUT: N} says so"
+        )
     if not nothing and not quantized:
         notes.append("the target cannot be met by tuning: no node is quantized")
     if tuned.needed is not None:

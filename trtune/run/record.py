@@ -251,7 +251,12 @@ def _missed(work: RunWork, tuned: Tuned, fp32: Evaluation) -> list[str]:
         quantized=bool(work.untuned.quantized_nodes),
         limit=section.max_pins,
         fp32=None if work.bench.metric.is_fidelity else fp32.value,
+        compared=not work.bench.metric.is_fidelity or _was_compared(tuned),
     )
+
+
+def _was_compared(tuned: Tuned) -> bool:
+    return not tuned.steps or tuned.chosen.score.sqnr_db is not None
 
 
 def prepared_moves(work: RunWork) -> dict[str, list[str]]:
