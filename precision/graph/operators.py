@@ -11,6 +11,10 @@ MOVES = {
 }
 """Operators that pass values on unchanged. Not Slice, Split and Gather: the part that they pass on
 may be far smaller than what they leave out, which its range would clip."""
+SELECTS = {"Split", "Slice", "Gather", "GatherElements", "GatherND"}
+"""Operators that pass on a part of the values of their first input, unchanged."""
+KEEPS = {"GlobalMaxPool", "ReduceMax", "ReduceMin", "Neg", "Abs"}
+"""Operators whose results are values of their input, or those with another sign."""
 
 
 SHAPE_SOURCES = {"Shape", "Size"}

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
 from trtune.calibrate.table import CalibrationTable
-from trtune.precision.graph.operators import MOVES
+from trtune.precision.graph.operators import KEEPS, MOVES, SELECTS
 from trtune.precision.graph.proto import attribute
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.imported import ImportedPlan
@@ -164,6 +165,39 @@ def is_move(node: onnx.NodeProto, index: int) -> bool:
         mode = attribute(node, "mode", b"nearest")
         return index == 0 and mode == b"nearest"
     return node.op_type in MOVES and (index == 0 or node.op_type == "Concat")
+
+
+def moves_codes(node: onnx.NodeProto, index: int) -> bool:
+    """Whether `node` may stand between a quantized tensor's codes and their DequantizeLinear, and
+    pass those of its input `index` on unchanged."""
+    return is_move(node, index) or (node.op_type in SELECTS and index == 0)
+
+
+def carries(node: onnx.NodeProto, index: int, view: GraphView | None = None) -> bool:
+    """Whether what `node` makes of dequantized values at its input `index` is read as codes by
+    what is behind it, as TensorRT dequantizes only there.
+
+    That are moves and parts, signs and largest values, and padding with what is there or with 0
+    (a constant value is looked up in `view`). A Resize to nearest values is not among them:
+    TensorRT-RTX computes it, and what reads it, in float.
+    """
+    op = node.op_type
+    if op in ("Resize", "Upsample"):
+        return False
+    if op == "Cast":
+        return bool(attribute(node, "to", 0) == onnx.TensorProto.FLOAT)
+    if op == "Pad":
+        return index == 0 and _pads_with_codes(node, view)
+    return moves_codes(node, index) or (op in KEEPS and index == 0)
+
+
+def _pads_with_codes(node: onnx.NodeProto, view: GraphView | None) -> bool:
+    if attribute(node, "mode", b"constant") != b"constant":
+        return True
+    name = node.input[2] if len(node.input) > 2 else ""
+    if not name:
+        return bool(attribute(node, "value", 0.0) == 0)
+    return view is not None and view.is_constant(name) and not np.any(view.constant(name))
 
 
 def with_shared_ranges(view: GraphView, table: CalibrationTable) -> CalibrationTable:

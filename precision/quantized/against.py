@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import onnx
+
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.plan.plan import COMPUTE_OPS, QUANTIZED
 from trtune.precision.quantized.find import (
@@ -14,6 +16,7 @@ from trtune.precision.quantized.find import (
     Pair,
     carried_by,
     find_quantization,
+    reads_stray,
 )
 from trtune.precision.quantized.findings import BEYOND_INT8, ERROR, Finding
 from trtune.precision.quantized.forms.clipped_codes import with_clips_in_front
@@ -34,6 +37,8 @@ CONV_ALONE = "scale-shape"
 """What keeps a convolution out of int8, and matrix products not."""
 UNTOLD = ("", "unknown")
 NO_ZERO_POINT = "missing-zero-point"
+AS_MEANT = ("axis-before-opset-13", NO_ZERO_POINT)
+"""Errors in spite of which the compiler takes int8 kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,7 @@ def against_builder(
         if row.kind != NO_ZERO_POINT and not (row.kind == UINT8 and row.node in misread)
     ]
     kinds = tuple(dict.fromkeys(row.kind for row in taken if row.kind in REFUSED_KINDS))
-    wrong = {row.node: row.kind for row in taken if row.severity == ERROR}
+    wrong = {r.node: r.kind for r in taken if r.severity == ERROR and r.kind not in AS_MEANT}
     unsure = {row.node for row in rows if row.kind in BEYOND_INT8}
     products = tuple(
         Product(name, _expected(view, found, name, wrong, unsure), precisions.get(name, ""))
@@ -135,15 +140,43 @@ def _expected(
     view: GraphView, found: Found, name: str, wrong: Mapping[str, str], unsure: set[str]
 ) -> str:
     pairs = {pair.node for pair in feeding(view, found, name)}
+    quantized = name in (*found.int8, *found.products)
     if pairs & unsure or name in found.elementwise:  # which kernel dequantizes is the compiler's
         return ""
-    quantized = name in (*found.int8, *found.products)
+    if not quantized and _is_open(view, found, view.by_name[name]):
+        return ""
     op = view.by_name[name].op_type
     kinds = {wrong[pair] for pair in pairs if pair in wrong}
     hinders = kinds if op == "Conv" else kinds - {CONV_ALONE}
     if not quantized or op in NEVER_INT8 or hinders:
         return "float"
     return "fp8" if any(pair.codes == "fp8" for pair in feeding(view, found, name)) else "int8"
+
+
+def _is_open(view: GraphView, found: Found, node: onnx.NodeProto) -> bool:
+    """Whether what the compiler makes of a product that is not taken over as int8 is its own.
+
+    It folds a factor between data and a product into the scale, takes codes that come from outside,
+    and multiplies with quantized constants in other forms than weights have.
+    """
+    if reads_stray(view, found, node.input[0]):
+        return True
+    carried = {pair.result: pair for pair in found.pairs}
+    passed = set(found.passed)
+    sides = [bool(carried_by(view, t, carried, passed)) for t in node.input[:2]]
+    data = node.input[0]
+    while data in view.producer and not sides[0]:
+        maker = view.by_name[view.producer[data]]
+        scalar = [k for k, t in enumerate(maker.input) if view.is_constant(t)]
+        if maker.op_type not in ("Mul", "Div") or len(scalar) != 1:
+            break
+        if view.constant(maker.input[scalar[0]]).size != 1:
+            break
+        data = maker.input[1 - scalar[0]]
+        sides[0] = bool(carried_by(view, data, carried, passed))
+        if sides[0] and (node.name, 1) in found.weights:
+            return True
+    return node.op_type == "MatMul" and all(sides)
 
 
 def feeding(view: GraphView, found: Found, name: str) -> tuple[Pair, ...]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trtune.calibrate.float8 import float8_codes
 from trtune.precision.graph.proto import attribute
 from trtune.precision.graph.view import GraphView
-from trtune.precision.plan.placement import Edge, is_move
+from trtune.precision.plan.placement import Edge, carries, moves_codes
 from trtune.precision.plan.plan import COMPUTE_OPS, ELEMENTWISE_OPS
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -183,11 +183,10 @@ def _of_data(
 
 def _usual(view: GraphView, node: onnx.NodeProto) -> bool:
     """Whether integer kernels exist for the node's form: two-dimensional weights in a MatMul, data
-    of a Gemm not transposed, data of type float32 and not constant."""
+    of type float32 and not constant."""
     data, weight = node.input[0], node.input[1]
     flat = node.op_type != "MatMul" or len(view.shapes.get(weight, (0, 0))) == 2
-    plain = view.dtypes.get(data, "float32") == "float32" and not view.is_constant(data)
-    return flat and plain and not (node.op_type == "Gemm" and attribute(node, "transA", 0))
+    return flat and view.dtypes.get(data, "float32") == "float32" and not view.is_constant(data)
 
 
 def _quantize_before(view: GraphView, codes: str) -> tuple[onnx.NodeProto, bool] | None:
@@ -198,7 +197,7 @@ def _quantize_before(view: GraphView, codes: str) -> tuple[onnx.NodeProto, bool]
         node = view.by_name[view.producer[codes]]
         if node.op_type == QUANTIZE:
             return node, direct
-        if not is_move(node, 0):
+        if not moves_codes(node, 0):
             return None
         codes, direct = node.input[0], False
     return None
@@ -211,7 +210,7 @@ def _code_readers(view: GraphView, node: onnx.NodeProto) -> tuple[list[Edge], li
     for edge in view.consumers.get(node.output[0], ()):
         reader = view.by_name[edge[0]]
         if reader.op_type != DEQUANTIZE or edge[1] != 0:
-            (moved if is_move(reader, edge[1]) else others).append(edge)
+            (moved if moves_codes(reader, edge[1]) else others).append(edge)
     return moved, others
 
 
@@ -332,25 +331,42 @@ def _role(view: GraphView, pair: Pair, weights: Mapping[Edge, WeightSource]) -> 
 
 
 def carried_by(
-    view: GraphView, tensor: str, carried: Mapping[str, Pair], passed: set[str] | frozenset[str]
+    view: GraphView,
+    tensor: str,
+    carried: Mapping[str, Pair],
+    passed: set[str] | frozenset[str],
+    *,
+    as_codes: bool = False,
 ) -> tuple[Pair, ...]:
-    """The pairs whose values `tensor` holds, through nothing but moving operators; () if some of
-    its values come from elsewhere."""
+    """The pairs whose values `tensor` holds, through nothing but operators that pass them on; () if
+    some of its values come from elsewhere. With `as_codes` it is codes that are passed on."""
     if tensor in carried:
         return (carried[tensor],)
     node = view.by_name.get(view.producer.get(tensor, ""))
     if node is None:
         return ()
     if node.name in passed:
-        return carried_by(view, node.input[0], carried, passed)
+        return carried_by(view, node.input[0], carried, passed, as_codes=True)
     found: list[Pair] = []
     for index, name in enumerate(node.input):
-        if is_move(node, index):
-            pairs = carried_by(view, name, carried, passed)
+        if moves_codes(node, index) if as_codes else carries(node, index, view):
+            pairs = carried_by(view, name, carried, passed, as_codes=as_codes)
             if not pairs:
                 return ()
             found.extend(pairs)
     return tuple(dict.fromkeys(found)) if found else ()
+
+
+def reads_stray(view: GraphView, found: Found, tensor: str) -> bool:
+    """Whether `tensor` is what a DequantizeLinear of codes from outside gives, also passed on."""
+    while tensor in view.producer:
+        node = view.by_name[view.producer[tensor]]
+        if node.op_type == DEQUANTIZE:
+            return node.name in found.strays
+        if not carries(node, 0, view):
+            return False
+        tensor = node.input[0]
+    return False
 
 
 def has_one_scale(pairs: tuple[Pair, ...]) -> bool:

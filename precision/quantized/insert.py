@@ -15,7 +15,7 @@ from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.imported import FLOAT_IN_FILE, IN_FILE, QAT, ImportedPlan, Read
 from trtune.precision.plan.pins import with_pins
-from trtune.precision.plan.placement import Edge, is_move, place
+from trtune.precision.plan.placement import Edge, carries, place
 from trtune.precision.plan.plan import (
     COMPUTE,
     COMPUTE_OPS,
@@ -169,7 +169,7 @@ def _read_through(view: GraphView, table: CalibrationTable) -> dict[Edge, tuple[
         (name, index): (t,) for t, edges in table.reads.items() for name, index in edges
     }
     for node in view.nodes:
-        moving = [k for k in range(len(node.input)) if is_move(node, k)]
+        moving = [k for k in range(len(node.input)) if carries(node, k, view)]
         if moving and all((node.name, k) in found for k in moving):
             held = tuple(dict.fromkeys(t for k in moving for t in found[node.name, k]))
             for output in node.output:
@@ -211,7 +211,7 @@ def _owners(view: GraphView, name: str, index: int, plan: PrecisionPlan) -> list
     while waiting:
         name, index = waiting.pop(0)
         node = view.by_name[name]
-        if plan.leader(name) != name or not is_move(node, index):
+        if plan.leader(name) != name or not carries(node, index, view):
             found[plan.leader(name)] = None
             continue
         for output in node.output:
@@ -244,7 +244,7 @@ def without_spare_reads(
         serves = any(plan.is_quantized(owner) and owner not in lost for owner in owners)
         only_skip = node.op_type == "Add" and (read.node, 1 - read.index) not in every
         own = node.op_type in COMPUTE_OPS or read.node in {*plan.elementwise} - lost
-        if own or (serves and (only_skip or is_move(node, read.index))):
+        if own or (serves and (only_skip or carries(node, read.index, view))):
             wanted.add((read.node, read.index))
     reads = {t: tuple(e for e in edges if e in wanted) for t, edges in table.reads.items()}
     spare = tuple(e for edges in table.reads.values() for e in edges if e not in wanted)

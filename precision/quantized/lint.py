@@ -17,6 +17,7 @@ from trtune.precision.quantized.find import (
     Found,
     carried_by,
     has_one_scale,
+    reads_stray,
 )
 from trtune.precision.quantized.findings import EXACT, Finding, finding
 from trtune.precision.quantized.lint_pairs import INTEGER_TYPES, PAIR_RULES, listed
@@ -61,6 +62,8 @@ def _half_quantized(view: GraphView, found: Found) -> Iterator[Finding]:
     for node in view.nodes:
         if node.op_type not in COMPUTE_OPS or node.name in found.int8:
             continue
+        if reads_stray(view, found, node.input[0]):
+            continue  # quantized, by codes that come from outside
         weights = (node.name, 1) in found.weights
         pairs = carried_by(view, node.input[0], carried, passed)
         data = bool(pairs)
@@ -114,7 +117,7 @@ def _residual(view: GraphView, found: Found) -> Iterator[Finding]:
 
 def _nothing(view: GraphView, found: Found) -> Iterator[Finding]:
     """A model that carries pairs, none of which makes a product run in int8."""
-    if not found.pairs or found.int8 or found.products:
+    if not found.pairs or found.int8 or found.products or found.strays:
         return
     products = [node for node in view.nodes if node.op_type in COMPUTE_OPS]
     if not products:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import numpy as np
 
 from trtune.precision.graph.view import GraphView
-from trtune.precision.plan.placement import is_move
+from trtune.precision.plan.placement import carries
 from trtune.precision.plan.plan import COMPUTE_OPS
 from trtune.precision.plan.rules import weight_axis
 from trtune.precision.quantized.find import (
@@ -273,15 +273,15 @@ def _symmetric_text(view: GraphView, found: Found, pair: Pair, repair: str) -> s
 
 def _bias(view: GraphView, found: Found, pair: Pair) -> Iterator[Finding]:
     role = found.roles[pair.name]
-    if role == BIAS:
+    if role == BIAS and pair.dtype == "int32":
         yield finding(
             pair.node,
             "int32-bias",
-            f"a bias in {pair.dtype} behind a DequantizeLinear",
+            "a bias in int32 behind a DequantizeLinear",
             "float, the values that it gave",
             EXACT,
         )
-    elif role == CONSTANT:
+    elif role in (BIAS, CONSTANT):
         scalar = not pair.quantize and view.shapes.get(pair.source) == ()
         kind = "scalar-constant" if scalar else "constant-pair"
         found_here = "a constant that is no weight, quantized"
@@ -358,7 +358,7 @@ def final_readers(view: GraphView, pair: Pair) -> list[tuple[str, int]]:
     while waiting:
         name, index = waiting.pop(0)
         node = view.by_name[name]
-        if not is_move(node, index):
+        if not carries(node, index, view):
             found.append((name, index))
             continue
         onward = [edge for output in node.output for edge in view.consumers.get(output, ())]

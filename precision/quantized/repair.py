@@ -155,13 +155,25 @@ def _float8_weights(
 
 def weight_value(view: GraphView, source: WeightSource) -> NDArray[np.float32]:
     """The weights as float32, as the node reads them: the float ones in front of a
-    QuantizeLinear, or what stored codes stand for."""
+    QuantizeLinear, as far as its codes reach, or what stored codes stand for."""
     pair = source.pair
     if pair.quantize:
-        value = view.constant(pair.source).astype(np.float32)
+        value = _within_codes(pair, view.constant(pair.source).astype(np.float32))
     else:
         value = dequantized(view, pair)
     return value if source.order is None else np.ascontiguousarray(value.transpose(source.order))
+
+
+def _within_codes(pair: Pair, value: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`value` cut to what the codes of `pair` hold, unless those are int8's around 0."""
+    plain = pair.codes == "fp8" or is_shifted(pair)
+    if plain or (pair.dtype == "int8" and not np.any(pair.zero_points)):
+        return value
+    assert pair.scale is not None
+    scale = spread(pair.scale.astype(np.float32), value.ndim, pair.axis)
+    zeros = spread(pair.zero_points, value.ndim, pair.axis)
+    low, high = ((end - zeros).astype(np.float32) * scale for end in code_range(pair.dtype))
+    return np.clip(value, low, high)
 
 
 def int8_range(scale: float) -> tuple[float, float]:

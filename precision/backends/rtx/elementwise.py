@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 
 from trtune.precision.graph.proto import attribute
-from trtune.precision.plan.placement import is_move
+from trtune.precision.plan.placement import carries
 from trtune.precision.plan.plan import ELEMENTWISE_OPS
 
 
@@ -51,7 +51,7 @@ def _dequantizers(
         return []
     if node.op_type == "DequantizeLinear":
         return [] if node.input[0] in kinds else [node]
-    moving = [k for k in range(len(node.input)) if is_move(node, k)]
+    moving = [k for k in range(len(node.input)) if carries(node, k)]
     if node.op_type == "Cast":
         moving = [0]
     sides = [_dequantizers(makers, kinds, node.input[k]) for k in moving]

@@ -1,8 +1,9 @@
-"""Pairs in front of an activation function, put behind it where the same bits come out.
+"""Pairs in front of an activation function or a Resize, put behind where the same bits come out.
 
 torch's eager mode quantizes the output of a convolution and computes the ReLU on what comes back,
 so that the next convolution reads floats. Rounding to a grid around 0 and cutting at a point of
 that grid commute: the same pair behind the ReLU gives the same values, and what reads it is int8.
+So do rounding and a Resize to nearest values, which TensorRT-RTX computes in float.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from onnx import helper
 
 from trtune.precision.graph.proto import FreshNames, copy_model, copy_of, names_in, replace_field
 from trtune.precision.graph.view import GraphView
-from trtune.precision.plan.placement import is_move
+from trtune.precision.plan.placement import carries, is_move
 from trtune.precision.quantized.find import (
     ACTIVATION,
     DEQUANTIZE,
@@ -28,7 +29,7 @@ from trtune.precision.quantized.find import (
 )
 from trtune.precision.quantized.findings import EXACT, Finding, finding
 
-CUTS = ("Relu", "Clip")
+CUTS, RESIZES = ("Relu", "Clip"), ("Resize", "Upsample")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class _Move:
 def with_pairs_behind(
     proto: onnx.ModelProto, view: GraphView, found: Found
 ) -> tuple[onnx.ModelProto, tuple[Finding, ...]]:
-    """A copy of `proto` with pairs behind the ReLUs that need one, and what was found of them.
+    """A copy of `proto` with pairs behind the ReLUs and Resizes that need one, and what was found.
 
     Those are the ones that read quantized values, and lead to a product whose weights are quantized
     and whose data are not. `proto` itself if there are none.
@@ -55,7 +56,7 @@ def with_pairs_behind(
     rows = tuple(
         finding(
             move.node.name,
-            "pair-before-activation",
+            "pair-before-activation" if move.node.op_type in CUTS else "pair-before-resize",
             f"{move.node.op_type} reads {move.pair.node}, and what is behind it reads float",
             f"the same pair behind the {move.node.op_type}, which gives the same values",
             EXACT,
@@ -69,7 +70,7 @@ def _moves(view: GraphView, found: Found) -> Iterator[_Move]:
     carried = {pair.result: pair for pair in found.of_role(ACTIVATION)}
     passed = set(found.passed)
     for node in view.nodes:
-        if node.op_type not in CUTS:
+        if node.op_type not in (*CUTS, *RESIZES):
             continue
         pairs = carried_by(view, node.input[0], carried, passed)
         if not has_one_scale(pairs) or not commutes(view, node, pairs[0]):
@@ -81,14 +82,14 @@ def _moves(view: GraphView, found: Found) -> Iterator[_Move]:
 
 
 def commutes(view: GraphView, node: onnx.NodeProto, pair: Pair) -> bool:
-    """Whether `pair` behind the Relu or Clip `node` gives what it gives in front of it: one scale,
-    and both bounds points of its grid, or beyond its range."""
+    """Whether `pair` behind the Relu, Clip or Resize `node` gives what it gives in front of it: one
+    scale, and both bounds points of its grid, or beyond its range; nearest values."""
     if pair.scale is None or pair.scale.size != 1 or pair.blocked or not pair.agrees:
         return False
     if pair.dtype not in ("int8", "uint8") or not float(pair.scale.reshape(-1)[0]) > 0:
         return False
-    if node.op_type == "Relu":
-        return True
+    if node.op_type == "Relu" or node.op_type in RESIZES:
+        return node.op_type == "Relu" or is_move(node, 0)
     names = [name for name in node.input[1:] if name]
     if not all(view.is_constant(name) for name in names):
         return False
@@ -117,7 +118,7 @@ def _serves(view: GraphView, found: Found, node: onnx.NodeProto) -> bool:
         reader = view.by_name[edge[0]]
         if edge[1] == 0 and (reader.name, 1) in found.weights and reader.name not in found.int8:
             return True
-        if is_move(reader, edge[1]):
+        if carries(reader, edge[1], view):
             for output in reader.output:
                 waiting += view.consumers.get(output, ())
     return False

@@ -395,3 +395,28 @@ def test_pairs_in_branches_are_said_and_stay() -> None:
     (row,) = of_kind(lambda: net.head(y, 16), "inside-subgraph")
     assert (row.node, row.blocks) == ("n_chosen", False)
     assert row.found == "2 quantizing nodes stand inside it: n_q, n_d"
+
+
+def test_weights_cut_by_codes_that_hold_no_negative_values_come_back_cut() -> None:
+    """A QuantizeLinear without a zero point means uint8 from 0 on: half of the weights are 0."""
+    net = QatNet()
+    x = net.pair(net.input("input"), 0.03)
+    weight = net.weight("w", 16, 3, 3, 3)
+    scale = net.const("s", channel_scales(net.value(weight), 0))
+    codes = net.op("QuantizeLinear", weight, scale, out="codes", axis=0)
+    read = net.op("DequantizeLinear", codes, scale, out="read", axis=0)
+    proto = net.head(net.op("Conv", x, read, out="conv", kernel_shape=[3, 3], pads=[1] * 4), 16)
+    found = imported(proto)
+    again = insert_quantization(found.model, found.table)
+    assert_same_bits(proto, again, tinymodels.feeds(proto, batch=2))
+
+
+def test_a_bias_in_int8_is_no_int32_one() -> None:
+    net = QatNet()
+    x = net.pair(net.input("input"), 0.03)
+    weight = net.weight("w", 16, 3, 3, 3)
+    read = net.pair(weight, channel_scales(net.value(weight), 0), axis=0)
+    bias = net.pair(net.weight("b", 16), 0.01)
+    conv = net.op("Conv", x, read, bias, out="conv", kernel_shape=[3, 3], pads=[1] * 4)
+    kinds = {row.kind for row in imported(net.head(conv, 16)).findings}
+    assert kinds == {"constant-pair"}
