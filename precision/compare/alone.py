@@ -41,7 +41,12 @@ from trtune.precision.runtime.output_groups import (
     worst_output,
 )
 from trtune.precision.runtime.resident import Resident
-from trtune.precision.runtime.session import SharedWeights, make_session, named_values
+from trtune.precision.runtime.session import (
+    SharedWeights,
+    kept_values,
+    make_session,
+    named_values,
+)
 
 CLIP_INPUTS = 11
 """The version of the operators in which Clip takes its bounds as inputs, and Round is there."""
@@ -162,7 +167,7 @@ class Alone:
         self._pictures = tuple(len(batch) for batch in pictures)
         self._stored: list[dict[str, NDArray[Any]]] = []
         for batch in pictures:
-            found = named_values(session, names, batch.feeds)
+            found = kept_values(session, names, batch.feeds)
             self._stored.append({**batch.feeds, **found})
         self._resident = Resident(self._stored, device)
 

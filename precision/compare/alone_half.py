@@ -15,7 +15,7 @@ from trtune.precision.plan.half_types import HALVES
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.output_groups import add_parts, output_groups, worst_output
-from trtune.precision.runtime.session import make_session, named_values
+from trtune.precision.runtime.session import kept_values, make_session
 
 
 def half_nodes(plan: PrecisionPlan) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ def half_alone_errors(
     raised = raise_opset(model, needed_opset(view, plan))
     outputs = [output.name for output in model.outputs]
     session = make_session(model.proto, external_dir=model.external_dir, device=device)
-    references = [named_values(session, outputs, batch.feeds) for batch in pictures]
+    references = [kept_values(session, outputs, batch.feeds) for batch in pictures]
     groups = output_groups({name: [found[name] for found in references] for name in model.judged})
 
     def measure(name: str) -> ErrorSums:

@@ -131,6 +131,18 @@ def named_values(
     return dict(zip(names, session.run(names, dict(feeds)), strict=True)) if names else {}
 
 
+def kept_values(
+    session: ort.InferenceSession, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """`named_values` in memory of their own, to be held for long.
+
+    An array that onnxruntime gives lies in the arena of its session, which stays as large as all
+    inner tensors of the network as long as one array of it is alive.
+    """
+    found = named_values(session, names, feeds)
+    return {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in found.items()}
+
+
 def _new_outputs(model: onnx.ModelProto, outputs: Sequence[str]) -> tuple[str, ...]:
     graph = model.graph
     known = {info.name for info in graph.input} | {t.name for t in graph.initializer}

@@ -24,7 +24,12 @@ from trtune.precision.graph.proto import captured
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.plan import PrecisionPlan
-from trtune.precision.runtime.session import SharedWeights, make_session, named_values
+from trtune.precision.runtime.session import (
+    SharedWeights,
+    kept_values,
+    make_session,
+    named_values,
+)
 from trtune.precision.tune.judge import Judge, counted_outputs, gain, worst
 from trtune.precision.tune.ranges import Choice, screening_batches
 
@@ -200,7 +205,7 @@ class Company:
 
         def run(batch: int) -> dict[str, Array]:
             feeds = dict(self._pictures[batch].feeds)
-            return {**feeds, **named_values(session, names, feeds | scales)}
+            return {**feeds, **kept_values(session, names, feeds | scales)}
 
         self._stored = _each(run, range(len(self._pictures)))
 
@@ -212,7 +217,8 @@ class Company:
         scales = self._scales(amaxes)
 
         def one(batch: int) -> dict[str, Array]:
-            return dict(zip(names, run(batch, scales), strict=True))
+            found = run(batch, scales)
+            return {name: array.copy() for name, array in zip(names, found, strict=True)}
 
         for stored, new in zip(self._stored, _each(one, range(len(self._stored))), strict=True):
             stored.update(new)

@@ -38,7 +38,7 @@ from trtune.precision.plan.placement import Edge, Placement, edges_of, place
 from trtune.precision.plan.plan import TUNER, USER, PrecisionPlan
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.output_groups import OutputGroup, add_parts, output_groups
-from trtune.precision.runtime.session import make_session
+from trtune.precision.runtime.session import kept_values, make_session
 from trtune.precision.tune.judge import Gain, expectations, paired_gain, towards
 from trtune.precision.tune.scales import held_batches
 
@@ -95,10 +95,7 @@ class Reference:
         """Run `model` on `pictures`, in batches of a size that it takes."""
         names = [output.name for output in model.outputs]
         session = make_session(model.proto, external_dir=model.external_dir, device=device)
-        found: list[_Outputs] = [
-            dict(zip(names, session.run(names, dict(batch.feeds)), strict=True))
-            for batch in pictures
-        ]
+        found: list[_Outputs] = [kept_values(session, names, batch.feeds) for batch in pictures]
         groups = output_groups({n: [one[n] for one in found] for n in model.judged})
         return cls(tuple(pictures), tuple(found), groups)
 
