@@ -21,6 +21,7 @@ from trtune.precision.quantized.find import (
 from trtune.precision.quantized.findings import BEYOND_INT8, ERROR, Finding
 from trtune.precision.quantized.forms.clipped_codes import with_clips_in_front
 from trtune.precision.quantized.forms.float_types import in_full_precision
+from trtune.precision.quantized.forms.moved_weights import with_weights_in_place
 from trtune.precision.quantized.strip import renormalised
 
 REFUSED_KINDS = frozenset(
@@ -37,7 +38,7 @@ CONV_ALONE = "scale-shape"
 """What keeps a convolution out of int8, and matrix products not."""
 UNTOLD = ("", "unknown")
 NO_ZERO_POINT = "missing-zero-point"
-AS_MEANT = ("axis-before-opset-13", NO_ZERO_POINT)
+AS_MEANT = ("axis-before-opset-13", NO_ZERO_POINT, "pair-disagrees", "subnormal-scale")
 """Errors in spite of which the compiler takes int8 kernels."""
 
 
@@ -107,6 +108,9 @@ def against_builder(
     narrow, _ = with_clips_in_front(view.proto, view)
     if narrow is not view.proto:
         view = GraphView.of(renormalised(original, narrow))
+    placed = with_weights_in_place(view.proto, view)
+    if placed is not view.proto:
+        view = GraphView.of(renormalised(original, placed))
     found = find_quantization(view)
     misread = {pair.node for pair in found.pairs if pair.dtype == UINT8 and _around_zero(pair)}
     # uint8 around 0 or with no zero point is not refused but read as int8: wrong values, and int8

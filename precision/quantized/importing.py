@@ -41,10 +41,13 @@ from trtune.precision.quantized.forms.clipped_codes import with_clips_in_front
 from trtune.precision.quantized.forms.float_types import HALF_TYPES, Floats, in_full_precision
 from trtune.precision.quantized.forms.foreign_ops import foreign_quantizers
 from trtune.precision.quantized.forms.integer_ops import write_as_pairs
+from trtune.precision.quantized.forms.moved_weights import with_weights_in_place
 from trtune.precision.quantized.forms.old_axis import drop_axis, restore_axis
 from trtune.precision.quantized.forms.own_float8 import with_standard_float8
 from trtune.precision.quantized.forms.pairs_behind import with_pairs_behind
+from trtune.precision.quantized.forms.resized_codes import with_floats_resized
 from trtune.precision.quantized.forms.shifts import with_shifts
+from trtune.precision.quantized.forms.taken_codes import with_tables_dequantized
 from trtune.precision.quantized.insert import (
     insert_quantization,
     plan_from_table,
@@ -312,19 +315,24 @@ def insert_file(model: Path, cache: Path, target: Path) -> Model:
 
 
 def _examine(original: Model) -> tuple[Model, Floats, Found, tuple[Finding, ...]]:
-    foreign = tuple(foreign_quantizers(original.proto))
     wide, floats, halves = in_full_precision(original.proto)
     proto, converted = write_as_pairs(wide)
     model = original if proto is original.proto else renormalised(original, proto)
-    proto, clipped = with_clips_in_front(model.proto, GraphView.of(model))
-    model = model if proto is model.proto else renormalised(model, proto)
+    rows = [*foreign_quantizers(original.proto), *halves, *converted]
+    for form in (with_clips_in_front, with_tables_dequantized):
+        proto, told = form(model.proto, GraphView.of(model))
+        model = model if proto is model.proto else renormalised(model, proto)
+        rows += told
+    for place in (with_floats_resized, with_weights_in_place):
+        proto = place(model.proto, GraphView.of(model))
+        model = model if proto is model.proto else renormalised(model, proto)
     found = find_quantization(GraphView.of(model))
-    proto, moved = with_pairs_behind(model.proto, GraphView.of(model), found)
-    if moved:
+    proto, told = with_pairs_behind(model.proto, GraphView.of(model), found)
+    if told:
         model = renormalised(model, proto)
         found = find_quantization(GraphView.of(model))
-    rows = (*foreign, *halves, *converted, *clipped, *moved, *lint(GraphView.of(model), found))
-    return model, floats, found, rows
+    rows += (*told, *lint(GraphView.of(model), found))
+    return model, floats, found, tuple(rows)
 
 
 def _repaired(findings: Iterable[Finding], *, allow_requantize: bool) -> tuple[Finding, ...]:

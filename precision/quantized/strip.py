@@ -245,7 +245,7 @@ class _Strip:
         graph = proto.graph
         del graph.value_info[:]
         replace_field(graph.node, self._nodes())
-        _drop_dead_constants(self.view, graph)
+        drop_dead_constants(self.view, graph)
         read = used_tensors(graph)
         kept = [t for t in graph.initializer if t.name in read and t.name not in self.taken.values]
         replace_field(graph.initializer, kept)
@@ -338,7 +338,7 @@ def as_int8(scale: float) -> float:
     return float(np.float32(np.float32(scale) * np.float32(FLOAT8_MAX)) / np.float32(QMAX))
 
 
-def _drop_dead_constants(view: GraphView, graph: onnx.GraphProto) -> None:
+def drop_dead_constants(view: GraphView, graph: onnx.GraphProto) -> None:
     """Take out nodes that computed something of constants which nothing reads any more."""
     while True:
         read = used_tensors(graph)

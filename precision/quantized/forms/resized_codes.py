@@ -1,0 +1,77 @@
+"""A Resize of codes, written as one of floats with the codes made behind it.
+
+onnxruntime resizes the codes themselves. Taking nearest values and rounding commute, so floats that
+are resized and then quantized have the same codes, and what reads them stays int8.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import helper
+
+from trtune.precision.graph.proto import FreshNames, copy_model, copy_of, names_in, replace_field
+from trtune.precision.graph.view import GraphView
+from trtune.precision.plan.placement import is_move, moves_codes
+from trtune.precision.quantized.find import DEQUANTIZE, QUANTIZE
+
+RESIZES = ("Resize", "Upsample")
+
+
+def with_floats_resized(proto: onnx.ModelProto, view: GraphView) -> onnx.ModelProto:
+    """A copy of `proto` in which floats are resized in the place of codes; `proto` itself if none
+    are, or their QuantizeLinear is not found."""
+    found = {
+        node.name: quantize
+        for node in view.nodes
+        if node.op_type in RESIZES and is_move(node, 0)
+        for quantize in [_quantize_before(view, node.input[0])]
+        if quantize is not None
+    }
+    if not found:
+        return proto
+    model = copy_model(proto)
+    names = FreshNames(names_in(model.graph))
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        made = copy_of(node)
+        quantize = found.get(node.name)
+        if quantize is None:
+            nodes.append(made)
+            continue
+        parameters, output = list(quantize.input[1:]), node.output[0]
+        if node.input[0] == quantize.output[0]:
+            made.input[0] = quantize.input[0]
+        else:
+            made.input[0] = names.new(f"{node.input[0]}/floats")
+            inputs = [node.input[0], *parameters]
+            name = names.new(f"{node.name}/{DEQUANTIZE}")
+            nodes.append(helper.make_node(DEQUANTIZE, inputs, [made.input[0]], name))
+        made.output[0] = names.new(f"{output}/floats")
+        name = names.new(f"{node.name}/{QUANTIZE}")
+        again = helper.make_node(QUANTIZE, [made.output[0], *parameters], [output], name)
+        again.attribute.extend(quantize.attribute)
+        nodes += [made, again]
+    replace_field(model.graph.node, _read(nodes, model.graph, {q.name for q in found.values()}))
+    del model.graph.value_info[:]
+    return model
+
+
+def _quantize_before(view: GraphView, codes: str) -> onnx.NodeProto | None:
+    """The QuantizeLinear with one scale that made `codes`, also moved about since."""
+    while codes in view.producer:
+        node = view.by_name[view.producer[codes]]
+        if node.op_type == QUANTIZE:
+            known = view.is_constant(node.input[1]) and view.constant(node.input[1]).size == 1
+            return node if known else None
+        if not moves_codes(node, 0) or node.op_type == "Concat":
+            return None
+        codes = node.input[0]
+    return None
+
+
+def _read(
+    nodes: list[onnx.NodeProto], graph: onnx.GraphProto, quantizers: set[str]
+) -> list[onnx.NodeProto]:
+    """`nodes` less those of `quantizers` that nothing reads any more."""
+    read = {name for node in nodes for name in node.input} | {info.name for info in graph.output}
+    return [n for n in nodes if n.name not in quantizers or read.intersection(n.output)]

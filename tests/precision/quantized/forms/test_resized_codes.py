@@ -1,0 +1,43 @@
+"""A Resize between codes and their DequantizeLinear, as onnxruntime writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tinymodels
+from tinyqat import QatNet, assert_same_bits, imported
+
+from trtune.precision.quantized.importing import insert_quantization
+
+
+def network(
+    zero: int = 0, dtype: Any = np.int8, *, moved: bool = False, read: bool = False
+) -> onnx.ModelProto:
+    net = QatNet()
+    x = net.qconv(net.pair(net.input("input"), 0.03), "one", 3, 16)
+    parameters = [net.const("s", 0.03), net.const("z", zero, dtype)]
+    codes = first = net.op("QuantizeLinear", x, *parameters, out="codes")
+    if moved:
+        codes = net.op("Transpose", codes, out="turned", perm=[0, 1, 3, 2])
+    codes = net.op("Resize", codes, "", net.const("f", [1, 1, 2, 2]), out="large", mode="nearest")
+    back = net.op("DequantizeLinear", codes, *parameters, out="back")
+    y = net.op("GlobalAveragePool", net.qconv(back, "two", 16, 16), out="mean")
+    if read:
+        other = net.op("DequantizeLinear", first, *parameters, out="other")
+        y = net.op("Add", y, net.qconv(other, "three", 16, 16), out="sum")
+    return net.head(y, 16)
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [network(), network(moved=True), network(read=True), network(128, np.uint8)],
+    ids=["alone", "moved before", "codes read too", "uint8 around 128"],
+)
+def test_the_same_bits_and_int8_behind(proto: onnx.ModelProto) -> None:
+    found = imported(proto)
+    assert found.plan.is_int8("n_two")
+    again = insert_quantization(found.model, found.table)
+    assert_same_bits(proto, again, tinymodels.feeds(proto, batch=2))
