@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Peak memory of a whole run on a detector with large outputs, by the number of pictures.
 
-    python benchmarks/memory.py                       # 16 and 96 pictures; writes results/memory.md
+    python benchmarks/memory.py                       # writes results/memory.md
     python benchmarks/memory.py --pictures 8 --pictures 500
 
 A network of 640 x 640 pictures with some 60 MB of activations a picture and one output of 84 x 8400
@@ -155,15 +155,34 @@ def whole_run(folder: Path, pictures: int, arguments: argparse.Namespace) -> dic
     return {"seconds": seconds, "resident": float(peak_rss()), "anonymous": float(peak.bytes)}
 
 
-def measured(pictures: int, arguments: argparse.Namespace) -> dict[str, float]:
+def measured(calibration: int, pictures: int, arguments: argparse.Namespace) -> dict[str, float]:
     """`whole_run` in a process of its own."""
     command = [sys.executable, __file__, "--one", "--pictures", str(pictures)]
     command += ["--method", arguments.method, "--memory", str(arguments.memory)]
-    command += ["--calibration", str(arguments.calibration)]
+    command += ["--calibration", str(calibration)]
     command += ["--short"] if arguments.short else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
+
+
+def page(rows: list[str], arguments: argparse.Namespace) -> str:
+    """What `results/memory.md` says."""
+    return (
+        "# Memory by the number of pictures\n\n"
+        "A whole run (`benchmarks/memory.py`): 640 x 640 detector, 70 MB of activations and 2.8 MB "
+        f"of output a picture, method {arguments.method},\ncalibration.memory 2 GiB, "
+        f"compare.memory {arguments.memory} MiB; {platform.machine()}.\n"
+        "Anonymous memory is what cannot be taken back; the resident set has pages of mapped files "
+        "too (pictures, and what FP32 gave\nbeyond 256 MB). Of what FP32 gave at most 256 MB are "
+        "held: 45 MB of 16 pictures, 256 MB of 96 and of more. Of the calibration\npictures an "
+        "eighth is held out, up to `holdout` and to calibration.memory with their activations, and "
+        "what tables are compared\non takes 512 MiB at most, with as much for its outputs. "
+        "`tests/test_memory.py` holds it with compare.memory at 128 MiB, of\nwhich a quarter keeps "
+        "outputs: 68 pictures need no more than 8, though their outputs are 169 MB.\n\n"
+        "| calibration pictures | evaluation pictures | anonymous, MB | resident set, MB | seconds "
+        "|\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
 
 
 def main() -> None:
@@ -177,33 +196,21 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="no preparation, no nodes alone")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    counts = arguments.pictures or [16, 96]
+    counts = [(arguments.calibration, count) for count in arguments.pictures or [16, 96]]
     if arguments.one:
         with tempfile.TemporaryDirectory() as name:
-            print(json.dumps(whole_run(Path(name), counts[0], arguments)))
+            print(json.dumps(whole_run(Path(name), counts[0][1], arguments)))
         return
-    rows = []
-    for count in counts:
-        found = measured(count, arguments)
-        sizes = f"{found['anonymous'] / 1e6:.0f} | {found['resident'] / 1e6:.0f}"
-        rows.append(f"| {count} | {sizes} | {found['seconds']:.0f} |")
-        print(rows[-1], flush=True)
-    text = (
-        "# Memory by the number of evaluation pictures\n\n"
-        "A whole run (`benchmarks/memory.py`): 640 x 640 detector, 70 MB of activations and 2.8 MB "
-        f"of output a picture, {arguments.calibration} calibration pictures, method "
-        f"{arguments.method}, compare.memory {arguments.memory} MiB; {platform.machine()}.\n"
-        "Anonymous memory is what cannot be taken back; the resident set has pages of mapped files "
-        "too (pictures, and what FP32 gave\nbeyond 256 MB). Of what FP32 gave at most 256 MB are "
-        "held: 45 MB of 16 pictures, 256 MB of 96 and of more.\n`tests/test_memory.py` holds it "
-        "with compare.memory at 128 MiB, of which a quarter keeps outputs: 68 pictures need no "
-        "more\nthan 8, though their outputs are 169 MB.\n\n"
-        "| evaluation pictures | anonymous, MB | resident set, MB | seconds |\n|---|---|---|---|\n"
-        + "\n".join(rows)
-        + "\n"
-    )
     if not arguments.pictures:
-        (HERE / "results" / "memory.md").write_text(text, encoding="utf-8")
+        counts += [(6 * arguments.calibration, 16)]
+    rows = []
+    for calibration, count in counts:
+        found = measured(calibration, count, arguments)
+        sizes = f"{found['anonymous'] / 1e6:.0f} | {found['resident'] / 1e6:.0f}"
+        rows.append(f"| {calibration} | {count} | {sizes} | {found['seconds']:.0f} |")
+        print(rows[-1], flush=True)
+    if not arguments.pictures:
+        (HERE / "results" / "memory.md").write_text(page(rows, arguments), encoding="utf-8")
 
 
 if __name__ == "__main__":

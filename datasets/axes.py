@@ -42,7 +42,29 @@ def feed_axes(
         elif not any(map(is_free, spec.shape)):
             axes[spec.name] = _odd_axis(array.shape, spec, axes[spec.name])
     axes = _with_states(arrays, rows, axes)
-    return _with_lengths(arrays, inputs, axes, settled)
+    axes = _with_lengths(arrays, inputs, axes, settled)
+    _refuse_mixed(arrays, inputs, axes)
+    return axes
+
+
+def _refuse_mixed(
+    arrays: Mapping[str, NDArray[Any]],
+    inputs: Sequence[InputSpec],
+    axes: Mapping[str, int | None],
+) -> None:
+    """Raise DataError for samples of an input whose batch the model fixes beside a free one."""
+    placed = ((s, axes[s.name]) for s in inputs)
+    along = {s.name: s.shape[k] for s, k in placed if k is not None and k < len(s.shape)}
+    fixed = [name for name, dim in along.items() if not is_free(dim)]
+    if not fixed or len(fixed) == len(along):
+        return
+    name = fixed[0]
+    shape = next(list(spec.shape) for spec in inputs if spec.name == name)
+    raise DataError(
+        f"input {name!r} takes exactly {shape}, and its array is {list(arrays[name].shape)}, while "
+        "other inputs have a free batch: give one array of that shape, which is then the same for "
+        "all samples, or export the model with a free batch there too"
+    )
 
 
 def _is_exact(array: NDArray[Any], spec: InputSpec) -> bool:

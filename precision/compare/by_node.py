@@ -19,17 +19,17 @@ from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
 
-NO_TENSORS = frozenset(COLLECTIONS.values())
+NO_NUMBERS = frozenset({*COLLECTIONS.values(), "object"})
 
 
 def compared_tensors(view: GraphView) -> dict[str, str]:
     """The first output of every node that does not compute shapes, and the node's name.
 
-    Sequences and other collections are no tensors, and left out.
+    Sequences and other collections are no tensors, texts no numbers: they are left out.
     """
     nodes = [node for node in view.nodes if node.name not in view.shape_nodes]
     firsts = {node.output[0]: node.name for node in nodes if node.output and node.output[0]}
-    return {t: name for t, name in firsts.items() if view.dtypes.get(t) not in NO_TENSORS}
+    return {t: name for t, name in firsts.items() if view.dtypes.get(t) not in NO_NUMBERS}
 
 
 def accumulated_errors(

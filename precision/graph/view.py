@@ -23,7 +23,7 @@ from trtune.calibrate.sessions import open_session
 from trtune.precision.graph.file import Model, load_model, model_from_proto, save_model, tensor_spec
 from trtune.precision.graph.fold import Folded
 from trtune.precision.graph.operators import SHAPE_SLOTS, SHAPE_SOURCES
-from trtune.precision.graph.proto import RANDOM_OPS, attribute, captured
+from trtune.precision.graph.proto import RANDOM_OPS, attribute, captured, is_external
 
 __all__ = ["GraphView", "Model", "attribute", "load_model", "model_from_proto", "save_model"]
 
@@ -33,6 +33,8 @@ INTEGER_COMPUTE = {
     *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"),
     *("QuantizeLinear", "DynamicQuantizeLinear"),
 }
+FINITE_DTYPES = {"float16", "float32", "float64"}
+"""Types that can hold what is not finite, and that NumPy looks at."""
 COLLECTIONS = {"sequence_type": "sequence", "optional_type": "optional", "map_type": "map"}
 """What a name can stand for besides a tensor."""
 INDEX_DTYPES = {"bool", "int16", "int32", "int64", "uint16", "uint32", "uint64"}
@@ -70,6 +72,7 @@ class GraphView:
         self.consumers: Mapping[str, tuple[tuple[str, int], ...]] = {}
         self._index()
         self._constants: dict[str, NDArray[Any]] = {}
+        self._finite: dict[str, bool] = {}
 
     @classmethod
     def of(cls, model: Model) -> GraphView:
@@ -140,6 +143,15 @@ class GraphView:
             if constant.issuperset(reads):
                 constant.update(t for t in node.output if t)
         return frozenset(constant.difference(self.initializers))
+
+    def is_finite(self, tensor: str) -> bool:
+        """Whether the initializer `tensor` has neither NaN nor infinite values, as far as is known:
+        what was too large to be read in is not looked at."""
+        if tensor not in self._finite:
+            stored = self.initializers[tensor]
+            known = not is_external(stored) and self.dtypes[tensor] in FINITE_DTYPES
+            self._finite[tensor] = not known or bool(np.isfinite(self.constant(tensor)).all())
+        return self._finite[tensor]
 
     def is_constant(self, tensor: str) -> bool:
         """Whether `tensor` is an initializer, or computed from initializers alone."""

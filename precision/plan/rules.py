@@ -101,6 +101,8 @@ def refusal_of(view: GraphView, node: onnx.NodeProto) -> str:
         return f"its weights have {rank} dimension{'s' if rank != 1 else ''}"
     if node.op_type == "Gemm" and attribute(node, "transA", 0):
         return "its data input is transposed (transA)"
+    if not view.is_finite(weight):
+        return "its weights have NaN or infinite values"
     return ""
 
 

@@ -152,5 +152,9 @@ def _pads(
 
 def moments(sampled: Array) -> NDArray[np.float64]:
     """X'X of each group, shape (groups, columns, columns); products in float32, sums in float64."""
-    found: NDArray[np.float64] = np.matmul(sampled.transpose(0, 2, 1), sampled).astype(np.float64)
+    turned = sampled.transpose(0, 2, 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found: NDArray[np.float64] = np.matmul(turned, sampled).astype(np.float64)
+    if not np.isfinite(found).all():  # values whose squares are beyond float32
+        found = np.matmul(turned.astype(np.float64), sampled.astype(np.float64))
     return found

@@ -110,7 +110,8 @@ class Local:
         signal = np.maximum(signal, 0.1 * np.median(signal))
         if not np.any(signal > 0):
             return 0.0
-        relative = float(np.mean(own / np.where(signal > 0, signal, 1.0)))
+        with np.errstate(invalid="ignore"):  # beyond float32 both are infinite: no move is shown
+            relative = float(np.mean(own / np.where(signal > 0, signal, 1.0)))
         return relative + self._of_weights(c)
 
     def _of_weights(self, scale: Array) -> float:

@@ -11,6 +11,7 @@ import tinymodels
 import tinyproject
 from onnx import TensorProto, helper
 
+from trtune.configs.errors import DataError
 from trtune.reports.record import RunRecord
 from trtune.run.pipeline import run
 from trtune.tools import inspect
@@ -114,3 +115,62 @@ def test_a_run_in_which_nothing_was_compared_says_so(tmp_path: Path) -> None:
     said = tinyproject.config_of(tmp_path, "data.calibration.axis={x: 1}", "name=said")
     record = run(said, out=tmp_path / "runs")
     assert record.status == "met"
+
+
+def labelled() -> onnx.ModelProto:
+    """Names of classes beside their scores."""
+    net = tinymodels.Net()
+    x = net.linear(net.input("x", ("N", 16)), "scores", 16, 4)
+    best = net.op("ArgMax", x, out="best", axis=1, keepdims=0)
+    names = helper.make_tensor("names", TensorProto.STRING, [4], [b"a", b"b", b"c", b"d"])
+    net.initializers.append(names)
+    net.op("Gather", "names", best, out="label")
+    return net.model({"label": (("N",), TensorProto.STRING), "scores": ("N", 4)})
+
+
+def broken_weight() -> onnx.ModelProto:
+    """One weight is infinite, and a Clip behind it hides that."""
+    net = tinymodels.Net()
+    w = np.random.default_rng(0).normal(size=(16, 3, 3, 3))
+    w[0, 0, 0, 0] = np.inf
+    x = net.op("Conv", net.input("x"), net.const("w", w), out="c", pads=[1] * 4)
+    x = net.op("Clip", x, net.const("low", -6.0), net.const("high", 6.0), out="clipped")
+    return net.model({net.conv(x, "y", 16, 8): ("N", 8, 8, 8)})
+
+
+def loud() -> onnx.ModelProto:
+    """Values whose squares float32 does not hold."""
+    net = tinymodels.Net()
+    x = net.op("Mul", net.input("x"), net.const("huge", 1e20), out="loud")
+    w = np.random.default_rng(0).normal(size=(16, 3, 3, 3)) * 1e-18
+    x = net.op("Conv", x, net.const("w", w), out="c", pads=[1] * 4)
+    x = net.op("Mul", x, net.const("tiny", 1e-3), out="usual")
+    return net.model({net.conv(x, "y", 16, 8): ("N", 8, 8, 8)})
+
+
+@pytest.mark.parametrize(
+    ("make", "int8", "note"),
+    [
+        (labelled, 1, ""),
+        (broken_weight, 1, "n_c stays fp32: its weights have NaN or infinite values"),
+        pytest.param(loud, 2, "", marks=pytest.mark.slow),
+    ],
+)
+def test_texts_and_values_without_end_are_no_bug(
+    make: object, int8: int, note: str, tmp_path: Path
+) -> None:
+    assert callable(make)
+    record = ran(tmp_path, make(), "calibration.method=auto", "calibration.prepare=auto")
+    assert record.status == "met"
+    assert next(one for one in record.variants if one.name == "tuned").nodes["int8"] == int8
+    assert not note or note in record.notes
+
+
+def test_rows_for_an_input_that_takes_one_are_refused(tmp_path: Path) -> None:
+    net = tinymodels.Net()
+    k = net.linear(net.input("style", (1, 8)), "l", 8, 16 * 27)
+    k = net.op("Reshape", k, net.const("shape", [16, 3, 3, 3], np.int64), out="kernel")
+    x = net.op("Relu", net.op("Conv", net.input("x"), k, out="c", pads=[1] * 4), out="r")
+    proto = net.model({net.conv(x, "y", 16, 8): ("N", 8, 8, 8)})
+    with pytest.raises(DataError, match=r"'style' takes exactly \[1, 8\], and its array is \[12"):
+        ran(tmp_path, proto)
