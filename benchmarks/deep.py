@@ -6,9 +6,11 @@
 
 The networks are made here from the trained ResNet with 20 layers: each block that keeps the size
 stands four times, its residual branch shared among them (what a deeper network computes as so many
-smaller steps, few of which matter much), and every weight a little different. Each is run as
-`trtune run` does it, by default without preparation, which would leave nothing to tune. Said are
-the plans that were measured, the pins, and the value.
+smaller steps, few of which matter much), and every weight a little different. In `LOUD` of its
+branches a channel is many times as large as the others, which the next weights take back: nothing
+changes in FP32, and one scale for the whole tensor hurts, as it does where training left such
+channels. Each is run as `trtune run` does it, by default without preparation, which would mend just
+that. Said are the plans that were measured, the pins, and the value.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ DATA = Path(os.environ.get("TRTUNE_DATA", HERE.parents[1] / "shared" / "data"))
 TRAINED, BLOCKS, STEPS, SPREAD = "resnet20_cifar10", 3, 4, 0.1
 UNEVEN = 0.3
 """How evenly a branch is shared out (Dirichlet's parameter): one of the steps has most of it."""
+LOUD, LOUDNESS = 3, 24.0
 GAINS = (2.0, 4.0)
 CONFIG = """version: 1
 name: deep{seed}
@@ -79,6 +82,7 @@ def network(path: Path, seed: int) -> None:
                         weights[copy.input[index]] = (value * noise).astype(np.float32)
                 nodes.append(copy)
             source[entry] = source[block[-1].output[0]] = made[block[-1].output[0]]
+    make_loud(nodes, weights, rng)
     read = {t for node in nodes for t in node.input}
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
@@ -88,6 +92,27 @@ def network(path: Path, seed: int) -> None:
     del graph.value_info[:]
     onnx.checker.check_model(model)
     onnx.save(model, path)
+
+
+def make_loud(
+    nodes: Iterable[onnx.NodeProto], weights: dict[str, np.ndarray], rng: np.random.Generator
+) -> None:
+    """Make one channel between the two convolutions of `LOUD` branches `LOUDNESS` times as large,
+    and the weights that read it as much smaller: the same network in FP32, behind a ReLU."""
+    convs = [node for node in nodes if node.op_type == "Conv"]
+    inner = [
+        (first, then)
+        for first, then in zip(convs, convs[1:], strict=False)
+        if "/c1/" in first.output[0] and "/c2/" in then.output[0] and first.input[1] in weights
+    ]
+    for place in rng.choice(len(inner), LOUD, replace=False):
+        first, then = inner[place]
+        channel = rng.integers(len(weights[first.input[1]]))
+        for tensor in first.input[1:]:
+            weights[tensor] = weights[tensor].copy()
+            weights[tensor][channel] *= LOUDNESS
+        weights[then.input[1]] = weights[then.input[1]].copy()
+        weights[then.input[1]][:, channel] /= LOUDNESS
 
 
 def blocks(nodes: Iterable[onnx.NodeProto]) -> list[tuple[str, list[onnx.NodeProto]]]:
