@@ -246,11 +246,6 @@ def _standard_error(values: NDArray[np.float64]) -> float:
     return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else 0.0
 
 
-def is_better(before: Sequence[NDArray[np.float64]], after: Sequence[NDArray[np.float64]]) -> bool:
-    """Whether `after` has less error, beyond the noise of the pictures (`Improvement.is_shown`)."""
-    return improvement(before, after).is_shown
-
-
 def _finite(values: Array) -> Array:
     found: Array = np.where(np.isfinite(values), values, 0)
     return found

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trtune.precision.tune.judge import Judge, gain, improvement, is_better, level, worst
+from trtune.precision.tune.judge import Judge, gain, improvement, level, worst
 
 
 def errors(reference: list[object], test: list[object]) -> NDArray[np.float64]:
@@ -89,10 +89,10 @@ def test_a_gain_of_nearly_all_pictures_counts_beside_one_far_worse() -> None:
     before[0, 3] = 40.0
     after = before * np.exp(rng.normal(-0.2, 0.2, (1, 24)))
     after[0, 3] = 38.0
-    assert is_better([before], [after])
-    assert not is_better([after], [before])
-    assert not is_better([before], [before])
-    assert not is_better([before], [before * np.exp(rng.normal(0, 0.5, (1, 24)))])
+    assert improvement([before], [after]).is_shown
+    assert not improvement([after], [before]).is_shown
+    assert not improvement([before], [before]).is_shown
+    assert not improvement([before], [before * np.exp(rng.normal(0, 0.5, (1, 24)))]).is_shown
 
 
 def test_gain_is_paired_and_says_how_sure_it_is() -> None:
