@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def make_loud(
     convs = [node for node in nodes if node.op_type == "Conv"]
     inner = [
         (first, then)
-        for first, then in zip(convs, convs[1:], strict=False)
+        for first, then in pairwise(convs)
         if "/c1/" in first.output[0] and "/c2/" in then.output[0] and first.input[1] in weights
     ]
     for place in rng.choice(len(inner), LOUD, replace=False):

@@ -1,7 +1,9 @@
-"""Two models run on the same batches: how many pictures, which tensors at once, whose fault."""
+"""Models run on the same batches: how many pictures, which tensors at once, whose fault."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,14 +11,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trtune.calibrate.collect import measure
 from trtune.configs.errors import DataError, ModelError
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, is_free, take_rows
+from trtune.datasets.holdout import join
+from trtune.precision.compare.alone import held_tensors
+from trtune.precision.graph.view import GraphView, Model
+from trtune.precision.plan.placement import Placement
 from trtune.precision.runtime.api import Engine
 from trtune.precision.runtime.errors import ErrorSums, NotFiniteError
+from trtune.precision.runtime.session import kept_values, make_session
+
+log = logging.getLogger(__name__)
 
 MEMORY = 2 << 30
 """Bytes that both models' copies of the tensors compared at once may take."""
 
+PICTURES_AT_ONCE = 4
+"""Held-out pictures a batch: small, so that several tensors are tried at a time."""
 
 Opens = Callable[[Sequence[str]], AbstractContextManager[Engine]]
 """Gives an engine whose `infer` has the tensors that are named, as far as it can show them."""
@@ -144,3 +157,59 @@ def culprit(batch: Batch, shape: Sequence[int], index: int) -> str:
     if len(batch) == 1:
         return f"picture {batch.items[0]!r}"
     return f"one of the pictures {batch.items[0]!r} to {batch.items[-1]!r}"
+
+
+def held_batches(
+    model: Model,
+    view: GraphView,
+    placement: Placement,
+    pictures: tuple[Batch, ...],
+    *,
+    memory: int,
+    also: Sequence[str] = (),
+) -> list[Batch]:
+    """`pictures` in batches, as many as an `Alone` can hold within `memory` bytes, with `also`.
+
+    At least one batch, of one picture if need be; in a model of fixed batch size the last picture
+    fills the last batch.
+    """
+    size = batch_size(model.inputs, PICTURES_AT_ONCE)
+    first = fit_batch(pictures[0], batch_size(model.inputs, len(pictures[0])))
+    tensors = list(dict.fromkeys([*held_tensors(view, placement), *also]))
+    extents = measure(model.proto, tensors, first, external_dir=model.external_dir)
+    each = max(sum(extent.bytes for extent in extents.values()), 1)
+    size = batch_size(model.inputs, max(1, min(size, memory // each)))
+    batches = join(pictures, size)
+    batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
+    count = max(1, min(len(batches), memory // (each * len(batches[0]))))
+    if count < len(batches):
+        log.info("%d of %d held-out batches, to stay within %d bytes", count, len(batches), memory)
+    return batches[:count]
+
+
+def in_batches(model: Model, pictures: Sequence[Batch]) -> list[Batch]:
+    """`pictures` in batches that the model takes; the last picture fills the last one."""
+    if not pictures:
+        return []
+    batches = join(tuple(pictures), batch_size(model.inputs, PICTURES_AT_ONCE))
+    batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
+    return batches
+
+
+def exact_outputs(
+    model: Model, batches: Sequence[Batch], *, device: str = "cpu", most: float = math.inf
+) -> list[list[Any]]:
+    """The FP32 outputs of each batch, in the model's order; of the first batches only, once they
+    take `most` bytes."""
+    session = make_session(
+        model.proto, threads=usable_cores(), external_dir=model.external_dir, device=device
+    )
+    names = [output.name for output in model.outputs]
+    found: list[list[Any]] = []
+    held = 0
+    for batch in batches:
+        if held >= most:
+            break
+        found.append([*kept_values(session, names, batch.feeds).values()])
+        held += sum(array.nbytes for array in found[-1])
+    return found

@@ -10,6 +10,7 @@ from trtune.calibrate.histogram import Histogram
 from trtune.calibrate.methods import amax_mse
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import Batch, BatchSource
+from trtune.precision.compare.batches import exact_outputs
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.plan.placement import Placement, place
 from trtune.precision.plan.plan import PrecisionPlan
@@ -22,7 +23,6 @@ from trtune.precision.tune.ranges import Choice
 from trtune.precision.tune.scales import (
     Calibrated,
     choices_table,
-    exact_outputs,
     range_limits,
     without_zero_ranges,
 )

@@ -29,6 +29,7 @@ from trtune.precision.compare.alone import (
     in_parallel,
     read_in,
 )
+from trtune.precision.compare.batches import held_batches
 from trtune.precision.compare.sample import LARGEST_SAMPLE
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
@@ -40,7 +41,6 @@ from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.output_groups import OutputGroup, add_parts, output_groups
 from trtune.precision.runtime.session import kept_values, make_session
 from trtune.precision.tune.judge import Gain, expectations, paired_gain, towards
-from trtune.precision.tune.scales import held_batches
 
 _Outputs = Mapping[str, NDArray[Any]]
 Yardstick = Callable[[Sequence[Batch], Sequence[_Outputs], Sequence[_Outputs]], float]

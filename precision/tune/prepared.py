@@ -20,6 +20,7 @@ from trtune.configs.values import HELD_OUT, PERCENTILE
 from trtune.datasets.batches import Batch, BatchSource
 from trtune.datasets.holdout import Without, fitting_pictures, hold_out_more
 from trtune.precision.compare.alone import Alone
+from trtune.precision.compare.batches import exact_outputs, held_batches, in_batches
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.half_ranges import tensors_for_ranges
@@ -57,9 +58,6 @@ from trtune.precision.tune.scales import (
     Ranges,
     calibrate_model,
     enough_pictures,
-    exact_outputs,
-    held_batches,
-    in_batches,
     ranged_alike,
     without_zero_ranges,
 )

@@ -23,7 +23,6 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import DataError
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.cluster import Cluster
-from trtune.configs.system.machine import usable_cores
 from trtune.configs.values import HELD_OUT, PERCENTILE
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, rebatch
 from trtune.datasets.holdout import (
@@ -31,10 +30,10 @@ from trtune.datasets.holdout import (
     Without,
     fitting_pictures,
     hold_out_more,
-    join,
 )
 from trtune.precision.compare.alone import Alone, held_tensors
 from trtune.precision.compare.alone_float8 import choose_float8
+from trtune.precision.compare.batches import exact_outputs, held_batches, in_batches
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.deploy import deploy_tensors
 from trtune.precision.lower.implicit import implicit_tensors, in_cache_order, with_clamped
@@ -47,7 +46,6 @@ from trtune.precision.plan.placement import (
     shared_ranges,
 )
 from trtune.precision.plan.plan import RANGE, PrecisionPlan
-from trtune.precision.runtime.session import kept_values, make_session
 from trtune.precision.tune.company import Company
 from trtune.precision.tune.ranges import (
     USUAL,
@@ -86,9 +84,6 @@ IMPLICIT = "implicit"
 BESIDE_AUTO = "mse"
 READ, RUN_HELD = "read pictures", "run held-out pictures"
 """What progress is told before the first picture of a search is done."""
-
-PICTURES_AT_ONCE = 4
-"""Held-out pictures a batch: small, so that several tensors are tried at a time."""
 
 
 Ranges = Callable[
@@ -505,48 +500,6 @@ def _edges(
     return readers
 
 
-def alone_on(
-    model: Model,
-    view: GraphView,
-    placement: Placement,
-    pictures: tuple[Batch, ...],
-    *,
-    memory: int,
-    device: str = "cpu",
-) -> Alone:
-    """An `Alone` on as many of `pictures` as keep what it holds within `memory` bytes."""
-    held = held_batches(model, view, placement, pictures, memory=memory)
-    return Alone(model, view, placement, held, device=device)
-
-
-def held_batches(
-    model: Model,
-    view: GraphView,
-    placement: Placement,
-    pictures: tuple[Batch, ...],
-    *,
-    memory: int,
-    also: Sequence[str] = (),
-) -> list[Batch]:
-    """`pictures` in batches, as many as an `Alone` can hold within `memory` bytes, with `also`.
-
-    At least one batch, of one picture if need be; in a model of fixed batch size the last picture
-    fills the last batch.
-    """
-    size = batch_size(model.inputs, PICTURES_AT_ONCE)
-    first = fit_batch(pictures[0], batch_size(model.inputs, len(pictures[0])))
-    tensors = list(dict.fromkeys([*held_tensors(view, placement), *also]))
-    extents = measure(model.proto, tensors, first, external_dir=model.external_dir)
-    each = max(sum(extent.bytes for extent in extents.values()), 1)
-    size = batch_size(model.inputs, max(1, min(size, memory // each)))
-    batches = join(pictures, size)
-    batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
-    count = max(1, min(len(batches), memory // (each * len(batches[0]))))
-    if count < len(batches):
-        log.info("%d of %d held-out batches, to stay within %d bytes", count, len(batches), memory)
-    return batches[:count]
-
-
 def enough_pictures(
     model: Model, view: GraphView, placement: Placement, source: BatchSource, holdout: int
 ) -> int:
@@ -575,34 +528,6 @@ def enough_pictures(
             "each takes %.0f GMAC a picture",
             found, holdout, sum(costs.values()) / 1e9,
         )  # fmt: skip
-    return found
-
-
-def in_batches(model: Model, pictures: Sequence[Batch]) -> list[Batch]:
-    """`pictures` in batches that the model takes; the last picture fills the last one."""
-    if not pictures:
-        return []
-    batches = join(tuple(pictures), batch_size(model.inputs, PICTURES_AT_ONCE))
-    batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
-    return batches
-
-
-def exact_outputs(
-    model: Model, batches: Sequence[Batch], *, device: str = "cpu", most: float = math.inf
-) -> list[list[Any]]:
-    """The FP32 outputs of each batch, in the model's order; of the first batches only, once they
-    take `most` bytes."""
-    session = make_session(
-        model.proto, threads=usable_cores(), external_dir=model.external_dir, device=device
-    )
-    names = [output.name for output in model.outputs]
-    found: list[list[Any]] = []
-    held = 0
-    for batch in batches:
-        if held >= most:
-            break
-        found.append([*kept_values(session, names, batch.feeds).values()])
-        held += sum(array.nbytes for array in found[-1])
     return found
 
 

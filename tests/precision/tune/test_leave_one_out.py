@@ -13,6 +13,7 @@ from tinyquant import PLACED, Case, case, outputs
 from trtune.calibrate.collect import measure
 from trtune.datasets.batches import Batch
 from trtune.precision.compare.alone import held_tensors
+from trtune.precision.compare.batches import held_batches
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.placement import place
 from trtune.precision.runtime.output_groups import output_groups
@@ -24,7 +25,6 @@ from trtune.precision.tune.leave_one_out import (
     noise_with,
     pin_path,
 )
-from trtune.precision.tune.scales import held_batches
 
 MODELS = {name: tinymodels.MODELS[name] for name in PLACED}
 

@@ -20,7 +20,6 @@ from trtune.calibrate.methods import AMAX_METHODS
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import DataError
 from trtune.datasets.holdout import WholeBatches, Without, hold_out
-from trtune.precision.compare.alone import held_tensors
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.deploy import lower_deploy
 from trtune.precision.lower.emulate import lower_emulate
@@ -32,7 +31,6 @@ from trtune.precision.runtime.errors import sqnr_db
 from trtune.precision.tune.scales import (
     PLENTY,
     Calibrated,
-    alone_on,
     calibrate_model,
     carried_tensors,
     seen_pictures,
@@ -380,44 +378,6 @@ def test_seen_pictures() -> None:
     assert isinstance(whole, WholeBatches)
     assert [batch.items for batch in whole] != []
     assert seen_pictures(source, held, 7).count == 7  # 6 would be too few
-
-
-# Memory of the held-out activations
-
-
-def test_as_many_held_out_batches_as_memory_allows(caplog: pytest.LogCaptureFixture) -> None:
-    proto = tinymodels.silu_se()
-    model = model_from_proto(proto)
-    view = GraphView.of(model)
-    placement = place(view, make_plan(view))
-    held = hold_out(pictures(proto, 64), 16)
-    count = sum(
-        values[:1].size
-        for values in inner_values(
-            model, held_tensors(view, placement), {"input": held[0].feeds["input"]}
-        ).values()
-    )
-    batch_bytes = 4 * 4 * (count - 10)  # 4 pictures of float32; the 10 logits are no held tensor
-    with caplog.at_level(logging.INFO, "trtune.precision.tune.scales"):
-        assert alone_on(model, view, placement, held, memory=1 << 30).batches == 4
-        assert caplog.messages == []
-        assert alone_on(model, view, placement, held, memory=2 * batch_bytes).batches == 2
-        assert alone_on(model, view, placement, held, memory=2 * batch_bytes - 1).batches == 1
-        assert alone_on(model, view, placement, held, memory=1).batches == 1
-    assert caplog.messages[0].startswith("2 of 4 held-out batches, to stay within")
-
-
-def test_the_last_held_out_batch_of_a_fixed_size_is_filled() -> None:
-    proto = fixed(4)
-    model = model_from_proto(proto)
-    view = GraphView.of(model)
-    held = hold_out(pictures(proto, 24), 6)
-    alone = alone_on(model, view, place(view, make_plan(view)), held, memory=1 << 30)
-    assert alone.batches == 2
-    assert alone.reference(1)[0].shape == (4, 10)
-    last = alone.stored(1, "input")
-    np.testing.assert_array_equal(last[2], last[1])
-    np.testing.assert_array_equal(last[3], last[1])
 
 
 # Tensors that are always zero

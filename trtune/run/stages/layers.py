@@ -17,6 +17,7 @@ from trtune.datasets.batches import Batch, batch_size, fit_batch
 from trtune.datasets.holdout import hold_out, join
 from trtune.precision.compare.alone import Alone, alone_errors
 from trtune.precision.compare.alone_half import half_alone_errors, half_nodes
+from trtune.precision.compare.batches import PICTURES_AT_ONCE, held_batches
 from trtune.precision.compare.by_node import accumulated_errors, engine_errors
 from trtune.precision.compare.gate import gate_errors, model_gate
 from trtune.precision.compare.sample import LARGEST_SAMPLE, placement_of, sampled
@@ -26,7 +27,6 @@ from trtune.precision.plan.placement import Placement, place
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import Backend, Candidate
 from trtune.precision.runtime.errors import ErrorSums
-from trtune.precision.tune.scales import PICTURES_AT_ONCE, held_batches
 from trtune.run.data import RunData
 from trtune.run.stage import Stage, as_json, device_needs, versions
 from trtune.run.stages.engines import engine_needs, label
