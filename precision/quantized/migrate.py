@@ -130,7 +130,7 @@ def migrate_files(
     for one that cannot be read or does not fit: a cache of another model unless `force`, a pin
     that holds for nothing unless `allow_missing`.
     """
-    loaded = load_model(Path(model), fold="constants")
+    loaded = load_model(Path(model), fold="constants", widen=True)
     listed = PinFile(())
     if pins is not None:
         listed = _read_pins(Path(pins), command)
@@ -204,6 +204,7 @@ def migrate(
         raise CacheError("the cache holds a header and no scale; calibrate again")
     tensors = list(dict.fromkeys([*view.graph_inputs, *view.producer]))
     scales = {t: cache.scales[t] for t in tensors if t in cache.scales}
+    scales |= _behind_casts(view, scales)
     base = make_plan(view, fallback=fallback)
     needed = list(place(view, base).activations)
     table = CalibrationTable(
@@ -229,6 +230,19 @@ def migrate(
         notes=(*_header_notes(cache), *_concat_notes(view, cache)),
         fit=fit_of(view, needed, cache, also_known=also_known),
     )
+
+
+def _behind_casts(view: GraphView, scales: Mapping[str, float]) -> dict[str, float]:
+    """The scales of what stands beside a float16 input or output of the model as float32, which
+    the cache has under the name of that."""
+    found: dict[str, float] = {}
+    for node in view.nodes:
+        pair = (node.input[0], node.output[0]) if node.op_type == "Cast" else ()
+        if {view.dtypes.get(tensor) for tensor in pair} == {"float16", "float32"}:
+            known = [scales[tensor] for tensor in pair if tensor in scales]
+            if len(known) == 1:
+                found |= dict.fromkeys((t for t in pair if t not in scales), known[0])
+    return found
 
 
 def _missing(view: GraphView, tensor: str, cache: Cache) -> Unmatched:

@@ -238,6 +238,23 @@ def test_a_cache_with_a_header_only() -> None:
         migrate(model_from_proto(conv_relu()), cache())
 
 
+def test_a_file_that_computes_in_float16_is_migrated(tmp_path: Path) -> None:
+    proto = tinymodels.in_half(tinymodels.conv_relu())
+    onnx.save(proto, tmp_path / "half.onnx")
+    names = [*(info.name for info in proto.graph.input)]
+    names += [name for node in proto.graph.node for name in node.output]
+    lines = ["TRT-8601-EntropyCalibration2", *(f"{name}: 3d010a14" for name in names)]
+    (tmp_path / "half.cache").write_text("\n".join(lines) + "\n")
+    model, moved = migrate_files(tmp_path / "half.onnx", tmp_path / "half.cache", fallback="fp16")
+    assert model.half == "float16"
+    assert len(moved.plan.int8_nodes) == 3
+    assert moved.table.scale("input/float32") == moved.table.scale("input")
+    assert not moved.missing
+    lowered = lower_emulate(model, moved.plan, moved.table)
+    rows = tinymodels.feeds(proto, batch=2, seed=0)
+    assert next(iter(tinymodels.run(lowered, rows).values())).dtype == np.float16
+
+
 def test_a_model_in_half_precision() -> None:
     with pytest.raises(ModelError, match=r"in half precision already \(1 nodes, such as 'n_conv'"):
         migrate(named("half_weights").model, cache("input"))
