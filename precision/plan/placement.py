@@ -177,9 +177,10 @@ def carries(node: onnx.NodeProto, index: int, view: GraphView | None = None) -> 
     """Whether what `node` makes of dequantized values at its input `index` is read as codes by
     what is behind it, as TensorRT dequantizes only there.
 
-    That are moves and parts, signs and largest values, and padding with what is there or with 0
-    (a constant value is looked up in `view`). A Resize to nearest values is not among them:
-    TensorRT-RTX computes it, and what reads it, in float.
+    That are moves and parts, signs and largest values, padding with what is there, and with 0 where
+    convolutions alone read the result, which pad themselves then (`view` tells; without, no such
+    Pad is known). A Resize to nearest values is not among them: TensorRT-RTX computes it, and what
+    reads it, in float.
     """
     op = node.op_type
     if op in ("Resize", "Upsample"):
@@ -194,10 +195,21 @@ def carries(node: onnx.NodeProto, index: int, view: GraphView | None = None) -> 
 def _pads_with_codes(node: onnx.NodeProto, view: GraphView | None) -> bool:
     if attribute(node, "mode", b"constant") != b"constant":
         return True
+    if view is None or not pads_with_zeros(view, node):
+        return False
+    readers = view.consumers.get(node.output[0], ())
+    absorbed = all(view.by_name[name].op_type == "Conv" and k == 0 for name, k in readers)
+    return bool(readers) and absorbed and node.output[0] not in view.graph_outputs
+
+
+def pads_with_zeros(view: GraphView, node: onnx.NodeProto) -> bool:
+    """Whether `node` is a Pad that puts zeros around its input."""
+    if node.op_type != "Pad" or attribute(node, "mode", b"constant") != b"constant":
+        return False
     name = node.input[2] if len(node.input) > 2 else ""
     if not name:
         return bool(attribute(node, "value", 0.0) == 0)
-    return view is not None and view.is_constant(name) and not np.any(view.constant(name))
+    return view.is_constant(name) and not np.any(view.constant(name))
 
 
 def with_shared_ranges(view: GraphView, table: CalibrationTable) -> CalibrationTable:

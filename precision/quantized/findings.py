@@ -48,6 +48,7 @@ _SAYS = {
     "activation-alone": (WARNING, "computes in float; the pair costs time and accuracy"),
     "pair-before-activation": (WARNING, "computes in float what reads the activation"),
     "pair-before-resize": (WARNING, "resizes in float, and computes so what reads the result"),
+    "pair-before-pad": (WARNING, "pads in float, and computes so what reads the result"),
     "clipped-codes": (INFO, "takes it, and computes what is behind it in int8"),
     "computed-codes": (ERROR, "refuses: a quantized constant stands before DequantizeLinear alone"),
     "nothing-int8": (WARNING, "computes every product in float"),

@@ -3,7 +3,8 @@
 torch's eager mode quantizes the output of a convolution and computes the ReLU on what comes back,
 so that the next convolution reads floats. Rounding to a grid around 0 and cutting at a point of
 that grid commute: the same pair behind the ReLU gives the same values, and what reads it is int8.
-So do rounding and a Resize to nearest values, which TensorRT-RTX computes in float.
+So do rounding and a Resize to nearest values or a Pad with zeros, which TensorRT-RTX computes in
+float.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from onnx import helper
 
 from trtune.precision.graph.proto import FreshNames, copy_model, copy_of, names_in, replace_field
 from trtune.precision.graph.view import GraphView
-from trtune.precision.plan.placement import carries, is_move
+from trtune.precision.plan.placement import carries, is_move, pads_with_zeros
 from trtune.precision.quantized.find import (
     ACTIVATION,
     DEQUANTIZE,
@@ -29,7 +30,9 @@ from trtune.precision.quantized.find import (
 )
 from trtune.precision.quantized.findings import EXACT, Finding, finding
 
-CUTS, RESIZES = ("Relu", "Clip"), ("Resize", "Upsample")
+RESIZES = ("Resize", "Upsample")
+CUTS = ("Relu", "Clip", "Pad", *RESIZES)
+KINDS = {**dict.fromkeys(RESIZES, "pair-before-resize"), "Pad": "pair-before-pad"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def with_pairs_behind(
     rows = tuple(
         finding(
             move.node.name,
-            "pair-before-activation" if move.node.op_type in CUTS else "pair-before-resize",
+            KINDS.get(move.node.op_type, "pair-before-activation"),
             f"{move.node.op_type} reads {move.pair.node}, and what is behind it reads float",
             f"the same pair behind the {move.node.op_type}, which gives the same values",
             EXACT,
@@ -70,7 +73,7 @@ def _moves(view: GraphView, found: Found) -> Iterator[_Move]:
     carried = {pair.result: pair for pair in found.of_role(ACTIVATION)}
     passed = set(found.passed)
     for node in view.nodes:
-        if node.op_type not in (*CUTS, *RESIZES):
+        if node.op_type not in CUTS or carries(node, 0, view):
             continue
         pairs = carried_by(view, node.input[0], carried, passed)
         if not has_one_scale(pairs) or not commutes(view, node, pairs[0]):
@@ -82,14 +85,14 @@ def _moves(view: GraphView, found: Found) -> Iterator[_Move]:
 
 
 def commutes(view: GraphView, node: onnx.NodeProto, pair: Pair) -> bool:
-    """Whether `pair` behind the Relu, Clip or Resize `node` gives what it gives in front of it: one
-    scale, and both bounds points of its grid, or beyond its range; nearest values."""
+    """Whether `pair` behind the Relu, Clip, Resize or Pad `node` gives what it gives in front: one
+    scale, and both bounds points of its grid, or beyond its range; nearest values; zeros."""
     if pair.scale is None or pair.scale.size != 1 or pair.blocked or not pair.agrees:
         return False
     if pair.dtype not in ("int8", "uint8") or not float(pair.scale.reshape(-1)[0]) > 0:
         return False
-    if node.op_type == "Relu" or node.op_type in RESIZES:
-        return node.op_type == "Relu" or is_move(node, 0)
+    if node.op_type != "Clip":
+        return node.op_type == "Relu" or is_move(node, 0) or pads_with_zeros(view, node)
     names = [name for name in node.input[1:] if name]
     if not all(view.is_constant(name) for name in names):
         return False
