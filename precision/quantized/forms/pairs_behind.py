@@ -29,10 +29,10 @@ from trtune.precision.quantized.find import (
     has_one_scale,
 )
 from trtune.precision.quantized.findings import EXACT, Finding, finding
+from trtune.precision.quantized.forms.resized_codes import RESIZES
 
-RESIZES = ("Resize", "Upsample")
 CUTS = ("Relu", "Clip", "Pad", *RESIZES)
-KINDS = {**dict.fromkeys(RESIZES, "pair-before-resize"), "Pad": "pair-before-pad"}
+_KINDS = {**dict.fromkeys(RESIZES, "pair-before-resize"), "Pad": "pair-before-pad"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def with_pairs_behind(
     rows = tuple(
         finding(
             move.node.name,
-            KINDS.get(move.node.op_type, "pair-before-activation"),
+            _KINDS.get(move.node.op_type, "pair-before-activation"),
             f"{move.node.op_type} reads {move.pair.node}, and what is behind it reads float",
             f"the same pair behind the {move.node.op_type}, which gives the same values",
             EXACT,
