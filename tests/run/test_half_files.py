@@ -88,3 +88,24 @@ def test_inspect_and_init_say_what_a_run_will_do(tmp_path: Path) -> None:
     text = init_config(tmp_path / "net.onnx", tmp_path / "net.yaml").read_text()
     assert "default: int8" in text
     assert np.load(tmp_path / "calibration.npz")["input"].dtype == np.float16
+
+
+@pytest.mark.parametrize("masked", [-np.inf, -65504.0], ids=["infinite", "lowest"])
+@pytest.mark.parametrize("default", ["int8", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_masks_of_float16_files_are_no_error(tmp_path: Path, masked: float, default: str) -> None:
+    """The lowest number twice is infinite in float16, and no number in float32 is lost by it."""
+    net = tinymodels.Net()
+    x = net.input("x", ("N", 6, 16))
+    q, k, v = (net.op("MatMul", x, net.weight(f"{c}_w", 16, 16), out=c) for c in "qkv")
+    scores = net.op("MatMul", q, net.op("Transpose", k, out="kt", perm=[0, 2, 1]), out="scores")
+    mask = net.const("mask", np.triu(np.full((6, 6), masked), 1))
+    scores = net.op("Add", net.op("Add", scores, mask, out="once"), mask, out="twice")
+    mixed = net.op("MatMul", net.op("Softmax", scores, out="p"), v, out="mixed")
+    net.op("MatMul", mixed, net.weight("o_w", 16, 16), out="y")
+    proto = tinymodels.in_half(net.model({"y": ("N", 6, 16)}))
+    tinyproject.write_project(tmp_path, proto, labels=False)
+    options = [f"precision.default={default}", "precision.fallback=fp16"]
+    record = run(tinyproject.config_of(tmp_path, *options), out=tmp_path / "runs")
+    tuned = next(one for one in record.variants if one.name == "tuned")
+    assert record.status == "met"
+    assert (tuned.nodes["int8"], tuned.nodes["fp16"]) == ((4, 2) if default == "int8" else (0, 6))
