@@ -89,12 +89,46 @@ def fold(
     count = _fold_computed(model, external_dir, gone)
     if count:
         notes.append(f"{count} nodes that compute with constants alone became constants")
+    flat = flatten_weights(model.graph)
+    if flat:
+        notes.append(f"{flat} weights of MatMul lose their leading dimensions of 1")
     if batch_norm:
         merged = fold_batch_norms(model, external_dir, room=room(model.graph))
         gone.update({name: Folded("BatchNormalization", conv) for name, conv in merged.items()})
         if merged:
             notes.append(f"{len(merged)} batch normalizations folded into the convolution before")
     return Folding(tuple(notes), MappingProxyType(gone))
+
+
+def flatten_weights(graph: onnx.GraphProto) -> int:
+    """Give stored right sides of MatMul two dimensions where all others are 1, in place; how many.
+
+    So that they are weights to whoever quantizes. The result is the same if the data has as many
+    dimensions, since these broadcast; elsewhere, and if anything else reads them, they stay.
+    """
+    ranks = {
+        info.name: len(info.type.tensor_type.shape.dim)
+        for info in (*graph.input, *graph.value_info, *graph.output)
+        if info.type.tensor_type.HasField("shape")
+    }
+    other = {output.name for output in graph.output}
+    least: dict[str, int] = {}
+    for node in graph.node:
+        held = node.op_type == "MatMul" and not node.domain
+        weight = node.input[1] if held else ""
+        other.update(name for name in inputs_of(node) if name != weight)
+        least[weight] = min(least.get(weight, TOTAL), ranks.get(node.input[0], 0) if held else 0)
+    found = [
+        tensor
+        for tensor in graph.initializer
+        if len(tensor.dims) > 2
+        and set(tensor.dims[:-2]) == {1}
+        and least.get(tensor.name, 0) >= len(tensor.dims)
+        and tensor.name not in other
+    ]
+    for tensor in found:
+        replace_field(tensor.dims, list(tensor.dims)[-2:])
+    return len(found)
 
 
 def fold_constants(model: onnx.ModelProto) -> str | None:

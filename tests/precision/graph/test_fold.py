@@ -250,3 +250,38 @@ def test_the_large_light_models_too(name: str) -> None:
     plan = make_plan(GraphView.of(load_model(LIGHT / f"{name}.onnx")))
     assert plan.compute_nodes == plan.int8_nodes
     assert plan.int8_nodes
+
+
+@pytest.mark.parametrize(
+    ("data", "weight", "flat"),
+    [
+        pytest.param(("N", 6, 16), (1, 16, 8), True, id="as many dimensions"),
+        pytest.param(("N", 2, 6, 16), (1, 1, 16, 8), True, id="four"),
+        pytest.param(("N", 2, 6, 16), (1, 16, 8), True, id="fewer than the data"),
+        pytest.param((6, 16), (1, 16, 8), False, id="more than the data"),
+        pytest.param(("N", 2, 6, 16), (2, 16, 8), False, id="a weight for each"),
+    ],
+)
+def test_weights_lose_leading_dimensions_of_one(
+    data: tuple[int | str, ...], weight: tuple[int, ...], flat: bool
+) -> None:
+    net = tinymodels.Net()
+    values = np.random.default_rng(0).normal(size=weight)
+    net.op("MatMul", net.input("x", data), net.const("w", values), out="y")
+    proto = net.model({"y": ("N", *["d"] * (max(len(data), len(weight)) - 1))})
+    model = model_from_proto(proto)
+    assert (list(model.proto.graph.initializer[0].dims) == [16, 8]) is flat
+    assert bool(make_plan(GraphView.of(model)).int8_nodes) is flat
+    feeds = tinymodels.feeds(proto, batch=3, seed=0)
+    found, expected = (tinymodels.run(p, feeds)["y"] for p in (model.proto, proto))
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_that_something_else_reads_keeps_its_dimensions() -> None:
+    net = tinymodels.Net()
+    w = net.const("w", np.random.default_rng(0).normal(size=(1, 16, 16)))
+    y = net.op("MatMul", net.input("x", ("N", 16, 16)), w, out="m")
+    net.op("Add", y, w, out="y")
+    model = model_from_proto(net.model({"y": ("N", 16, 16)}))
+    assert list(model.proto.graph.initializer[0].dims) == [1, 16, 16]
