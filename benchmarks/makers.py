@@ -182,7 +182,11 @@ def row_of(path: Path) -> tuple[str, ...]:
         first, *rest = str(error).splitlines()
         why = next((line for line in rest if line), first.partition(" holds ")[2])
         return path.stem, kinds, file, agreed, f"refused: {why}", "", "", "", ""
-    words = f"{words}, {len(model.plan.int8_nodes)} of {len(model.plan.compute_nodes)} int8"
+    made = Counter(model.plan.precision(n) for n in model.plan.quantized_nodes) or {"int8": 0}
+    counted = ", ".join(
+        f"{count} of {len(model.plan.compute_nodes)} {k}" for k, count in made.items()
+    )
+    words = f"{words}, {counted}"
     return path.stem, kinds, file, agreed, words, *_of_import(path, model)
 
 
@@ -196,12 +200,12 @@ def _of_import(path: Path, model: Any) -> tuple[str, str, str, str]:
     rows = rows_for(model.original.proto)
     batch = Batch(rows[0], ("0",))
     sqnr = min(error.sqnr_db for error in quantization_errors(model, [batch]).values())
-    planned, products = model.plan.int8_nodes, model.plan.compute_nodes
+    planned, products = model.plan.quantized_nodes, model.plan.compute_nodes
     with tempfile.TemporaryDirectory() as folder:
         backend = RtxBackend(compute_capabilities=["8.9"])
         info = backend.build(Candidate(model.model, model.plan, model.table), Path(folder))
         made = _counted(info.precisions[node] for node in products)
-        missed = sum(info.precisions[node] != "int8" for node in planned)
+        missed = sum(info.precisions[node] != model.plan.precision(node) for node in planned)
         kernels = made + (f", {missed} missed" if missed else "")
         exact = "the same bits" if np.isinf(sqnr) else f"{sqnr:.1f} dB"
         return exact, kernels, *_taken_out(path, model, Path(folder))
@@ -259,7 +263,7 @@ def write_table(rows: list[tuple[str, ...]]) -> None:
     total = (
         f"{len(rows)} models of {len({_tool(row[0]) for row in rows})} tools: linter and compiler "
         f"agree on {agreed}; {taken} are imported, {sum(row[5] == 'the same bits' for row in rows)}"
-        f" of them bit for bit; {built} build with every planned node in int8."
+        f" of them bit for bit; {built} build with every node as planned, in int8 or fp8."
     )
     print(total)
     _write("makers.md", "Quantized models of other tools", total, HEADER, rows)

@@ -118,7 +118,8 @@ def against_builder(
     taken = [
         row
         for row in rows
-        if row.kind != NO_ZERO_POINT and not (row.kind == UINT8 and row.node in misread)
+        if row.kind != NO_ZERO_POINT
+        and not (row.kind == UINT8 and (row.node in misread or row.node not in view.by_name))
     ]
     kinds = tuple(dict.fromkeys(row.kind for row in taken if row.kind in REFUSED_KINDS))
     wrong = {r.node: r.kind for r in taken if r.severity == ERROR and r.kind not in AS_MEANT}

@@ -275,8 +275,9 @@ def strip(path: Path, *, allow_requantize: bool = False) -> Stripped:
 
 
 def require_scales(imported: Imported) -> None:
-    """Raise ModelError, with the reason, for a model whose cache would be empty."""
-    if not imported.table.scales:
+    """Raise ModelError, with the reason, for a model whose cache would be empty, or hold nothing
+    that is still read quantized."""
+    if not imported.table.scales or not imported.table.reads:
         why = nothing_in_int8(GraphView.of(imported.model), imported.plan)
         raise ModelError(
             f"{imported.original.path}: no data in it is quantized, so a cache of its scales would "

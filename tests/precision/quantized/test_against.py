@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import tinyqat
 
+from trtune.precision.graph.view import model_from_proto
 from trtune.precision.quantized.against import Agreement, Product, against_builder
-from trtune.precision.quantized.importing import lint_model, load_quantized
+from trtune.precision.quantized.importing import import_model, lint_model, load_quantized
 
 BUILT = {"n_stem": "int8", "n_conv1": "int8", "n_conv2": "int8", "n_logits": "int8"}
 
@@ -63,3 +65,15 @@ def test_a_refusal_that_findings_expect(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_agreement(expected: str, found: str, agrees: bool) -> None:
     assert Product("n", expected, found).agrees is agrees
+
+
+def test_a_pair_that_a_repair_puts_behind_is_none_of_the_file() -> None:
+    """uint8 around 0 is read as int8, wherever the repair of a ReLU puts the pair."""
+    net = tinyqat.QatNet()
+    x = net.pair(net.qconv(net.pair(net.input("input"), 0.03), "one", 3, 16), 0.03, 0, np.uint8)
+    proto = net.head(net.qconv(net.op("Relu", x, out="relu"), "two", 16, 16), 16)
+    rows = import_model(model_from_proto(proto), allow_requantize=True).findings
+    built = {"n_one": "int8", "n_two": "fp32"}
+    found = against_builder(model_from_proto(proto), rows, refused="", precisions=built)
+    assert "uint8" in {row.kind for row in rows}
+    assert found.expected_refusal == ()

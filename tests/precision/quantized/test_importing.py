@@ -596,3 +596,13 @@ def test_the_case_of_a_conv_transpose_that_was_refused() -> None:
     feeds = dict(np.load(shared_case("convtranspose_axis0.npz")))
     assert set(found.plan.int8_nodes) == {"conv1", "up", "conv2"}
     assert_same_bits(found.original.proto, insert_quantization(found.model, found.table), feeds)
+
+
+def test_a_cache_of_scales_that_nothing_reads_is_not_written(tmp_path: Path) -> None:
+    """All pairs were left out, as nothing runs in int8 because of them."""
+    net = tinyqat.QatNet()
+    x = net.pair(net.input("input"), 0.03, 117, np.uint8)
+    net.op("Sigmoid", x, out="output")
+    onnx.save(net.model({"output": ("N", 3, 8, 8)}), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="would be empty"):
+        strip_file(tmp_path / "m.onnx", tmp_path / "f.onnx", tmp_path / "c", allow_requantize=True)
