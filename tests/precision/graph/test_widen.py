@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import onnx
 import pytest
 import tinymodels
 from onnx import TensorProto, helper, numpy_helper
+from onnx.backend.test.loader import load_model_tests
 from tinymodels import FLOAT, Net
 
 from trtune.precision.graph import widen
@@ -223,3 +225,39 @@ def test_what_stands_behind_a_cut_stays_half() -> None:
     assert again.graph.node[-1].input[0] == "m"
     assert {t.name: t.data_type for t in again.graph.initializer} == {"w": FLOAT, "k": HALF}
     assert kinds_of(again.graph)["y"] == HALF
+
+
+@pytest.mark.slow
+def test_operators_of_onnx_give_in_float32_what_they_give_in_half() -> None:
+    """ONNX's own tests of single nodes, one in ten, with their floats as halves."""
+    raised = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tests' own data overflow
+        found = [case for case in load_model_tests(kind="node") if case.model is not None]
+    for case in found[::10]:
+        proto, rows = tinymodels.in_half(case.model), case.data_sets[0][0]
+        names = [info.name for info in proto.graph.input]
+        plain = all(isinstance(row, (np.ndarray, np.generic)) for row in rows)
+        if not plain or not any(entry.domain == "" for entry in proto.opset_import):
+            continue
+        feeds = {
+            name: row.astype(np.float16) if row.dtype == np.float32 else row
+            for name, row in zip(names, rows, strict=False)
+        }
+        try:
+            exact = tinymodels.run(proto, feeds)
+        except Exception:  # no kernel for halves, or types that the operator does not take
+            continue
+        model = model_from_proto(proto, widen=True)
+        kept = {spec.name: feeds[spec.name] for spec in model.inputs}
+        values = tinymodels.run(model.proto, kept) if model.half else exact
+        raised += bool(model.half)
+        for name, value in exact.items():
+            if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+                assert values[name].dtype == value.dtype, case.name
+                assert values[name].shape == value.shape, case.name
+                a, b = np.float64(value), np.float64(values[name])
+                both = np.isfinite(a) & np.isfinite(b)
+                error = np.linalg.norm(a[both] - b[both])
+                assert error <= 1e-2 * max(np.linalg.norm(a[both]), 1e-6), case.name
+    assert raised > 20
