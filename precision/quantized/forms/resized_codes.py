@@ -1,7 +1,8 @@
-"""A Resize of codes, written as one of floats with the codes made behind it.
+"""A Resize or Pad of codes, written as one of floats with the codes made behind it.
 
-onnxruntime resizes the codes themselves. Taking nearest values and rounding commute, so floats that
-are resized and then quantized have the same codes, and what reads them stays int8.
+onnxruntime resizes the codes themselves, and pads them with the zero point. Taking nearest values,
+putting zeros around and rounding commute, so floats that are resized or padded and then quantized
+have the same codes, and what reads them stays int8.
 """
 
 from __future__ import annotations
@@ -9,7 +10,14 @@ from __future__ import annotations
 import onnx
 from onnx import helper
 
-from trtune.precision.graph.proto import FreshNames, copy_model, copy_of, names_in, replace_field
+from trtune.precision.graph.proto import (
+    FreshNames,
+    attribute,
+    copy_model,
+    copy_of,
+    names_in,
+    replace_field,
+)
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import is_move, moves_codes
 from trtune.precision.quantized.find import DEQUANTIZE, QUANTIZE
@@ -18,14 +26,14 @@ RESIZES = ("Resize", "Upsample")
 
 
 def with_floats_resized(proto: onnx.ModelProto, view: GraphView) -> onnx.ModelProto:
-    """A copy of `proto` in which floats are resized in the place of codes; `proto` itself if none
-    are, or their QuantizeLinear is not found."""
+    """A copy of `proto` in which floats are resized and padded in the place of codes; `proto`
+    itself if none are, or their QuantizeLinear is not found."""
     found = {
         node.name: quantize
         for node in view.nodes
-        if node.op_type in RESIZES and is_move(node, 0)
+        if (node.op_type in RESIZES and is_move(node, 0)) or node.op_type == "Pad"
         for quantize in [_quantize_before(view, node.input[0])]
-        if quantize is not None
+        if quantize is not None and (node.op_type != "Pad" or _with_zeros(view, node, quantize))
     }
     if not found:
         return proto
@@ -46,6 +54,8 @@ def with_floats_resized(proto: onnx.ModelProto, view: GraphView) -> onnx.ModelPr
             inputs = [node.input[0], *parameters]
             name = names.new(f"{node.name}/{DEQUANTIZE}")
             nodes.append(helper.make_node(DEQUANTIZE, inputs, [made.input[0]], name))
+        if made.op_type == "Pad" and len(made.input) > 2:
+            made.input[2] = ""  # 0
         made.output[0] = names.new(f"{output}/floats")
         name = names.new(f"{node.name}/{QUANTIZE}")
         again = helper.make_node(QUANTIZE, [made.output[0], *parameters], [output], name)
@@ -67,6 +77,22 @@ def _quantize_before(view: GraphView, codes: str) -> onnx.NodeProto | None:
             return None
         codes = node.input[0]
     return None
+
+
+def _with_zeros(view: GraphView, pad: onnx.NodeProto, quantize: onnx.NodeProto) -> bool:
+    """Whether `pad` puts the code of 0 around those of `quantize`, or codes that are there."""
+    if attribute(pad, "mode", b"constant") != b"constant":
+        return True
+    value = _code(view, pad, 2)
+    return value is not None and value == _code(view, quantize, 2)
+
+
+def _code(view: GraphView, node: onnx.NodeProto, index: int) -> int | None:
+    """The one code at an input, 0 where there is none; None if it is computed."""
+    name = node.input[index] if len(node.input) > index else ""
+    if not name:
+        return 0
+    return int(view.constant(name).reshape(-1)[0]) if view.is_constant(name) else None
 
 
 def _read(
