@@ -31,6 +31,7 @@ from trtune.precision.backends.trt.layer_table import EngineTable, is_layer_info
 from trtune.precision.graph.branches import switches
 from trtune.precision.graph.file import load_model, save_model
 from trtune.precision.graph.view import GraphView
+from trtune.precision.graph.widen import computing_in_half
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.against import Agreement, against_builder
@@ -77,7 +78,8 @@ def inspect(path: Path | str) -> Inspection:
     path = Path(path)
     model, notes = load_quantized(path)
     view = GraphView.of(model)
-    raised = model if quantized_how(view) else load_model(path, fold="none", widen=True)
+    half = not quantized_how(view) and computing_in_half(model.proto.graph)
+    raised = load_model(path, fold="none", widen=True) if half else model
     plan = make_plan(GraphView.of(raised))
     planned = {name: (a.precision, a.reason) for name, a in plan.nodes.items()}
     found = replace(inspect_model(model, planned, raised=bool(raised.half)), notes=raised.notes)
