@@ -320,13 +320,12 @@ def _examine(original: Model) -> tuple[Model, Floats, Found, tuple[Finding, ...]
     proto, converted = write_as_pairs(wide)
     model = original if proto is original.proto else renormalised(original, proto)
     rows = [*foreign_quantizers(original.proto), *halves, *converted]
-    for form in (with_clips_in_front, with_tables_dequantized):
+    for form in (with_clips_in_front, with_tables_dequantized, with_floats_resized):
         proto, told = form(model.proto, GraphView.of(model))
         model = model if proto is model.proto else renormalised(model, proto)
         rows += told
-    for place in (with_floats_resized, with_weights_in_place):
-        proto = place(model.proto, GraphView.of(model))
-        model = model if proto is model.proto else renormalised(model, proto)
+    proto = with_weights_in_place(model.proto, GraphView.of(model))
+    model = model if proto is model.proto else renormalised(model, proto)
     found = find_quantization(GraphView.of(model))
     proto, told = with_pairs_behind(model.proto, GraphView.of(model), found)
     if told:

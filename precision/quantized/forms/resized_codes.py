@@ -21,13 +21,19 @@ from trtune.precision.graph.proto import (
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import is_move, moves_codes
 from trtune.precision.quantized.find import DEQUANTIZE, QUANTIZE
+from trtune.precision.quantized.findings import EXACT, Finding, finding
 
 RESIZES = ("Resize", "Upsample")
 
 
-def with_floats_resized(proto: onnx.ModelProto, view: GraphView) -> onnx.ModelProto:
-    """A copy of `proto` in which floats are resized and padded in the place of codes; `proto`
-    itself if none are, or their QuantizeLinear is not found."""
+def with_floats_resized(
+    proto: onnx.ModelProto, view: GraphView
+) -> tuple[onnx.ModelProto, tuple[Finding, ...]]:
+    """A copy of `proto` in which floats are resized and padded in the place of codes, and what was
+    found of it; `proto` itself if none are, or their QuantizeLinear is not found.
+
+    TensorRT takes both, but for a code to pad with that is stored.
+    """
     found = {
         node.name: quantize
         for node in view.nodes
@@ -36,7 +42,18 @@ def with_floats_resized(proto: onnx.ModelProto, view: GraphView) -> onnx.ModelPr
         if quantize is not None and (node.op_type != "Pad" or _with_zeros(view, node, quantize))
     }
     if not found:
-        return proto
+        return proto, ()
+    rows = tuple(
+        finding(
+            name,
+            "computed-codes",
+            f"it pads codes with the stored code {view.by_name[name].input[2]!r}",
+            "floats padded with 0, and the codes made behind",
+            EXACT,
+        )
+        for name in found
+        if view.by_name[name].op_type == "Pad" and any(view.by_name[name].input[2:3])
+    )
     model = copy_model(proto)
     names = FreshNames(names_in(model.graph))
     nodes: list[onnx.NodeProto] = []
@@ -63,7 +80,7 @@ def with_floats_resized(proto: onnx.ModelProto, view: GraphView) -> onnx.ModelPr
         nodes += [made, again]
     replace_field(model.graph.node, _read(nodes, model.graph, {q.name for q in found.values()}))
     del model.graph.value_info[:]
-    return model
+    return model, rows
 
 
 def _quantize_before(view: GraphView, codes: str) -> onnx.NodeProto | None:

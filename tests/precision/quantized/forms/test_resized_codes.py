@@ -64,6 +64,9 @@ def padded(value: int | None, zero: int = 0, dtype: Any = np.int8) -> onnx.Model
 def test_padding_with_the_code_of_zero(proto: onnx.ModelProto) -> None:
     found = imported(proto)
     assert found.plan.is_int8("n_two")
+    told = [row.found for row in found.findings if row.kind == "computed-codes"]
+    stored = any(tensor.name == "v" for tensor in proto.graph.initializer)
+    assert told == (["it pads codes with the stored code 'v'"] if stored else [])
     again = insert_quantization(found.model, found.table)
     assert_same_bits(proto, again, tinymodels.feeds(proto, batch=2))
 
