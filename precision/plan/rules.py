@@ -65,7 +65,11 @@ def _assignment(view: GraphView, node: onnx.NodeProto, default: str, fallback: s
     against = half_refusal(view, node, floats)
     if node.op_type not in COMPUTE_OPS:
         wanted = Assignment(floats, "follows its neighbours", FOLLOWS, origin=DEFAULT)
-        return Assignment("fp32", against, FOLLOWS) if against else wanted
+        if not against:
+            return wanted
+        if not any(view.dtypes.get(t, "float32") == "float32" for t in node.output if t):
+            return Assignment("fp32", against, FOLLOWS, origin=DEFAULT)  # nothing to hold it to
+        return Assignment("fp32", against, FOLLOWS)
     if default not in QUANTIZED:
         if against:
             return Assignment("fp32", against)

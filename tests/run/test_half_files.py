@@ -13,6 +13,9 @@ import tinymodels
 import tinyproject
 from onnx import TensorProto
 
+from trtune.precision.backends.trt.weak import constrained_nodes
+from trtune.precision.graph.view import GraphView, model_from_proto
+from trtune.precision.plan.rules import make_plan
 from trtune.run.pipeline import run, run_folder
 from trtune.tools import init_config, inspect
 
@@ -64,6 +67,17 @@ def test_rtx_builds_it_with_what_is_not_int8_in_float16(tmp_path: Path) -> None:
     built = [one for one in record.variants if one.backend == "tensorrt_rtx"]
     assert {one.name: one.nodes["int8"] for one in built} == {"int8": 4, "tuned": 4}
     assert all(not one.not_honoured for one in built)
+
+
+def test_the_casts_at_its_ends_are_held_to_nothing() -> None:
+    """TensorRT refuses another output type for a Cast than the one that it casts to."""
+    proto = tinymodels.in_half(tinymodels.residual())
+    view = GraphView.of(model_from_proto(proto, widen=True))
+    first = next(node.name for node in view.nodes if node.op_type == "Conv")
+    plan = make_plan(view, fallback="fp16", pins={first: "fp32"})
+    held = constrained_nodes(plan)
+    assert first in held
+    assert not any(view.by_name[name].op_type == "Cast" for name in held)
 
 
 def test_fp32_leaves_the_file_as_it_is(tmp_path: Path) -> None:
