@@ -16,6 +16,7 @@ from trtune.precision.quantized.find import (
     Pair,
     carried_by,
     find_quantization,
+    multiplies_codes,
     reads_stray,
 )
 from trtune.precision.quantized.findings import BEYOND_INT8, ERROR, Finding
@@ -168,9 +169,8 @@ def _is_open(view: GraphView, found: Found, node: onnx.NodeProto) -> bool:
         return True
     carried = {pair.result: pair for pair in found.pairs}
     passed = set(found.passed)
-    sides = [bool(carried_by(view, t, carried, passed)) for t in node.input[:2]]
     data = node.input[0]
-    while data in view.producer and not sides[0]:
+    while data in view.producer and not carried_by(view, data, carried, passed):
         maker = view.by_name[view.producer[data]]
         scalar = [k for k, t in enumerate(maker.input) if view.is_constant(t)]
         if maker.op_type not in ("Mul", "Div") or len(scalar) != 1:
@@ -178,10 +178,9 @@ def _is_open(view: GraphView, found: Found, node: onnx.NodeProto) -> bool:
         if view.constant(maker.input[scalar[0]]).size != 1:
             break
         data = maker.input[1 - scalar[0]]
-        sides[0] = bool(carried_by(view, data, carried, passed))
-        if sides[0] and (node.name, 1) in found.weights:
+        if carried_by(view, data, carried, passed) and (node.name, 1) in found.weights:
             return True
-    return node.op_type == "MatMul" and all(sides)
+    return multiplies_codes(view, found, node)
 
 
 def feeding(view: GraphView, found: Found, name: str) -> tuple[Pair, ...]:

@@ -369,6 +369,14 @@ def reads_stray(view: GraphView, found: Found, tensor: str) -> bool:
     return False
 
 
+def multiplies_codes(view: GraphView, found: Found, node: onnx.NodeProto) -> bool:
+    """Whether a MatMul reads nothing but dequantized tensors, data or constants in any form."""
+    carried = {pair.result: pair for pair in found.pairs}
+    passed = set(found.passed)
+    sides = [carried_by(view, tensor, carried, passed) for tensor in node.input[:2]]
+    return node.op_type == "MatMul" and all(sides)
+
+
 def has_one_scale(pairs: tuple[Pair, ...]) -> bool:
     """Whether there are pairs, all with the same scale and zero point."""
     return bool(pairs) and all(

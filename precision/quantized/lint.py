@@ -17,6 +17,7 @@ from trtune.precision.quantized.find import (
     Found,
     carried_by,
     has_one_scale,
+    multiplies_codes,
     reads_stray,
 )
 from trtune.precision.quantized.findings import EXACT, Finding, finding
@@ -120,7 +121,7 @@ def _nothing(view: GraphView, found: Found) -> Iterator[Finding]:
     if not found.pairs or found.int8 or found.products or found.strays:
         return
     products = [node for node in view.nodes if node.op_type in COMPUTE_OPS]
-    if not products:
+    if not products or any(multiplies_codes(view, found, node) for node in products):
         return
     weights = sum((node.name, 1) in found.weights for node in products)
     data = len({pair.source for pair in found.of_role(ACTIVATION)})

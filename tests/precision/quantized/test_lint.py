@@ -420,3 +420,16 @@ def test_a_bias_in_int8_is_no_int32_one() -> None:
     conv = net.op("Conv", x, read, bias, out="conv", kernel_shape=[3, 3], pads=[1] * 4)
     kinds = {row.kind for row in imported(net.head(conv, 16)).findings}
     assert kinds == {"constant-pair"}
+
+
+@pytest.mark.parametrize("shape", [(10, 16), (2, 10, 16)])
+def test_a_quantized_constant_on_the_left_is_multiplied_in_int8(shape: tuple[int, ...]) -> None:
+    """TensorRT-RTX does so; the import keeps its values, in float."""
+    net = QatNet()
+    x = net.pair(net.input("input", (2, 16, 8)), 0.03)
+    net.op("MatMul", net.pair(net.weight("w", *shape), 0.01), x, out="output")
+    proto = net.model({"output": (2, 10, 8)})
+    found = imported(proto)
+    assert {row.kind for row in found.findings} == {"constant-pair"}
+    again = insert_quantization(found.model, found.table)
+    assert_same_bits(proto, again, tinymodels.feeds(proto, batch=2))
