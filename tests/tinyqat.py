@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -247,9 +247,15 @@ def imported(proto: onnx.ModelProto, **options: Any) -> Imported:
     return import_model(model_from_proto(proto), **options)
 
 
-def assert_same_bits(a: onnx.ModelProto, b: onnx.ModelProto, feeds: Mapping[str, Any]) -> None:
+def assert_same_bits(
+    a: onnx.ModelProto,
+    b: onnx.ModelProto,
+    feeds: Mapping[str, Any],
+    *,
+    levels: Sequence[str] = ("none", "all"),
+) -> None:
     """Fail unless both models give the same outputs, optimized by onnxruntime or not."""
-    for optimize in ("none", "all"):
+    for optimize in levels:
         first, second = (outputs(proto, feeds, optimize=optimize) for proto in (a, b))
         assert first.keys() == second.keys()
         for name, value in first.items():

@@ -4,7 +4,7 @@ codes through, so that the product is int8, and which not."""
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import tinymodels
 from onnx import helper
 from tinyqat import QatNet, assert_same_bits, imported
+from tinyquant import outputs
 
 from trtune.precision.backends.rtx.as_it_is import build_as_it_is
 from trtune.precision.backends.rtx.backend import RtxBackend
@@ -91,7 +92,16 @@ def test_what_reads_them_is_planned_int8_where_codes_pass(name: str) -> None:
     found = imported(proto)
     assert found.plan.is_int8("n_two") == (name in {*CODES, *BEHIND})
     again = insert_quantization(found.model, found.table, found.plan)
-    assert_same_bits(proto, again, tinymodels.feeds(found.model.proto, batch=2))
+    feeds = tinymodels.feeds(found.model.proto, batch=2)
+    misread = name == "pad that no convolution reads" and not has_one_result(proto, feeds)
+    assert_same_bits(proto, again, feeds, levels=("none",) if misread else ("none", "all"))
+
+
+def has_one_result(proto: onnx.ModelProto, feeds: Mapping[str, Any]) -> bool:
+    """Whether onnxruntime computes the same with and without its optimizations: 1.23.0 makes a Pad
+    with zeros the MaxPool's own, which pads with the least value."""
+    plain, fast = (outputs(proto, feeds, optimize=level) for level in ("none", "all"))
+    return all(np.allclose(plain[name], fast[name], atol=1e-4) for name in plain)
 
 
 def test_the_pair_in_front_of_a_resize_goes_behind() -> None:
