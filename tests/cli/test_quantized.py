@@ -11,6 +11,7 @@ import onnx
 import pytest
 import tinymodels
 import tinyqat
+from rtxparts import needs_rtx
 from typer.testing import CliRunner, Result
 
 from trtune.calibrate.cache import Cache, dump_cache, load_table, read_cache
@@ -18,10 +19,6 @@ from trtune.cli.commands import app
 from trtune.precision.backends.rtx.backend import RtxBackend
 from trtune.precision.quantized.migrate import migrate_files
 from trtune.precision.runtime.api import Candidate
-
-needs_rtx = pytest.mark.skipif(
-    find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
-)
 
 
 def invoke(*args: object, status: int = 0) -> Result:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from rtxparts import needs_rtx
 from tinyproject import BOTH, config_of, write_project
 
 from trtune.configs.errors import ConfigError
@@ -20,9 +21,6 @@ from trtune.run.pipeline import build, calibrate, compare, run, run_folder
 
 needs_no_tensorrt = pytest.mark.skipif(
     find_spec("tensorrt") is not None, reason="TensorRT is installed"
-)
-needs_rtx = pytest.mark.skipif(
-    find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
 )
 
 

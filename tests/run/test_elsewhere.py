@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tinyproject
+from rtxparts import needs_rtx
 
 import trtune
 from trtune.configs.errors import ConfigError
@@ -15,9 +15,6 @@ from trtune.configs.schema import Config
 from trtune.run.stages.elsewhere import by_backend, check_targets
 from trtune.run.work import targets_in
 
-needs_rtx = pytest.mark.skipif(
-    find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
-)
 RTX = '{name: tensorrt_rtx, compute_capabilities: ["8.6", "8.9"], apart: true}'
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from rtxparts import needs_rtx
 from tinyproject import BOTH, config_of, work_of, write_project
 
 from trtune.calibrate.table import CalibrationTable
@@ -29,9 +29,6 @@ from trtune.run.stages.engines import cpu_model
 from trtune.run.stages.latency import Speed, on_gpu
 from trtune.run.variants import finished
 
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
-)
 RTX = 'backends=[{name: onnxruntime}, {name: tensorrt_rtx, compute_capabilities: ["8.9"]}]'
 
 

@@ -3,7 +3,6 @@ codes through, so that the product is int8, and which not."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import onnx
 import pytest
 import tinymodels
 from onnx import helper
+from rtxparts import needs_rtx
 from tinyqat import QatNet, assert_same_bits, imported
 from tinyquant import outputs
 
@@ -23,9 +23,6 @@ from trtune.precision.quantized.against import against_builder
 from trtune.precision.quantized.importing import insert_quantization, lint_model, load_quantized
 from trtune.precision.runtime.api import Candidate
 
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
-)
 Put = Callable[[QatNet, str], str]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import tinymodels
+from rtxparts import needs_rtx
 from tinyqat import QatNet, assert_same_bits, channel_scales, imported
 from tinyquant import outputs
 
@@ -39,10 +39,6 @@ from trtune.precision.quantized.insert import led_by
 from trtune.precision.runtime.api import Candidate
 from trtune.precision.tune.leave_one_out import LeaveOneOut, Quantizing, Reference
 from trtune.reports.entries.pins import pin_costs
-
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
-)
 
 
 def begun() -> tuple[QatNet, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ import tinymodels
 import tinyqat
 from numpy.typing import NDArray
 from realdata import data_dir, needs_data, shared_case
+from rtxparts import needs_rtx
 from tinyqat import assert_same_bits, imported
 from tinyquant import Rows, op_counts, outputs
 
@@ -466,9 +466,6 @@ def test_the_real_tensorflow_model_needs_the_users_word() -> None:
     assert make_session(again).get_outputs()[0].shape == ["N", 1001]
 
 
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
-)
 ADA = RtxBackend(compute_capabilities=["8.9"])
 
 

@@ -3,7 +3,6 @@ makes of it. Each row says what TensorRT-RTX was seen to do with the import."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from realdata import shared_case
+from rtxparts import needs_rtx
 
 from trtune.configs.errors import ModelError
 from trtune.datasets.batches import Batch
@@ -32,10 +32,6 @@ from trtune.precision.quantized.importing import (
 )
 from trtune.precision.runtime.api import Candidate
 from trtune.tools import inspect
-
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
-)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ import tinymodels
 from onnx import helper
 from PIL import Image
 from realdata import data_dir, needs_data
+from rtxparts import needs_rtx
 from tinymodels import Net
 from tinyquant import outputs
 
@@ -37,9 +37,6 @@ from trtune.precision.runtime.api import Candidate
 from trtune.precision.runtime.engine_json import read_engine_json, reusable
 from trtune.precision.tune.scales import calibrate_model
 
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
-)
 FILES = {"engine.plan", "model.onnx", "build.log", "engine.json"}
 ADA = RtxBackend(compute_capabilities=["8.9"])
 L4, H200 = Gpu("NVIDIA L4", "8.9", "580.1"), Gpu("NVIDIA H200", "9.0", "580.1")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import tinymodels
 from realdata import data_dir, needs_data
+from rtxparts import needs_rtx
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import ConfigError
@@ -20,9 +20,6 @@ from trtune.precision.plan.plan import TUNER, PrecisionPlan
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.api import Candidate
 
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
-)
 SHARED = (
     *("resnet20_cifar10", "mobilenetv2_cifar10", "efficientnet_b0_cifar10", "vit_cifar10"),
     *("mobilenetv2_imagenet", "squeezenet1.1_imagenet", "yolox_nano_coco"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tinymodels
+from rtxparts import needs_rtx
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.precision.backends.rtx.backend import RtxBackend
@@ -21,10 +21,6 @@ from trtune.precision.plan.rules import make_plan
 from trtune.precision.prepare.affine import Affine
 from trtune.precision.runtime.api import Candidate
 from trtune.precision.tune.preparing import Move, apply_moves, extended_plan
-
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
-)
 
 KNOWN = ["conv1", "silu1", "conv2", "silu2", "conv3"]
 AROUND = {"x": ["mul_x", "silu1", "conv2"], "y": ["mul_y", "silu2", "conv3"]}

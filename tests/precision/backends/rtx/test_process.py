@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -20,6 +20,7 @@ import onnx
 import pytest
 import tinymodels
 from onnx import numpy_helper
+from rtxparts import needs_rtx
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import ModelError, TrtuneError
@@ -32,9 +33,6 @@ from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.rules import make_plan
 
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
-)
 PROFILES = {"input": {"min": [1, 3, 8, 8], "opt": [2, 3, 8, 8], "max": [4, 3, 8, 8]}}
 
 
