@@ -179,8 +179,7 @@ def held_batches(
     extents = measure(model.proto, tensors, first, external_dir=model.external_dir)
     each = max(sum(extent.bytes for extent in extents.values()), 1)
     size = batch_size(model.inputs, max(1, min(size, memory // each)))
-    batches = join(pictures, size)
-    batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
+    batches = _joined(model, pictures, size)
     count = max(1, min(len(batches), memory // (each * len(batches[0]))))
     if count < len(batches):
         log.info("%d of %d held-out batches, to stay within %d bytes", count, len(batches), memory)
@@ -189,9 +188,12 @@ def held_batches(
 
 def in_batches(model: Model, pictures: Sequence[Batch]) -> list[Batch]:
     """`pictures` in batches that the model takes; the last picture fills the last one."""
-    if not pictures:
-        return []
-    batches = join(tuple(pictures), batch_size(model.inputs, PICTURES_AT_ONCE))
+    size = batch_size(model.inputs, PICTURES_AT_ONCE)
+    return _joined(model, tuple(pictures), size) if pictures else []
+
+
+def _joined(model: Model, pictures: tuple[Batch, ...], size: int) -> list[Batch]:
+    batches = join(pictures, size)
     batches[-1] = fit_batch(batches[-1], batch_size(model.inputs, len(batches[-1])))
     return batches
 

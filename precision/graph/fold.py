@@ -112,18 +112,18 @@ def flatten_weights(graph: onnx.GraphProto) -> int:
         if info.type.tensor_type.HasField("shape")
     }
     other = {output.name for output in graph.output}
-    least: dict[str, int] = {}
+    data_ranks: dict[str, list[int]] = {}
     for node in graph.node:
-        held = node.op_type == "MatMul" and not node.domain
-        weight = node.input[1] if held else ""
+        weight = node.input[1] if node.op_type == "MatMul" and not node.domain else ""
         other.update(name for name in inputs_of(node) if name != weight)
-        least[weight] = min(least.get(weight, TOTAL), ranks.get(node.input[0], 0) if held else 0)
+        if weight:
+            data_ranks.setdefault(weight, []).append(ranks.get(node.input[0], 0))
     found = [
         tensor
         for tensor in graph.initializer
         if len(tensor.dims) > 2
         and set(tensor.dims[:-2]) == {1}
-        and least.get(tensor.name, 0) >= len(tensor.dims)
+        and min(data_ranks.get(tensor.name, [0])) >= len(tensor.dims)
         and tensor.name not in other
     ]
     for tensor in found:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, TypeProto, helper, numpy_helper
 
-from trtune.precision.graph.fold import TOTAL
+from trtune.precision.graph.fold import TOTAL, room
 from trtune.precision.graph.proto import (
     FreshNames,
     all_nodes,
@@ -131,15 +131,15 @@ def _immovable(graph: onnx.GraphProto) -> str:
             return f"{info.name!r} is a sequence of them, which no Cast takes"
     if any(t.values.data_type in HALF_KINDS for t in graph.sparse_initializer):
         return "some are sparse"
-    held = sum(tensor_bytes(t) for t in graph.initializer if not is_external(t))
+    left = room(graph)
     raised = sum(
         tensor_bytes(t) * (2 if is_external(t) else 1)
         for t in graph.initializer
         if t.data_type in HALF_KINDS
     )
-    if held + raised > TOTAL:
+    if raised > left:
         return (
-            f"in float32 its weights would have {(held + raised) / 2**30:.1f} GiB, and "
+            f"in float32 its weights would have {(TOTAL - left + raised) / 2**30:.1f} GiB, and "
             f"{TOTAL / 2**30:.1f} fit a model in memory"
         )
     return ""
@@ -196,8 +196,8 @@ def _cast_ends(graph: onnx.GraphProto) -> None:
     infos: list[onnx.ValueInfoProto] = []
     for info in (*graph.input, *graph.output):
         name, kind = info.name, _kind(info)
-        taken = name in read if info.name in inputs else True
-        if kind not in HALF_KINDS or name in renamed or not taken:
+        unread = name in inputs and name not in read
+        if kind not in HALF_KINDS or name in renamed or unread:
             continue
         renamed[name] = fresh(f"{name}/float32")
         ends = (name, renamed[name], TensorProto.FLOAT) if name in inputs else (

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.backend.test.loader import load_model_tests
 from tinymodels import FLOAT, Net
 
-from trtune.precision.graph import widen
+from trtune.precision.graph import fold, widen
 from trtune.precision.graph.cut import whole
 from trtune.precision.graph.file import load_model, model_from_proto
 from trtune.precision.graph.proto import all_tensors
@@ -195,7 +195,8 @@ def test_what_cannot_be_raised_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     model = model_from_proto(proto, widen=True)
     assert model.half == ""
     assert "left so: 'input' is bfloat16, which NumPy does not have" in model.notes[-1]
-    monkeypatch.setattr(widen, "TOTAL", 2000)
+    for module in (fold, widen):
+        monkeypatch.setattr(module, "TOTAL", 2000)
     model = model_from_proto(tinymodels.in_half(tinymodels.mlp()), widen=True)
     assert model.half == ""
     assert "in float32 its weights would have" in model.notes[-1]

@@ -13,11 +13,11 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress
 from trtune.configs.schema import Compare
 from trtune.configs.system.cluster import Cluster, chunks, job_key, kept
-from trtune.datasets.batches import Batch, batch_size, fit_batch
-from trtune.datasets.holdout import hold_out, join
+from trtune.datasets.batches import Batch
+from trtune.datasets.holdout import hold_out
 from trtune.precision.compare.alone import Alone, alone_errors
 from trtune.precision.compare.alone_half import half_alone_errors, half_nodes
-from trtune.precision.compare.batches import PICTURES_AT_ONCE, held_batches
+from trtune.precision.compare.batches import held_batches, in_batches
 from trtune.precision.compare.by_node import accumulated_errors, engine_errors
 from trtune.precision.compare.gate import gate_errors, model_gate
 from trtune.precision.compare.sample import LARGEST_SAMPLE, placement_of, sampled
@@ -218,14 +218,11 @@ def errors_alone(
             )
     halves = [name for name in asked if not plan.is_quantized(name)]
     if halves:
-        size = batch_size(model.inputs, PICTURES_AT_ONCE)
-        batches = [
-            fit_batch(batch, batch_size(model.inputs, len(batch))) for batch in join(pictures, size)
-        ]
         left = until - time.monotonic()
         found |= half_alone_errors(
-            model, view, plan, batches, nodes=halves, seconds=left, device=device, progress=progress
-        )
+            model, view, plan, in_batches(model, pictures),
+            nodes=halves, seconds=left, device=device, progress=progress,
+        )  # fmt: skip
     return found
 
 
