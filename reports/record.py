@@ -34,6 +34,32 @@ class Latency(_Value):
     note: str = ""
 
 
+class Speedup(_Value):
+    """How many times as fast as FP32: the median over `turns` that both took one after the other.
+
+    `low` and `high` hold it with 95 % confidence; null where there were too few turns to say.
+    """
+
+    median: float
+    low: float | None = None
+    high: float | None = None
+    turns: int = 0
+
+
+class Shipped(_Value):
+    """Which model is the one to deploy on a backend, as measured on the machine of the run.
+
+    `model` is `quantized` (as planned), `partly` (the layers in `floats` are left in FP32, because
+    they take longer in INT8 with what they need around them) or `fp32`, and `path` its file.
+    `speedups` has each of them that was timed.
+    """
+
+    model: Literal["quantized", "partly", "fp32"]
+    path: str
+    floats: list[str] = Field(default_factory=list)
+    speedups: dict[str, Speedup] = Field(default_factory=dict)
+
+
 class Baseline(_Value):
     """The FP32 model's value of the target metric. For sqnr_db and cosine there is none: null.
 
@@ -97,6 +123,7 @@ class Variant(_Value):
     `command` builds the same engine with NVIDIA's tool, `notes` is what the backend has to say.
     `lints` are what the engine's own account says against it, `explained` what its build log does.
     `engines` are those for other GPUs: type or compute capability, and the file in the run.
+    `shipped` says which model is the one to deploy, where that was decided by time.
     """
 
     name: str
@@ -131,6 +158,7 @@ class Variant(_Value):
     lints: list[EngineFinding] = Field(default_factory=list)
     explained: list[str] = Field(default_factory=list)
     engines: dict[str, str] = Field(default_factory=dict)
+    shipped: Shipped | None = None
 
 
 class TuningStep(_Value):

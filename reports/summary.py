@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from trtune.reports.latency import is_open, turns_text
 from trtune.reports.record import ORIGINAL, RunRecord, Variant
 
 DASH = "—"
@@ -400,13 +401,27 @@ def _slower(record: RunRecord) -> list[str]:
     found = []
     for backend, variant in last.items():
         faster, fp32 = speedup(record, variant), find_variant(record, "fp32", backend)
-        if faster is None or round(faster, 2) >= 1 or fp32 is None:
+        if faster is None or fp32 is None:
             continue
         ours, theirs = (f"{v.latency_ms.median:.3g} ms" for v in (variant, fp32) if v.latency_ms)
-        found.append(
-            f"{_title(variant)} does not pay on {backend} on this machine: {ours} against {theirs} "
-            "in FP32, so the FP32 model is the one to ship there."
-        )
+        name, times = _title(variant), f"{ours} against {theirs} in FP32"
+        shipped = variant.shipped
+        if shipped is not None and shipped.model == "fp32":
+            found.append(
+                f"{name} does not pay on {backend} on this machine: {times}"
+                f"{turns_text(shipped.speedups.get('quantized'))}. So the model to ship there is "
+                f"FP32, in {shipped.path}; the quantized one is {variant.path}."
+            )
+        elif round(faster, 2) < 1 and is_open(shipped):
+            found.append(
+                f"{name} is no faster than FP32 on {backend} on this machine: {times}"
+                f"{turns_text(shipped.speedups.get(shipped.model) if shipped else None)}."
+            )
+        elif round(faster, 2) < 1:
+            found.append(
+                f"{name} does not pay on {backend} on this machine: {times}, so the FP32 model is "
+                "the one to ship there."
+            )
     return found
 
 

@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from trtune.reports.latency import BURST, measure_latency, measure_together, summarise
+from trtune.reports.latency import (
+    BURST,
+    measure_latency,
+    measure_together,
+    speedup_of,
+    summarise,
+)
+from trtune.reports.record import Speedup
 
 
 @pytest.mark.parametrize(
@@ -49,3 +56,30 @@ def test_candidates_take_turns_in_a_shifting_order() -> None:
     assert turns == ["a", "b", "c", "b", "c", "a"]
     assert {name: latency.runs for name, latency in measured.items()} == dict.fromkeys("abc", 10)
     assert steps == [("latency", BURST, 2 * BURST), ("latency", 2 * BURST, 2 * BURST)]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "low", "high"),
+    [
+        pytest.param([0.9, 0.8, 1.0, 1.1, 0.7], None, None, id="five turns bound nothing"),
+        pytest.param([0.9, 0.8, 1.0, 1.1, 0.7, 1.2], 0.7, 1.2, id="six: from first to last"),
+        pytest.param([0.1 * k for k in range(1, 11)], 0.2, 0.9, id="ten: but for one at each end"),
+    ],
+)
+def test_a_speed_up_is_bounded_by_the_sign_test(
+    ratios: list[float], low: float | None, high: float | None
+) -> None:
+    found = speedup_of([[1.0, 1.0, 9.0]] * len(ratios), [[r, r, r] for r in ratios])
+    assert found is not None
+    assert found.median == pytest.approx(sum(sorted(ratios)[(len(ratios) - 1) // 2 :][:1]
+        + sorted(ratios)[len(ratios) // 2 :][:1]) / 2)  # fmt: skip
+    assert (found.low, found.high) == (
+        low and pytest.approx(low),
+        high and pytest.approx(high),
+    )
+    assert found.turns == len(ratios)
+
+
+def test_without_turns_there_is_no_speed_up() -> None:
+    assert speedup_of([], []) is None
+    assert speedup_of([[1.0]], [[1.5]]) == Speedup(median=1.5, turns=1)

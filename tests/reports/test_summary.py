@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import pytest
 
@@ -10,6 +11,8 @@ from trtune.reports.record import (
     DominantPicture,
     Latency,
     RunRecord,
+    Shipped,
+    Speedup,
     Variant,
 )
 from trtune.reports.summary import (
@@ -224,6 +227,48 @@ def test_the_verdict_says_where_int8_is_slower_than_fp32(median: float, told: bo
     said = "does not pay on onnxruntime/deploy on this machine: 12.5 ms against 10 ms in FP32"
     assert (said in found) is told
     assert "emulate" not in found
+
+
+@pytest.mark.parametrize(
+    ("model", "speedup", "said"),
+    [
+        pytest.param(
+            "fp32",
+            Speedup(median=0.8, low=0.78, high=0.83, turns=10),
+            "INT8 does not pay on onnxruntime/deploy on this machine: 12.5 ms against 10 ms in "
+            "FP32 (0.78 to 0.83 times as fast in 10 turns, with 95 % confidence). So the model to "
+            "ship there is FP32, in d/model.onnx; the quantized one is d/quantized/model.onnx.",
+            id="slower",
+        ),
+        pytest.param(
+            "quantized",
+            Speedup(median=0.98, low=0.78, high=1.01, turns=10),
+            "INT8 is no faster than FP32 on onnxruntime/deploy on this machine: 12.5 ms against "
+            "10 ms in FP32 (0.78 to 1.01 times as fast in 10 turns, with 95 % confidence).",
+            id="open",
+        ),
+        pytest.param(
+            "quantized",
+            Speedup(median=0.8, turns=2),
+            "INT8 does not pay on onnxruntime/deploy on this machine: 12.5 ms against 10 ms in "
+            "FP32, so the FP32 model is the one to ship there.",
+            id="too few turns",
+        ),
+    ],
+)
+def test_the_verdict_says_what_was_shipped_and_what_that_rests_on(
+    model: Literal["quantized", "fp32"], speedup: Speedup, said: str
+) -> None:
+    def variant(name: str, median: float, **more: Any) -> Variant:
+        latency = Latency(median=median, p95=median, runs=50, batch=1)
+        nodes, backend = {"int8": 3}, "onnxruntime/deploy"
+        return Variant(
+            name=name, backend=backend, value=0.5, latency_ms=latency, nodes=nodes, **more
+        )
+
+    shipped = Shipped(model=model, path="d/model.onnx", speedups={"quantized": speedup})
+    tuned = variant("tuned", 12.5, shipped=shipped, path="d/quantized/model.onnx")
+    assert said in verdict(make(variant("fp32", 10.0), tuned))
 
 
 def test_the_headline_says_how_much_faster_where_that_is_known() -> None:

@@ -25,8 +25,8 @@ from trtune.reports.record import Latency
 from trtune.reports.tables import read_layers
 from trtune.run.backends import Backends
 from trtune.run.pipeline import run
+from trtune.run.speed.latency import Speed, on_gpu
 from trtune.run.stages.engines import cpu_model
-from trtune.run.stages.latency import Speed, on_gpu
 from trtune.run.variants import finished
 
 RTX = 'backends=[{name: onnxruntime}, {name: tensorrt_rtx, compute_capabilities: ["8.9"]}]'

@@ -33,13 +33,24 @@ def compared(work: RunWork) -> Measured:
 
 
 def layer_rows(
-    work: RunWork, plan: PrecisionPlan, times: Mapping[str, float] | None = None
+    work: RunWork,
+    plan: PrecisionPlan,
+    times: Mapping[str, float] | None = None,
+    accounts: Mapping[str, dict[str, str]] | None = None,
 ) -> list[LayerRow]:
-    """One row a node, in graph order: what it is, what `plan` gives it, and its errors."""
+    """One row a node, in graph order: what it is, what `plan` gives it, and its errors.
+
+    `accounts` has what each node runs in by backend; without, what was built tells it.
+    """
     found = compared(work)
     runtime, how = _of_runtime(work, plan)
     measured = Measured(
-        found.accumulated, found.alone, runtime, how, runtime_account(work, plan), times or {}
+        found.accumulated,
+        found.alone,
+        runtime,
+        how,
+        runtime_account(work, plan) if accounts is None else accounts,
+        times or {},
     )
     table = work.calibrated.table if work.untuned.quantized_nodes else None
     return rows_of(work.subject.view, plan, work.untuned, table, measured)

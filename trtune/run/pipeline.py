@@ -47,8 +47,9 @@ from trtune.run.comparing import compared, layer_rows
 from trtune.run.data import RunData
 from trtune.run.naming import run_folder
 from trtune.run.record import Started, run_record
+from trtune.run.speed.shipping import engine_to_deploy
 from trtune.run.stages.elsewhere import check_targets
-from trtune.run.stages.engines import engine_of
+from trtune.run.stages.engines import TUNED, is_emulation
 from trtune.run.stages.layers import gated
 from trtune.run.stages.measuring import baseline
 from trtune.run.tuning import threshold_of, tuned, tuning
@@ -212,7 +213,12 @@ def _whole(
         enter(progress, MEASURE)
         done = finished(work, best.plan)
         times = {node: ms for one in done for node, ms in one.speed.nodes.items()}
-        rows = layer_rows(work, best.plan, times)
+        accounts = {
+            one.backend.name: dict(one.infos[TUNED].precisions)
+            for one in done
+            if not is_emulation(one.backend)
+        }
+        rows = layer_rows(work, best.plan, times, accounts)
         engines = engines_elsewhere(work, best.plan)
         variants, lines = make_variants(work, done, engines), keep_outputs(work, done)
         record = run_record(work, best, variants, told, polygraphy=lines)
@@ -241,7 +247,8 @@ def build(
 ) -> list[BuildInfo]:
     """Build the engine of every backend, or of those called `backend` (name or label).
 
-    The tuned plan if tuning was done for exactly this model, table and pins, else the untuned one.
+    The tuned plan if tuning was done for exactly this model, table and pins, else the untuned one;
+    on a CPU FP32, if a run found on this machine that INT8 is slower.
     Those that this machine has not are left out, which the log says.
 
     >>> [info.path for info in build(load_config("mobilenet.yaml"))]     # doctest: +SKIP
@@ -251,12 +258,9 @@ def build(
         held = work.setup.config.precision.target is not None and work.workspace.holds(stage)
         plan = work.workspace.get(stage).plan if held else work.untuned
         write_text(work.folder / "plan.json", plan.to_json())
-        candidate = work.candidate(plan)
         if backend is None:
             engines_elsewhere(work, plan)
-        return [
-            work.workspace.get(engine_of(candidate, b, "", progress)) for b in work.runtimes.alive
-        ]
+        return [engine_to_deploy(work, b, plan) for b in work.runtimes.alive]
 
 
 def compare(

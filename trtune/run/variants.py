@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.plan.float8 import FP8
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.quantized.describe import nothing_in_int8
@@ -23,8 +21,10 @@ from trtune.reports.entries.variants import (
     own_calibration,
     top1_of,
 )
-from trtune.reports.record import ORIGINAL, Closeness, Variant
+from trtune.reports.record import ORIGINAL, Closeness, Shipped, Variant
 from trtune.run.backends import BackendFailed, watched
+from trtune.run.speed.latency import Speed
+from trtune.run.speed.shipping import Engines, engines_of
 from trtune.run.stages.elsewhere import build_engines, by_backend
 from trtune.run.stages.engines import (
     FP32,
@@ -33,9 +33,7 @@ from trtune.run.stages.engines import (
     engine_folder,
     engine_of,
     is_emulation,
-    label,
 )
-from trtune.run.stages.latency import Speed, speed
 from trtune.run.stages.layers import engine_gated
 from trtune.run.stages.measuring import as_it_stands, baseline, evaluation
 from trtune.run.stages.outputs import Final, kept_outputs, polygraphy_lines
@@ -48,18 +46,31 @@ EMULATION_NOTE = "emulation of TensorRT's arithmetic: its CPU time says nothing 
 
 @dataclass(frozen=True, slots=True)
 class OnBackend:
-    """What came of one backend: its engines by variant, what they are worth, how fast they are."""
+    """What came of one backend: its engines by variant, and what they are worth."""
 
     backend: Backend
-    candidates: Mapping[str, Candidate]
-    infos: Mapping[str, BuildInfo]
+    engines: Engines
     values: Mapping[str, Evaluation] = field(default_factory=dict)
-    speed: Speed = field(default_factory=Speed)
 
     @property
     def runs(self) -> bool:
         """Whether it ran here, or was only built."""
         return bool(self.values)
+
+    @property
+    def candidates(self) -> Mapping[str, Candidate]:
+        """What was built, by variant."""
+        return self.engines.candidates
+
+    @property
+    def infos(self) -> Mapping[str, BuildInfo]:
+        """What building it gave, by variant."""
+        return self.engines.infos
+
+    @property
+    def speed(self) -> Speed:
+        """How fast it is."""
+        return self.engines.speed
 
 
 def gate_engines(work: RunWork) -> None:
@@ -94,37 +105,16 @@ def finished(work: RunWork, tuned: PrecisionPlan) -> list[OnBackend]:
 
 
 def _finish(work: RunWork, backend: Backend, tuned: PrecisionPlan) -> OnBackend:
-    setup, ws = work.setup, work.workspace
-    runs = not backend.obstacle()
-    plans = {UNTUNED: work.untuned, TUNED: tuned}
-    if runs and not isinstance(backend, OnnxruntimeBackend):
-        plans = {FP32: fp32_plan(setup.subject), **plans}
-    changed = tuned.decisions != work.untuned.decisions
-    below = {FP32: FP32, UNTUNED: UNTUNED if changed else "", TUNED: ""}
-    if not changed:  # what an earlier run, on other data, had to tune
-        ws.drop(f"engine-{label(backend)}-{UNTUNED}")
-        shutil.rmtree(engine_folder(work.folder, backend, UNTUNED), ignore_errors=True)
-    candidates = {name: work.candidate(plan) for name, plan in plans.items()}
-    infos = {
-        name: ws.get(engine_of(candidate, backend, below[name], setup.progress))
-        for name, candidate in candidates.items()
-    }
-    if not runs:
-        return OnBackend(backend, candidates, infos)
-    times = Speed()
-    section = setup.config.report.latency
-    if section is not None and not is_emulation(backend):
-        times = ws.get(
-            speed(
-                setup.subject, backend, candidates, infos, setup.evaluation, section, setup.progress
-            )
-        )
+    engines = engines_of(work, backend, tuned)
+    if backend.obstacle():
+        return OnBackend(backend, engines)
+    ws = work.workspace
     fp32 = ws.get(baseline(work.bench))
-    values = {}
-    for name, candidate in candidates.items():
-        folder = engine_folder(work.folder, backend, below[name])
-        values[name] = ws.get(evaluation(work.bench, candidate, backend, fp32, built=folder))
-    return OnBackend(backend, candidates, infos, values, times)
+    values = {
+        name: ws.get(evaluation(work.bench, candidate, backend, fp32, built=engines.folders[name]))
+        for name, candidate in engines.candidates.items()
+    }
+    return OnBackend(backend, engines, values)
 
 
 def keep_outputs(work: RunWork, done: Sequence[OnBackend]) -> list[str]:
@@ -206,7 +196,7 @@ def _of_backend(work: RunWork, one: OnBackend) -> list[Variant]:
 
 def _users_model(work: RunWork, one: OnBackend, fp32: Evaluation) -> Variant:
     value = None if work.bench.metric.is_fidelity else fp32.value
-    path = Path(work.setup.config.model.path)
+    path, exact = Path(work.setup.config.model.path), one.engines.exact
     return Variant(
         name=FP32,
         backend=one.backend.name,
@@ -217,7 +207,7 @@ def _users_model(work: RunWork, one: OnBackend, fp32: Evaluation) -> Variant:
         latency_note=EMULATION_NOTE if is_emulation(one.backend) else None,
         size_bytes=fp32_bytes(work.setup.subject.model, path),
         nodes={"int8": 0, "fp16": 0, "fp32": len(work.untuned.compute_nodes)},
-        path=path.name,
+        path=path.name if exact is None else place_in(work, exact),
     )
 
 
@@ -256,12 +246,28 @@ def _variant(work: RunWork, one: OnBackend, fp32: Evaluation, name: str) -> Vari
         moved=[node for node in plan.pinned if plan.precision(node) == FP8],
         pins=pin_costs(work.subject.view, plan),
         not_honoured=list(info.not_honoured),
-        path=info.path.relative_to(work.folder).as_posix() if info.path else None,
+        path=place_in(work, info),
         reason=info.reason or None,
         command=info.details.get("command"),
         lints=info.details.get("lints", []),
         explained=info.details.get("explained", []),
         notes=[*info.details.get("notes", ()), *own_calibration(info.details.get("calibration"))],
+        shipped=_shipped(work, one.engines) if name == TUNED else None,
+    )
+
+
+def place_in(work: RunWork, info: BuildInfo) -> str | None:
+    """The engine's file, seen from the run's folder."""
+    return info.path.relative_to(work.folder).as_posix() if info.path else None
+
+
+def _shipped(work: RunWork, engines: Engines) -> Shipped | None:
+    """Which model is the one to deploy, if that was decided by time."""
+    choice, path = engines.choice, place_in(work, engines.to_deploy)
+    if not choice.speedups or path is None:
+        return None
+    return Shipped(
+        model=choice.model, path=path, floats=list(choice.floats), speedups=dict(choice.speedups)
     )
 
 

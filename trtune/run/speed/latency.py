@@ -22,8 +22,8 @@ from trtune.precision.graph.view import GraphView
 from trtune.precision.runtime.api import Backend, BuildInfo, Candidate
 from trtune.precision.runtime.engine_json import device_name
 from trtune.precision.runtime.session import OrtEngine
-from trtune.reports.latency import measure_together
-from trtune.reports.record import Latency
+from trtune.reports.latency import Turns, in_all, measure_turns, speedup_of
+from trtune.reports.record import Latency, Speedup
 from trtune.run.data import RunData, fixed_batch
 from trtune.run.stage import Stage, as_json
 from trtune.run.stages.engines import FP32, TUNED, cpu_model, engine_needs, label
@@ -46,18 +46,34 @@ class TimesItself(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Latency of each model, and milliseconds of the tuned one's nodes where an engine tells."""
+    """Latency of each model, and milliseconds of the tuned one's nodes where an engine tells.
+
+    `speedups` compares models with FP32 turn by turn, where they took turns.
+    """
 
     models: Mapping[str, Latency] = field(default_factory=dict)
     nodes: Mapping[str, float] = field(default_factory=dict)
+    speedups: Mapping[str, Speedup] = field(default_factory=dict)
+
+    @classmethod
+    def of_turns(cls, turns: Turns, *, batch: int) -> Speed:
+        """The speed of what took `turns`, FP32 among them."""
+        models = {name: in_all(found, batch=batch) for name, found in turns.items()}
+        over = {n: speedup_of(t, turns[FP32]) for n, t in turns.items() if FP32 in turns}
+        return cls(models, {}, {n: found for n, found in over.items() if found and n != FP32})
 
 
 SPEED = as_json(
     lambda speed: {
         "models": {name: found.model_dump() for name, found in speed.models.items()},
         "nodes": dict(speed.nodes),
+        "speedups": {name: found.model_dump() for name, found in speed.speedups.items()},
     },
-    lambda value: Speed({n: Latency(**v) for n, v in value["models"].items()}, value["nodes"]),
+    lambda value: Speed(
+        {n: Latency(**v) for n, v in value["models"].items()},
+        value["nodes"],
+        {n: Speedup(**v) for n, v in value["speedups"].items()},
+    ),
 )
 
 
@@ -65,7 +81,7 @@ def speed(
     subject: Subject,
     backend: Backend,
     candidates: Mapping[str, Candidate],
-    infos: Mapping[str, BuildInfo],
+    infos: Callable[[], Mapping[str, BuildInfo]],
     data: RunData,
     section: Section,
     progress: Progress,
@@ -73,16 +89,40 @@ def speed(
     """Latency of the engines of `candidates`, which `infos` tell of; of onnxruntime FP32 too."""
 
     def make(folder: Path) -> Speed:
-        return _measured(subject, backend, infos, data, section, progress)
+        return _measured(subject, backend, infos(), data, section, progress)
 
-    needs: dict[str, Any] = {
+    needs = timing_needs(backend, section)
+    for name, candidate in candidates.items():
+        needs[f"engine {name}"] = engine_needs(candidate, backend)
+    return Stage(f"latency-{label(backend)}", needs, make, SPEED)
+
+
+def timing_needs(backend: Backend, section: Section) -> dict[str, Any]:
+    """What decides times beside the engine: how they are measured, and on which processor."""
+    return {
         "report.latency": section,
         "threads": getattr(backend, "threads", None),
         "device": [device_name(), cpu_model()],
     }
-    for name, candidate in candidates.items():
-        needs[f"engine {name}"] = engine_needs(candidate, backend)
-    return Stage(f"latency-{label(backend)}", needs, make, SPEED)
+
+
+def timed_batch(
+    subject: Subject, data: RunData, section: Section
+) -> tuple[int, Mapping[str, NDArray[Any]]]:
+    """How many samples an inference has that is timed, and these samples."""
+    size = fixed_batch(subject.model) or section.batch
+    return size, repeat_to(first_batch(data.source, data.where), size)
+
+
+def take_turns(
+    engines: Mapping[str, OrtEngine],
+    feeds: Mapping[str, NDArray[Any]],
+    section: Section,
+    progress: Progress,
+) -> Turns:
+    """The seconds that each of `engines` takes for `feeds`, one beside the other."""
+    calls = {name: _call(engine, feeds) for name, engine in engines.items()}
+    return measure_turns(calls, warmup=section.warmup, runs=section.runs, progress=progress)
 
 
 def _measured(
@@ -94,8 +134,7 @@ def _measured(
     progress: Progress,
 ) -> Speed:
     """Measured in turn, so that what else the machine does hits all alike; on a GPU by events."""
-    size = fixed_batch(subject.model) or section.batch
-    feeds = repeat_to(first_batch(data.source, data.where), size)
+    size, feeds = timed_batch(subject, data, section)
     with ExitStack() as stack:
         engines: dict[str, Any] = {}
         if isinstance(backend, OnnxruntimeBackend):
@@ -111,14 +150,8 @@ def _measured(
             }
             models = {name: on_gpu(each, batch=size) for name, each in times.items()}
             return Speed(models, _node_times(subject.view, infos[TUNED], engines[TUNED], feeds))
-        found = measure_together(
-            {name: _call(engine, feeds) for name, engine in engines.items()},
-            warmup=section.warmup,
-            runs=section.runs,
-            batch=size,
-            progress=progress,
-        )
-        return Speed(found)
+        turns = take_turns(engines, feeds, section, progress)
+        return Speed.of_turns(turns, batch=size)
 
 
 def _node_times(

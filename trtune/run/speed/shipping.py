@@ -1,0 +1,140 @@
+"""The engines of a backend at their places in a run, once it is known which one is to be deployed.
+
+What stands in the backend's folder itself is what to deploy. Where INT8 does not pay on this
+machine that is the FP32 model, and the quantized one stands in `quantized/` below.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from trtune.precision.backends.ort.backend import OnnxruntimeBackend
+from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.runtime.api import Backend, BuildInfo, Candidate
+from trtune.run.speed.choice import FLOAT_MODEL, INTEGER_MODEL, Deployment, by_speed
+from trtune.run.speed.latency import Speed, speed
+from trtune.run.stage import Stage
+from trtune.run.stages.engines import (
+    FP32,
+    TUNED,
+    UNTUNED,
+    engine_folder,
+    engine_of,
+    is_emulation,
+    label,
+)
+from trtune.run.subject import fp32_plan
+from trtune.run.work import RunWork
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """The engines of one backend by variant, where they stand, and how fast they are.
+
+    `exact` is the FP32 model where that is the one to deploy, `choice` how that was found.
+    """
+
+    candidates: Mapping[str, Candidate]
+    folders: Mapping[str, Path]
+    infos: Mapping[str, BuildInfo]
+    speed: Speed = field(default_factory=Speed)
+    choice: Deployment = field(default_factory=Deployment)
+    exact: BuildInfo | None = None
+
+    @property
+    def to_deploy(self) -> BuildInfo:
+        """What stands in the backend's own folder."""
+        return self.exact or self.infos[TUNED]
+
+
+def engines_of(work: RunWork, backend: Backend, tuned: PrecisionPlan) -> Engines:
+    """Build the engines of the untuned and the `tuned` plan, time them, and put them in place."""
+    wanted = _wanted(work, backend, tuned)
+    timed = _timing(work, backend, wanted)
+    if timed is None:
+        return _in_place(work, backend, wanted, Speed(), Deployment())
+    found = work.workspace.get(timed)
+    return _in_place(work, backend, wanted, found, _choice(backend, wanted, found))
+
+
+def engine_to_deploy(work: RunWork, backend: Backend, plan: PrecisionPlan) -> BuildInfo:
+    """The engine of `plan`, or of what an earlier measurement on this machine chose instead."""
+    wanted = _wanted(work, backend, plan)
+    timed = _timing(work, backend, wanted)
+    if timed is None or not work.workspace.holds(timed):
+        return work.workspace.get(engine_of(wanted[TUNED], backend, "", work.setup.progress))
+    found = work.workspace.get(timed)
+    return _in_place(work, backend, wanted, found, _choice(backend, wanted, found)).to_deploy
+
+
+def _wanted(work: RunWork, backend: Backend, tuned: PrecisionPlan) -> dict[str, Candidate]:
+    """What is built: on other runtimes than onnxruntime FP32 too."""
+    plans = {UNTUNED: work.untuned, TUNED: tuned}
+    if not backend.obstacle() and not isinstance(backend, OnnxruntimeBackend):
+        plans = {FP32: fp32_plan(work.setup.subject), **plans}
+    return {name: work.candidate(plan) for name, plan in plans.items()}
+
+
+def _timing(
+    work: RunWork, backend: Backend, candidates: Mapping[str, Candidate]
+) -> Stage[Speed] | None:
+    """What measures their latency; None if that is not wanted, or cannot be."""
+    setup = work.setup
+    section = setup.config.report.latency
+    if section is None or backend.obstacle() or is_emulation(backend):
+        return None
+    built = partial(_built, work, backend, candidates, places(candidates, Deployment()))
+    return speed(
+        setup.subject, backend, candidates, built, setup.evaluation, section, setup.progress
+    )
+
+
+def _choice(backend: Backend, candidates: Mapping[str, Candidate], found: Speed) -> Deployment:
+    """Only on a CPU is INT8 ever in doubt, and the user's own model an engine."""
+    if not isinstance(backend, OnnxruntimeBackend) or not candidates[TUNED].plan.quantized_nodes:
+        return Deployment()
+    return by_speed(found)
+
+
+def places(candidates: Mapping[str, Candidate], choice: Deployment) -> dict[str, str]:
+    """Below which folder of the backend's each variant stands; empty for the folder itself."""
+    changed = candidates[TUNED].plan.decisions != candidates[UNTUNED].plan.decisions
+    tuned = INTEGER_MODEL if choice.model == FLOAT_MODEL else ""
+    return {FP32: FP32, UNTUNED: UNTUNED if changed else tuned, TUNED: tuned}
+
+
+def _built(
+    work: RunWork,
+    backend: Backend,
+    candidates: Mapping[str, Candidate],
+    below: Mapping[str, str],
+) -> dict[str, BuildInfo]:
+    """The engines of `candidates` at their places; what stands at places of none is taken away."""
+    for place in {UNTUNED, INTEGER_MODEL} - {below[name] for name in candidates}:
+        work.workspace.drop(f"engine-{label(backend)}-{place}")  # of an earlier run, on other data
+        shutil.rmtree(engine_folder(work.folder, backend, place), ignore_errors=True)
+    return {
+        name: work.workspace.get(engine_of(candidate, backend, below[name], work.setup.progress))
+        for name, candidate in candidates.items()
+    }
+
+
+def _in_place(
+    work: RunWork,
+    backend: Backend,
+    candidates: Mapping[str, Candidate],
+    found: Speed,
+    choice: Deployment,
+) -> Engines:
+    below = places(candidates, choice)
+    infos = _built(work, backend, candidates, below)
+    exact = None
+    if choice.model == FLOAT_MODEL:
+        candidate = work.candidate(fp32_plan(work.setup.subject))
+        exact = work.workspace.get(engine_of(candidate, backend, "", work.setup.progress))
+    folders = {name: engine_folder(work.folder, backend, below[name]) for name in candidates}
+    return Engines(candidates, folders, infos, found, choice, exact)
