@@ -148,7 +148,10 @@ def held_reference(
     network = quantizing.network(plan)
     within = GraphView.of(network)
     read, exact = read_quantized(quantizing.view, within, plan)
-    held = held_batches(network, within, Placement(read, {}), pictures, memory=memory, also=exact)
+    held = held_batches(
+        network, within, Placement(read, {}), pictures,
+        memory=memory, also=exact, device=quantizing.device,
+    )  # fmt: skip
     floats = plan.pin(plan.quantized_nodes, "fp32", "", origin=TUNER)
     return Reference.of(quantizing.model_for(floats), held, device=quantizing.device)
 

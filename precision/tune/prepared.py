@@ -262,7 +262,9 @@ def _variants(
         axes = {tensor: axis for tensor, axis in every.items() if tensor not in job.leave}
         reach = reaches(model, axes, seen, device=job.device, progress=job.progress)
         job.progress(RUN_HELD, 0, None)
-        batches = held_batches(model, view, placement, tuple(chosen_on), memory=job.memory)
+        batches = held_batches(
+            model, view, placement, tuple(chosen_on), memory=job.memory, device=job.device
+        )
         alone = Alone(model, view, placement, batches, device=job.device)
         chooser = Chooser(alone, view, placement, table, reach, axes, job.kinds)
     moves: list[Move] = []
@@ -340,7 +342,7 @@ class _Judged:
     def __init__(self, model: Model, pictures: Sequence[Batch], device: str) -> None:
         self._model, self._device = model, device
         self._names = [output.name for output in model.outputs]
-        self._batches = in_batches(model, pictures)
+        self._batches = in_batches(model, pictures, device=device)
         references = exact_outputs(model, self._batches, device=device)
         sizes = [len(batch) for batch in self._batches]
         self._judge = Judge(references, sizes, counted_outputs(model))

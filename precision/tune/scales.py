@@ -219,7 +219,9 @@ def calibrate_model(
     search = time.perf_counter()
     if held:
         progress(RUN_HELD, 0, None)
-    batches = held_batches(model, view, placement, held, memory=memory) if held else []
+    batches = (
+        held_batches(model, view, placement, held, memory=memory, device=device) if held else []
+    )
     counted = _Counted(
         model, view, plan, roots, found.histograms, batches, method, percentile, device, progress
     )
@@ -285,7 +287,8 @@ def _choices(
     return auto_ranges(
         counted.model, counted.view, counted.plan, placement, counted.roots, counted.held,
         counted.histograms,
-        others=in_batches(counted.model, others), device=counted.device, progress=counted.progress,
+        others=in_batches(counted.model, others, device=counted.device), device=counted.device,
+        progress=counted.progress,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tinyquant import Rows, inner_values
 from trtune.datasets.batches import Batch
 from trtune.datasets.holdout import hold_out
 from trtune.precision.compare.alone import Alone, held_tensors
-from trtune.precision.compare.batches import chunked, culprit, held_batches, limited
+from trtune.precision.compare.batches import chunked, culprit, held_batches, in_batches, limited
 from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.rules import make_plan
@@ -71,6 +71,20 @@ def held_by(proto: onnx.ModelProto, count: int, memory: int) -> Alone:
     rows = hold_out(many(proto, 4 * count), count)
     held = held_batches(model, view, placement, rows, memory=memory)
     return Alone(model, view, placement, held)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, [3]), (5, [5]), (11, [5, 5]), (24, [4] * 6)])
+def test_on_a_gpu_batches_are_of_one_size(count: int, expected: list[int]) -> None:
+    proto = tinymodels.silu_se()
+    model = model_from_proto(proto)
+    view = GraphView.of(model)
+    rows = hold_out(many(proto, 4 * count), count)
+    placement = place(view, make_plan(view))
+    held = held_batches(model, view, placement, rows, memory=1 << 30, device="cuda:0")
+    assert [len(batch) for batch in held] == expected
+    assert [len(batch) for batch in in_batches(model, rows, device="cuda:0")] == expected
+    everything = [item for batch in in_batches(model, rows) for item in batch.items]
+    assert everything == [item for row in rows for item in row.items]
 
 
 def test_as_many_held_out_batches_as_memory_allows(caplog: pytest.LogCaptureFixture) -> None:

@@ -205,7 +205,7 @@ def errors_alone(
     quantized = [name for name in asked if plan.is_quantized(name)]
     placement = placement_of(view, plan, place(view, plan), quantized)
     if placement.activations and table is not None:
-        held = held_batches(model, view, placement, pictures, memory=memory)
+        held = held_batches(model, view, placement, pictures, memory=memory, device=device)
         if cluster is not None:
             found = alone_in_parts(
                 cluster, (model, view, placement, held, plan, table, device), quantized,
@@ -220,7 +220,7 @@ def errors_alone(
     if halves:
         left = until - time.monotonic()
         found |= half_alone_errors(
-            model, view, plan, in_batches(model, pictures),
+            model, view, plan, in_batches(model, pictures, device=device),
             nodes=halves, seconds=left, device=device, progress=progress,
         )  # fmt: skip
     return found
