@@ -14,12 +14,16 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from trtune.configs.system.compiled import compiled
 from trtune.precision.graph.proto import attribute
 
 Array = NDArray[Any]
 
 SAMPLED = 256
 """Positions sampled of each picture."""
+
+NARROW = 32
+"""Groups of so few columns are summed here: a product of such matrices is mostly its own call."""
 
 WIDEST = 4608
 """More columns than this a group are not rounded together: the matrix would take too much."""
@@ -80,18 +84,66 @@ def columns_at(
     places: Sequence[NDArray[np.int64]],
 ) -> NDArray[np.float32]:
     """The inputs of the node's products at `positions`, shape (groups, positions, columns)."""
+    return weighted_columns(node, data, weights, places, np.ones(len(data)))[0]
+
+
+def weighted_columns(
+    node: onnx.NodeProto,
+    data: Array,
+    weights: tuple[int, ...],
+    places: Sequence[NDArray[np.int64]],
+    counts: NDArray[np.float64],
+) -> tuple[NDArray[np.float32], NDArray[np.float64], float]:
+    """`columns_at`, where each row k of the batch counts `counts[k]` times: its columns times the
+    root of that; their sums, (groups, columns); and how many positions that makes."""
+    roots = np.sqrt(counts)
     if node.op_type != "Conv":
         rows = data.reshape(-1, data.shape[-1])
         taken = rows if len(places[0]) == len(rows) else rows[places[0]]
-        return np.ascontiguousarray(taken, np.float32)[None]
+        each = counts[places[0] // max(len(rows) // max(len(data), 1), 1)]
+        if not np.all(each == 1):
+            taken = taken * np.sqrt(each)[:, None]
+        sampled = np.ascontiguousarray(taken, np.float32)[None]
+        return sampled, (np.sqrt(each) @ sampled[0].astype(np.float64))[None], float(each.sum())
     windows = _Windows.of(node, data.shape, weights)
-    padded = np.pad(data, [(0, 0), (0, 0), *windows.pads])
-    group = int(attribute(node, "group", 1))
-    parts = [
-        windows.at(picture, at).reshape(len(at), group, -1)
-        for picture, at in zip(padded, places, strict=True)
-    ]
-    return np.ascontiguousarray(np.moveaxis(np.concatenate(parts), 1, 0))
+    group, kernel = int(attribute(node, "group", 1)), int(np.prod(weights[2:]))
+    each_group = data.shape[1] // group
+    shape = (group, sum(map(len, places)), each_group * kernel)
+    # Narrow groups lie with their positions together, which is how their moments are summed.
+    narrow = shape[2] <= NARROW
+    held = np.empty((shape[0], shape[2], shape[1]) if narrow else shape, np.float32)
+    sampled = held.transpose(0, 2, 1) if narrow else held
+    sums = np.zeros((group, each_group * kernel))
+    start = 0
+    for picture, at, root in zip(data, places, roots, strict=True):
+        planes = np.ascontiguousarray(picture, np.float32).reshape(len(picture), -1)
+        _gather(planes, windows.inside(at, picture.shape[1:]), root, start, sampled, sums)
+        start += len(at)
+    return sampled, sums, float(counts @ [len(at) for at in places])
+
+
+@compiled()
+def _gather(planes: Any, where: Any, root: Any, start: Any, sampled: Any, sums: Any) -> None:
+    """Of each channel what lies at `where` (kernel, positions), 0 for -1, times `root`, into
+    `sampled` (groups, positions, columns) from position `start` on; their sums, times `root`
+    again, to `sums`."""
+    kernel, positions = where.shape
+    each = sums.shape[1] // kernel
+    factor = np.float32(root)
+    for channel in range(planes.shape[0]):
+        group = channel // each
+        first = (channel - group * each) * kernel
+        for k in range(kernel):
+            total = 0.0
+            for i in range(positions):
+                at = where[k, i]
+                if at >= 0:
+                    value = planes[channel, at] * factor
+                    sampled[group, start + i, first + k] = value
+                    total += value
+                else:
+                    sampled[group, start + i, first + k] = np.float32(0)
+            sums[group, first + k] += total * root
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +170,19 @@ class _Windows:
         )
         return cls(tuple(kernel), tuple(strides), tuple(dilations), around, sizes)
 
-    def at(self, picture: Array, places: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The windows at `places`, shape (places, channels, *kernel)."""
+    def inside(self, places: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.int64]:
+        """Which element of a channel of this `shape` each offset of the kernel meets at `places`,
+        shape (kernel, places); -1 where that is padding."""
         corners = np.unravel_index(places, self.sizes)
-        found = np.empty((len(places), len(picture), *self.kernel), np.float32)
-        for offset in np.ndindex(*self.kernel):
-            index = tuple(
-                corner * stride + step * dilation
-                for corner, stride, step, dilation in zip(
-                    corners, self.strides, offset, self.dilations, strict=True
-                )
-            )
-            found[(slice(None), slice(None), *offset)] = picture[(slice(None), *index)].T
+        offsets = np.indices(self.kernel).reshape(len(self.kernel), -1, 1)
+        found = np.zeros((offsets.shape[1], len(places)), np.int64)
+        padded = np.zeros(found.shape, bool)
+        for axis, size in enumerate(shape):
+            at = corners[axis] * self.strides[axis] - self.pads[axis][0]
+            along = at + offsets[axis] * self.dilations[axis]
+            padded |= (along < 0) | (along >= size)
+            found = found * size + along
+        found[padded] = -1
         return found
 
 
@@ -153,8 +206,27 @@ def _pads(
 def moments(sampled: Array) -> NDArray[np.float64]:
     """X'X of each group, shape (groups, columns, columns); products in float32, sums in float64."""
     turned = sampled.transpose(0, 2, 1)
+    groups, columns, _ = turned.shape
     with np.errstate(over="ignore", invalid="ignore"):
-        found: NDArray[np.float64] = np.matmul(turned, sampled).astype(np.float64)
-    if not np.isfinite(found).all():  # values whose squares are beyond float32
+        if columns <= NARROW and groups > 1:
+            found = np.empty((groups, columns, columns))
+            _narrow_moments(np.ascontiguousarray(turned, np.float32), found)
+        else:
+            found = np.matmul(turned, sampled).astype(np.float64)
+    if not np.isfinite(np.diagonal(found, axis1=1, axis2=2)).all():  # beyond float32
         found = np.matmul(turned.astype(np.float64), sampled.astype(np.float64))
     return found
+
+
+@compiled(fastmath=("reassoc", "contract"))
+def _narrow_moments(turned: Any, found: Any) -> None:
+    """The products of all rows of each group of `turned` (groups, columns, positions)."""
+    groups, columns, positions = turned.shape
+    for group in range(groups):
+        for a in range(columns):
+            for b in range(a, columns):
+                total = np.float32(0)
+                for i in range(positions):
+                    total += turned[group, a, i] * turned[group, b, i]
+                found[group, a, b] = total
+                found[group, b, a] = total

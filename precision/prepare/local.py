@@ -124,18 +124,21 @@ class Local:
 def _noise(
     samples: Any, scale: Any, shift: Any, step: Any, squares: Any, power: Any, own: Any, signal: Any
 ) -> None:
+    """Channels are summed apart, and over them last: a sum over all cannot be done in parallel."""
     low, high = np.float32(-128), np.float32(127)
     pictures, positions, channels = samples.shape
+    noises = np.empty(channels)
+    sizes = np.empty(channels)
     for p in range(pictures):
-        noise = 0.0
-        size = 0.0
+        noises[:] = 0.0
+        sizes[:] = 0.0
         for i in range(positions):
             for k in range(channels):
                 x = samples[p, i, k]
                 moved = x * scale[k] - shift
                 code = min(max(np.rint(moved / step), low), high)
                 error = moved - code * step
-                noise += error * error * squares[k]
-                size += x * x * power[k]
-        own[p] = noise / positions
-        signal[p] = size / positions
+                noises[k] += error * error
+                sizes[k] += x * x
+        own[p] = np.sum(noises * squares) / positions
+        signal[p] = np.sum(sizes * power) / positions

@@ -149,8 +149,28 @@ def gain(
     return whole, noise
 
 
+def typical_gain(
+    before: Sequence[NDArray[np.float64]], after: Sequence[NDArray[np.float64]]
+) -> float:
+    """The typical picture's gain of the group that is worst before, in its standard errors.
+
+    Where a few pictures hold most of the error, the mean's own says little, and this much.
+    """
+    old, new = np.concatenate(before, axis=1), np.concatenate(after, axis=1)
+    group = int(np.argmax(old.mean(axis=1)))
+    one = improvement([old[group : group + 1]], [new[group : group + 1]])
+    return one.typical / one.typical_noise if one.typical_noise > 0 else 0.0
+
+
 LEAST_ERROR = 1e-12
 """A group whose error is less than this is as good as exact."""
+
+BEYOND_CHANCE = 3.0
+"""A gain of so many standard errors, of the mean and of the typical picture, does not happen by
+chance, though a few candidates are compared a few times."""
+
+WORTH = 0.15
+"""Decibels that a certain gain has at least."""
 
 HURT = 0.1
 """A group may lose this many decibels, or what its noise allows."""
@@ -192,6 +212,14 @@ class Improvement:
     def hurts(self) -> bool:
         """Whether a group loses more than `HURT` beyond its noise."""
         return bool(np.any(self.groups < -np.maximum(HURT, self.group_noises)))
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether more pictures would say the same: both gains are many times their noise."""
+        if not math.isfinite(self.decibels):
+            return self.decibels > 0
+        mean = self.decibels > max(BEYOND_CHANCE * self.noise, WORTH)
+        return mean and self.typical > BEYOND_CHANCE * self.typical_noise and not self.hurts
 
     @property
     def likely(self) -> float:

@@ -26,11 +26,11 @@ from trtune.precision.prepare.affine import bias_edge
 from trtune.precision.prepare.codes import channel_steps
 from trtune.precision.prepare.columns import (
     WIDEST,
-    columns_at,
     grouped,
     moments,
     positions,
     ungrouped,
+    weighted_columns,
 )
 from trtune.precision.prepare.rounding import rounded_codes
 from trtune.precision.prepare.values import CORRECT, ROUND_CODES, Codes
@@ -48,8 +48,6 @@ LOUDEST = 8.0
 EMPTY: Mapping[str, int] = MappingProxyType({})
 SEED = 20231
 
-_Drawn = tuple[str, list[tuple[Array, float, list[NDArray[np.int64]]]], tuple[int, ...]]
-
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -60,10 +58,11 @@ class Seen:
     count: float
 
     def plus(self, other: Seen) -> Seen:
-        """Both together."""
-        return Seen(
-            self.products + other.products, self.sums + other.sums, self.count + other.count
-        )
+        """Both together, in the memory of this one."""
+        products, sums = self.products, self.sums
+        products += other.products
+        sums += other.sums
+        return Seen(products, sums, self.count + other.count)
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -246,43 +245,39 @@ def _add_moments(
 ) -> None:
     """Add what each node meets in a batch of its `inputs` to its `sums`, on all cores; what is
     sampled is drawn in the order of the nodes."""
-    tasks = []
+    dims = {name: tuple(view.initializers[view.by_name[name].input[1]].dims) for name in inputs}
     with ThreadPoolExecutor(usable_cores()) as pool:
         names = list(inputs)
-        apart = pool.map(lambda n: usual[n].apart(inputs[n]), names)
-        for name, parts in zip(names, apart, strict=True):
-            node = view.by_name[name]
-            dims = tuple(view.initializers[node.input[1]].dims)
-            drawn = [(r, w, positions(node, r.shape, dims, rng)) for r, w in parts]
-            tasks.append((name, drawn, dims))
+        counts = list(pool.map(lambda n: usual[n].counts(inputs[n]), names))
+        drawn = [positions(view.by_name[n], inputs[n].shape, dims[n], rng) for n in names]
 
-        def one(task: _Drawn) -> Seen | None:
-            name, drawn, dims = task
-            total = sums.get(name)
-            for rows, weight, places in drawn:
-                found = _seen(columns_at(view.by_name[name], rows, dims, places), weight)
-                total = found if total is None else total.plus(found)
-            return total
+        def one(number: int) -> None:
+            name = names[number]
+            sampled, total, count = weighted_columns(
+                view.by_name[name], inputs[name], dims[name], drawn[number], counts[number]
+            )
+            found = Seen(moments(sampled), total, count)
+            sums[name] = found if name not in sums else sums[name].plus(found)
 
-        for name, found in zip(names, pool.map(one, tasks), strict=True):
-            if found is not None:
-                sums[name] = found
-
-
-def _seen(sampled: Array, weight: float) -> Seen:
-    total = sampled.sum(axis=1, dtype=np.float64)
-    products = moments(sampled)
-    if weight != 1:
-        products, total = weight * products, weight * total
-    return Seen(products, total, weight * sampled.shape[1])
+        list(pool.map(one, range(len(names))))
 
 
 def _sample(values: Array, axis: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """At most `POSITIONS` of each row of the batch, shape (rows, positions, channels)."""
-    rows = np.moveaxis(values, axis, -1).reshape(len(values), -1, values.shape[axis])
-    if rows.shape[1] > POSITIONS:
-        rows = rows[:, np.sort(rng.choice(rows.shape[1], POSITIONS, replace=False))]
-    return np.ascontiguousarray(rows, np.float32)
+    if axis == 1 and values.ndim > 2:  # drawn before channels go last: all would have to move
+        found = values.reshape(*values.shape[:2], -1)
+        found = _drawn(found, 2, rng).transpose(0, 2, 1)
+    else:
+        rows = np.moveaxis(values, axis, -1).reshape(len(values), -1, values.shape[axis])
+        found = _drawn(rows, 1, rng)
+    return np.ascontiguousarray(found, np.float32)
+
+
+def _drawn(values: Array, axis: int, rng: np.random.Generator) -> Array:
+    count = values.shape[axis]
+    if count <= POSITIONS:
+        return values
+    return np.take(values, np.sort(rng.choice(count, POSITIONS, replace=False)), axis=axis)
 
 
 class _Usual:
@@ -291,14 +286,13 @@ class _Usual:
     def __init__(self) -> None:
         self._energies: list[float] = []
 
-    def apart(self, data: Array) -> list[tuple[Array, float]]:
-        """The rows that are like others, with weight 1, and each that is not with its own."""
+    def counts(self, data: Array) -> NDArray[np.float64]:
+        """How many times each row counts: once, unless it is far louder than others."""
         energies = _energies(data.reshape(len(data), -1))
         self._energies += energies.tolist()
         limit = LOUDEST * float(np.median(self._energies))
         loud = (energies > limit) & (limit > 0)
-        parts: list[tuple[Array, float]] = [(data[~loud], 1.0)] if not loud.all() else []
-        return parts + [(data[k : k + 1], float(limit / energies[k])) for k in np.flatnonzero(loud)]
+        return np.where(loud, limit / np.where(loud, energies, 1.0), 1.0)
 
 
 def _energies(rows: Array) -> NDArray[np.float64]:

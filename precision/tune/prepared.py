@@ -10,9 +10,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trtune.calibrate.collect import DEFAULT_MEMORY
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.machine import usable_cores
@@ -39,7 +36,8 @@ from trtune.precision.prepare.values import (
 )
 from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.again import Again
-from trtune.precision.tune.judge import Judge, counted_outputs, improvement, level, worst
+from trtune.precision.tune.company import Errors
+from trtune.precision.tune.judge import Judge, counted_outputs, level
 from trtune.precision.tune.moments import observed, rounded_codes_of, rounded_weights
 from trtune.precision.tune.preparing import (
     Chooser,
@@ -61,6 +59,7 @@ from trtune.precision.tune.scales import (
     ranged_alike,
     without_zero_ranges,
 )
+from trtune.precision.tune.standing import race_of_gains
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +79,9 @@ APART = 0.7
 
 BEHIND = 1.0
 """One method for all ranges is tried to the end unless it is this many decibels behind."""
+
+FIRST_JUDGED = 32
+"""Pictures that all variants are judged on; the others only while it is not certain yet."""
 
 FEWEST = 8
 """Held-out pictures, at least, to choose and to judge by."""
@@ -319,10 +321,11 @@ def _moved(
 
 
 def _is_close(variant: _Variant, view: GraphView, job: _Job, judged: _Judged) -> bool:
-    """Whether one method for all ranges may be as good as those of `variant`, before rounding."""
+    """Whether one method for all ranges may be as good as those of `variant`, with its codes: what
+    nearest codes lose hides what ranges do."""
     calibrated = ranged_alike(variant.calibrated, view, variant.plan, job.lowerings)
-    alike = replace(variant, calibrated=calibrated)
-    found = [level(judged.errors(replace(v, codes=None))) for v in (variant, alike)]
+    found = [level(judged.errors(v)) for v in (variant, replace(variant, calibrated=calibrated))]
+    log.info("ranges alike: %+.2f dB", found[1] - found[0])
     return found[1] < found[0] + BEHIND
 
 
@@ -347,16 +350,22 @@ class _Judged:
         sizes = [len(batch) for batch in self._batches]
         self._judge = Judge(references, sizes, counted_outputs(model))
 
-    def errors(self, variant: _Variant) -> list[NDArray[np.float64]]:
-        """Of each batch, as `Judge` gives them."""
+    @property
+    def pictures(self) -> list[int]:
+        """How many pictures each batch holds."""
+        return [len(batch) for batch in self._batches]
+
+    def errors(self, variant: _Variant, batches: range | None = None) -> Errors:
+        """Of each batch, or of some, as `Judge` gives them."""
+        which = range(len(self._batches)) if batches is None else batches
         rounded = with_codes(variant.model, variant.plan, variant.codes or {})
         session = make_session(
             lower_emulate(rounded, variant.plan, variant.calibrated.table),
             threads=usable_cores(), external_dir=self._model.external_dir, device=self._device,
         )  # fmt: skip
         return [
-            self._judge.errors(k, session.run(self._names, dict(batch.feeds)))
-            for k, batch in enumerate(self._batches)
+            self._judge.errors(k, session.run(self._names, dict(self._batches[k].feeds)))
+            for k in which
         ]
 
 
@@ -364,17 +373,28 @@ def _best(
     variants: Sequence[_Variant], judged: _Judged, *, forced: bool, progress: Progress
 ) -> tuple[_Variant, dict[str, tuple[float, float, float]]]:
     """The variant that likely gains most of those whose gain is shown, or if `forced` of those with
-    all that was asked for."""
-    found: dict[str, list[NDArray[np.float64]]] = {}
-    for number, variant in enumerate(variants):
-        found[variant.name] = judged.errors(variant)
-        progress("judge moves", number + 1, len(variants))
-    none = found[variants[0].name]
-    gains = {name: improvement(none, errors) for name, errors in found.items()}
-    tried = {n: (worst(found[n]), g.likely, g.likely_noise) for n, g in gains.items()}
-    better = [v for v in variants if gains[v.name].is_shown]
-    allowed = _forced(variants) if forced else [variants[0], *better]
-    return max(allowed, key=lambda v: gains[v.name].likely), tried
+    all that was asked for.
+
+    All are tried on some pictures, and on twice as many each time those that are not yet certainly
+    behind the one that leads: its gain and noise are of the pictures that a variant was tried on.
+    """
+    named = {variant.name: variant for variant in variants}
+    asked = [v.name for v in (_forced(variants) if forced else variants)]
+    trials = 0
+
+    def errors(name: str, batches: range) -> Errors:
+        nonlocal trials
+        trials += 1
+        found = judged.errors(named[name], batches)
+        progress("judge moves", trials, None)
+        return found
+
+    gains, worsts = race_of_gains(list(named), errors, judged.pictures, asked, first=FIRST_JUDGED)
+    tried = {n: (worsts[n], g.likely, g.likely_noise) for n, (g, _) in gains.items()}
+    none = variants[0].name
+    left = [n for n, (g, in_race) in gains.items() if in_race and (forced or g.is_shown)]
+    best = max(left if forced else [none, *left], key=lambda n: gains[n][0].likely)
+    return named[best], tried
 
 
 def _forced(variants: Sequence[_Variant]) -> Sequence[_Variant]:

@@ -9,26 +9,30 @@ only those that are not clearly behind on twice as many, and so on (racing, as M
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from trtune.configs.progress import Progress, silent
 from trtune.precision.tune.company import Company, Errors
-from trtune.precision.tune.judge import gain, level, worst
+from trtune.precision.tune.judge import (
+    BEYOND_CHANCE,
+    Improvement,
+    gain,
+    improvement,
+    level,
+    typical_gain,
+    worst,
+)
 from trtune.precision.tune.ranges import Choice
 
 log = logging.getLogger(__name__)
-
-CERTAIN = 3.0
-"""A table is out where the leader's gain over it is so many standard errors: two happen by chance,
-with several tables and errors of which a few pictures have most."""
 
 DOUBTED = 8
 """Of fewer pictures the standard error is not known, and no table is out."""
 
 ALIKE = 0.035
-"""... or where it certainly differs from the leader by less than this part (0.15 dB)."""
+"""A table is out where it certainly differs from the leader by less than this part (0.15 dB)."""
 
 CLOSE_DB = 0.1
 """Of tables whose worst output differs by less, the one with the best mean of outputs is taken."""
@@ -54,8 +58,7 @@ def race(
     found: dict[str, Errors] = {name: [] for name in names}
     field, done, wanted = list(names), 0, first
     while True:
-        enough = int(np.searchsorted(np.cumsum(pictures[done:]), wanted)) + 1
-        until = min(done + enough, len(pictures))
+        until = min(done + _enough(pictures[done:], wanted), len(pictures))
         for name in field:
             found[name] += errors(name, range(done, until))
         wanted, done = sum(pictures[:until]), until
@@ -70,6 +73,42 @@ def race(
         ", ".join(f"{n} {_decibels(worst(found[n])):.2f} dB" for n in names),
     )
     return best
+
+
+def race_of_gains(
+    names: Sequence[str],
+    errors: Callable[[str, range], Errors],
+    pictures: Sequence[int],
+    asked: Collection[str],
+    *,
+    first: int,
+) -> tuple[dict[str, tuple[Improvement, bool]], dict[str, float]]:
+    """What each of `names` gains over the first of them, and whether it is still in the race at its
+    end; and the error of its worst output.
+
+    As `race`, but over those of `asked`, and what leads is what likely gains most. Who is certainly
+    behind it (`Improvement.is_certain`) is out; gains, errors and their noise are those of the
+    pictures that it was tried on. The others are tried on the first pictures alone.
+    """
+    found: dict[str, Errors] = {name: [] for name in names}
+    field, done, wanted = list(names), 0, first
+    gains: dict[str, Improvement] = {}
+    while done < len(pictures) and (len(field) > 1 or not done):
+        until = min(done + _enough(pictures[done:], wanted), len(pictures))
+        for name in (n for n in names if n in field or n == names[0]):
+            found[name] += errors(name, range(done, until))
+        none = found[names[0]]
+        gains |= {n: improvement(none, found[n]) for n in field}
+        lead = max((n for n in field if n in asked), key=lambda n: gains[n].likely)
+        rest = [n for n in field if n in asked and n != lead]
+        field = [lead, *(n for n in rest if not improvement(found[n], found[lead]).is_certain)]
+        wanted, done = sum(pictures[:until]), until
+    return {n: (gains[n], n in field) for n in names}, {n: worst(found[n]) for n in names}
+
+
+def _enough(pictures: Sequence[int], wanted: int) -> int:
+    """How many batches it takes to hold so many pictures."""
+    return int(np.searchsorted(np.cumsum(pictures), wanted)) + 1
 
 
 class Standing:
@@ -98,14 +137,20 @@ class Standing:
 
 
 def _is_out(errors: Errors, leading: Errors) -> bool:
-    """Whether a table is certainly behind, or as good as the leader is."""
+    """Whether a table is certainly behind, or as good as the leader is.
+
+    It is behind by `BEYOND_CHANCE` standard errors of the mean's gain, or by one of those and so
+    many of the typical picture's: where a few pictures hold most of the error the mean says little.
+    """
     if sum(part.shape[1] for part in leading) < DOUBTED:
         return False
     part, noise = gain(errors, leading)
     if not np.isfinite(part):
         return True
-    alike = abs(part) + CERTAIN * noise < ALIKE and level(errors) >= level(leading)
-    return alike or part >= max(CERTAIN * noise, ALIKE)
+    alike = abs(part) + BEYOND_CHANCE * noise < ALIKE and level(errors) >= level(leading)
+    if part < max(noise, ALIKE):
+        return alike
+    return part >= BEYOND_CHANCE * noise or typical_gain(errors, leading) >= BEYOND_CHANCE
 
 
 def _best(field: Sequence[str], found: Mapping[str, Errors], leader: str) -> str:

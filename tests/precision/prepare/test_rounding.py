@@ -18,7 +18,7 @@ from trtune.precision.lower.rewrite import quantize_weights, weight_scales
 from trtune.precision.plan.rules import weight_axis
 from trtune.precision.prepare.codes import channel_steps, code_values, with_codes
 from trtune.precision.prepare.columns import SAMPLED, columns, grouped, moments, ungrouped
-from trtune.precision.prepare.rounding import rounded_codes
+from trtune.precision.prepare.rounding import DAMPING, left_of_columns, rounded_codes
 from trtune.precision.prepare.values import Codes
 
 Array = NDArray[np.float64]
@@ -84,6 +84,39 @@ def test_without_anything_seen_codes_are_the_nearest(sums: Array) -> None:
     steps = np.abs(weights).max(axis=2) / 127
     codes = rounded_codes(weights, sums, steps)
     np.testing.assert_array_equal(codes, np.rint(weights / steps[:, :, None]))
+
+
+def test_a_group_that_cannot_be_factored_is_alone_in_it() -> None:
+    weights, inputs = problem(2, groups=4)
+    steps = np.abs(weights).max(axis=2) / 127
+    sums = inputs.transpose(0, 2, 1) @ inputs
+    sound = rounded_codes(weights, sums, steps)
+    left = left_of_columns(sums)
+    sums[1] = -1e3  # a diagonal below zero
+    sums[2] = 1.0
+    sums[2][np.diag_indices(6)] = [1, 1, 1, 1, 1, -0.9]  # above zero in the mean, not definite
+    found = rounded_codes(weights, sums, steps)
+    np.testing.assert_array_equal(found[[0, 3]], sound[[0, 3]])
+    nearest = np.rint(weights / steps[:, :, None])
+    np.testing.assert_array_equal(found[[1, 2]], nearest[[1, 2]])
+    np.testing.assert_allclose(left_of_columns(sums)[[0, 3]], left[[0, 3]], rtol=1e-9)
+    np.testing.assert_array_equal(left_of_columns(sums)[2], np.diag(sums[2]))
+
+
+@pytest.mark.parametrize("width", [5, 64, 150])
+def test_what_is_left_of_a_column_is_what_those_behind_it_do_not_explain(width: int) -> None:
+    """By least squares, with the damping as further inputs."""
+    rng = np.random.default_rng(width)
+    x = rng.standard_normal((400, width)) @ rng.standard_normal((width, width))
+    h = x.T @ x
+    damped = np.vstack([x, np.sqrt(DAMPING * np.diag(h).mean()) * np.eye(width)])
+    order = np.argsort(-np.diag(h), kind="stable")
+    found = left_of_columns(h[None])[0]
+    for place in (0, width // 2, width - 1):
+        one, behind = damped[:, order[place]], damped[:, order[place + 1 :]]
+        part = np.linalg.lstsq(behind, one, rcond=None)[0] if behind.size else np.zeros(0)
+        rest = ((one - behind @ part) ** 2).sum()
+        assert found[order[place]] == pytest.approx(rest, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))

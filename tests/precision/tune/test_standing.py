@@ -25,7 +25,7 @@ from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.scales import UNIFORM, calibrate_model, without_zero_ranges
-from trtune.precision.tune.standing import race
+from trtune.precision.tune.standing import race, race_of_gains
 
 Array = NDArray[np.float64]
 
@@ -96,6 +96,59 @@ def test_tables_that_are_as_good_as_equal_end_the_race() -> None:
 )  # fmt: skip
 def test_the_worst_output_decides(tables: dict[str, Array], best: str) -> None:
     assert raced(tables, first=4)[0] == best
+
+
+def test_the_typical_picture_ends_a_race_that_a_few_loud_ones_keep_open() -> None:
+    rng = np.random.default_rng(4)
+    base = np.exp(rng.normal(0, 1.5, (1, 128)))
+    worse = 2 * base * np.exp(rng.normal(0, 0.3, (1, 128)))
+    best, tried = raced({"worse": worse, "base": base}, first=32)
+    assert best == "base"
+    assert tried["worse"] == 32
+
+
+def gained(
+    variants: Mapping[str, Array], asked: Sequence[str], *, first: int
+) -> tuple[dict[str, bool], dict[str, int]]:
+    """Which are left at the end, and how many pictures each was tried on."""
+    tried = dict.fromkeys(variants, 0)
+
+    def errors(name: str, batches: range) -> list[Array]:
+        tried[name] += 4 * len(batches)
+        return [variants[name][:, 4 * k : 4 * (k + 1)] for k in batches]
+
+    pictures = [4] * (next(iter(variants.values())).shape[1] // 4)
+    gains, worsts = race_of_gains(list(variants), errors, pictures, asked, first=first)
+    assert list(gains) == list(worsts) == list(variants)
+    assert gains[next(iter(variants))][0].likely == 0
+    return {name: left for name, (_, left) in gains.items()}, tried
+
+
+def test_gains_that_are_certain_need_no_more_pictures() -> None:
+    rng = np.random.default_rng(0)
+    base = np.exp(rng.normal(0, 0.3, (1, 128)))
+    variants = {"none": base, "better": 0.5 * base, "best": 0.1 * base}
+    left, tried = gained(variants, list(variants), first=16)
+    assert left == {"none": False, "better": False, "best": True}
+    assert set(tried.values()) == {16}
+
+
+def test_close_ones_are_told_apart_by_all_pictures_and_beside_none() -> None:
+    rng = np.random.default_rng(1)
+    base = np.exp(rng.normal(0, 0.3, (1, 64)))
+    near = [0.3 * base * np.exp(rng.normal(0, 0.5, base.shape)) for _ in range(2)]
+    variants = {"none": base, "a": near[0], "b": near[1], "hopeless": 9 * base}
+    left, tried = gained(variants, list(variants), first=16)
+    assert tried == {"none": 64, "a": 64, "b": 64, "hopeless": 16}
+    assert left == {"none": False, "a": True, "b": True, "hopeless": False}
+
+
+def test_what_is_not_asked_for_is_tried_on_the_first_pictures_alone() -> None:
+    base = np.ones((1, 64))
+    variants = {"none": base, "not asked": 0.1 * base, "asked": 2 * base}
+    left, tried = gained(variants, ["asked"], first=16)
+    assert left == {"none": False, "not asked": False, "asked": True}
+    assert tried == {"none": 16, "not asked": 16, "asked": 16}
 
 
 @settings(deadline=None, max_examples=60)
