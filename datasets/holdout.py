@@ -6,11 +6,13 @@ import hashlib
 import heapq
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from trtune.configs.errors import DataError
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch, BatchSource, rebatch, take_rows
 
 log = logging.getLogger(__name__)
@@ -59,24 +61,28 @@ def _smallest(source: BatchSource, count: int) -> tuple[tuple[Batch, ...], int]:
     kept: list[tuple[int, Batch]] = []
     seen: set[int] = set()
     total = 0
-    for batch in source:
-        for row in range(len(batch)):
-            picture = take_rows(batch, slice(row, row + 1))
-            total += 1
-            code = -int.from_bytes(_digest(picture), "big")
-            if code in seen or (len(kept) == count and code <= kept[0][0]):
-                continue
-            picture = replace(
-                picture, feeds={name: np.array(a) for name, a in picture.feeds.items()}
-            )
-            seen.add(code)
-            heapq.heappush(kept, (code, picture))
-            if len(kept) > count:
-                seen.discard(heapq.heappop(kept)[0])
+    for code, picture in _coded(source):
+        total += 1
+        if code in seen or (len(kept) == count and code <= kept[0][0]):
+            continue
+        own = replace(picture, feeds={name: np.array(a) for name, a in picture.feeds.items()})
+        seen.add(code)
+        heapq.heappush(kept, (code, own))
+        if len(kept) > count:
+            seen.discard(heapq.heappop(kept)[0])
     if not total:
         raise DataError("the calibration data is empty; check path, take and skip")
     ordered = tuple(picture for _, picture in sorted(kept, key=lambda entry: -entry[0]))
     return ordered, total
+
+
+def _coded(source: BatchSource) -> Iterator[tuple[int, Batch]]:
+    """Each picture with its hash, negated; those of a batch are hashed on all usable cores."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for batch in source:
+            pictures = [take_rows(batch, slice(row, row + 1)) for row in range(len(batch))]
+            for picture, digest in zip(pictures, pool.map(_digest, pictures), strict=True):
+                yield -int.from_bytes(digest, "big"), picture
 
 
 def _digest(picture: Batch) -> bytes:
