@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +51,7 @@ class Company:
     `ranges` maps a range to the tensors that share its amax; those without a pair in the lowered
     model are left out. `references` are the FP32 outputs of each batch. The memory that a round
     takes on a CPU is that of all quantized tensors of all batches. `device` is where the network
-    runs; `alike` is as in `Judge`.
+    runs.
     """
 
     def __init__(
@@ -63,7 +64,6 @@ class Company:
         references: Sequence[Sequence[Array]],
         *,
         device: str = "cpu",
-        alike: bool = False,
     ) -> None:
         proto = lower_emulate(model, plan, table)
         pairs = _scale_inputs(proto)
@@ -71,8 +71,7 @@ class Company:
         self._view = GraphView.of(self._model)
         self._weights = SharedWeights(self._view.initializers.values())
         self._outputs = tuple(o.name for o in model.outputs)
-        self._pictures = pictures
-        self._judge = Judge(references, self.pictures, counted_outputs(model), alike=alike)
+        self._counted = counted_outputs(model)
         self._names = {t: name for t, (name, _) in pairs.items()}
         self._quantizers = {t: node for t, (_, node) in pairs.items()}
         self.ranges = {
@@ -80,11 +79,30 @@ class Company:
             for name, tensors in ranges.items()
             if (held := tuple(t for t in tensors if t in pairs))
         }
-        self._screening = screening_batches(self.pictures)
         self._fixed = {t: table.scale(t) for t in pairs}
         self._device = device
         self._whole = make_session(proto, threads=1, external_dir=model.external_dir, device=device)
+        self._measure_on(pictures, references, alike=False)
+
+    def _measure_on(
+        self, pictures: Sequence[Batch], references: Sequence[Sequence[Array]], *, alike: bool
+    ) -> None:
+        self._pictures = pictures
+        self._judge = Judge(references, self.pictures, self._counted, alike=alike)
+        self._screening = screening_batches(self.pictures)
         self._stored: list[dict[str, Array]] = []
+
+    def on(
+        self,
+        pictures: Sequence[Batch],
+        references: Sequence[Sequence[Array]],
+        *,
+        alike: bool = False,
+    ) -> Company:
+        """The same network, its session too, on other batches; `alike` is as in `Judge`."""
+        other = copy(self)
+        other._measure_on(pictures, references, alike=alike)
+        return other
 
     @property
     def pictures(self) -> list[int]:

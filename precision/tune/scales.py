@@ -404,7 +404,7 @@ def auto_ranges(
     if others:
         exact = exact_outputs(model, others, device=device, most=OTHERS_BYTES)
         others = others[: len(exact)]
-        judging = Company(model, quantized, table, ranges, others, exact, device=device, alike=True)
+        judging = company.on(others, exact, alike=True)
     standing = Standing(judging, OTHERS * sum(map(len, pictures)), progress)
     starts = _starts(choices, histograms)
     start = standing.best(starts)

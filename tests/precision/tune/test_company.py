@@ -59,6 +59,19 @@ def test_any_table_is_worth_what_its_lowered_model_is(
 
 
 @pytest.mark.parametrize("make", MODELS)
+def test_the_same_network_on_other_pictures(make: Callable[[], onnx.ModelProto]) -> None:
+    company, _, amaxes = network(make, 3.0)
+    first, second = company._pictures
+    exact = [company._judge._references[1]]
+    other = company.on([second], exact)
+    assert other.pictures == [len(second)]
+    shared = Judge(exact).errors(0, other._run_whole(0, other._scales(amaxes)))
+    np.testing.assert_allclose(other.errors(amaxes)[0], shared)
+    assert company.pictures == [len(first), len(second)]
+    assert len(company.errors(amaxes)) == 2
+
+
+@pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("start", [1.0, 40.0])
 def test_a_round_finds_better_ranges_and_knows_their_error(
     make: Callable[[], onnx.ModelProto], start: float
