@@ -66,6 +66,7 @@ def open_session(
     integer_kernels: bool = False,
     external_dir: Path | None = None,
     write_optimized: Path | None = None,
+    profile: Path | None = None,
     weights: Mapping[str, ort.OrtValue] | None = None,
 ) -> ort.InferenceSession:
     """An onnxruntime session for a serialized model, or the file that holds one.
@@ -77,6 +78,7 @@ def open_session(
     place. `external_dir` is where external initializers of bytes lie (for a path: beside it). The
     graph that onnxruntime made of the model goes to `write_optimized`, with large weights beside
     it. `weights` takes the place of the external initializers of these names; sessions share them.
+    `profile` is how the name of the profile begins, which the session's `end_profiling` writes.
 
     Raises ModelError with onnxruntime's own words if it cannot load the model, ConfigError for
     another device than those, TrtuneError for one that is not here, ValueError for an unknown
@@ -95,6 +97,9 @@ def open_session(
         # Weights beside the model, so that one above 2 GiB can be written.
         key = "session.optimized_model_external_initializers_file_name"
         options.add_session_config_entry(key, OPTIMIZED_WEIGHTS)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     argument = str(model) if isinstance(model, Path) else model
     try:
         session = ort.InferenceSession(

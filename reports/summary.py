@@ -312,7 +312,7 @@ def verdict(record: RunRecord) -> str:
         parts.append(f"The target, {needed}, {state[record.status]}{_noise_text(record)}.")
     elif record.status == "failed":
         parts.append("The run failed.")
-    parts += [*_apart(record), *_slower(record), *_chosen_elsewhere(record)]
+    parts += [*_apart(record), *_slower(record), *_partly(record), *_chosen_elsewhere(record)]
     plain, main, metric = untuned(record), main_variant(record), record.baseline.metric
     if plain is not None and main is not None and main is not plain and main.pinned:
         change = "" if plain.drop is None else f" ({change_text(metric, plain.drop)} points)"
@@ -421,6 +421,24 @@ def _slower(record: RunRecord) -> list[str]:
             found.append(
                 f"{name} does not pay on {backend} on this machine: {times}, so the FP32 model is "
                 "the one to ship there."
+            )
+    return found
+
+
+def _partly(record: RunRecord) -> list[str]:
+    """A sentence on each backend where layers are left in float because that is faster."""
+    found = []
+    for variant in record.variants:
+        shipped = variant.shipped
+        if shipped is not None and shipped.model == "partly":
+            whole = shipped.speedups.get("quantized")
+            all_in = (
+                f"; all in INT8 it is {whole.median:.2f} times as fast as FP32" if whole else ""
+            )
+            are = "is" if len(shipped.floats) == 1 else "are"
+            found.append(
+                f"{plural(len(shipped.floats), 'layer')} {are} left in FP32 on {variant.backend}, "
+                f"where INT8 takes longer on this machine{all_in}."
             )
     return found
 

@@ -28,8 +28,6 @@ BACKENDS = ("ort", "trt", "rtx")
 SMALL = {
     "trtune.precision": "its modules stand in packages",
     "trtune.precision.backends": "its modules stand in packages",
-    "trtune.run.speed": "time has three sides",
-    "trtune.precision.backends.ort": "onnxruntime's own build step is one file to write",
 }
 """Folders with fewer than four modules, and why."""
 

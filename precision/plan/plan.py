@@ -22,10 +22,11 @@ QUANTIZED = ("int8", "fp8")
 COMPUTE, FOLLOWS, SHAPE = "compute", "follows", "shape"
 
 DEFAULT, RULE, USER, TUNER = "default", "rule", "user", "tuner"
-RANGE, FILE, COMPILER = "range", "file", "compiler"
-ORIGINS = (DEFAULT, RULE, USER, TUNER, RANGE, FILE, COMPILER)
+RANGE, FILE, COMPILER, TIMED = "range", "file", "compiler", "speed"
+ORIGINS = (DEFAULT, RULE, USER, TUNER, RANGE, FILE, COMPILER, TIMED)
 """Who decided a node's precision: nobody but the plan's default, a rule of this package, the user's
-pin, the tuner's, a measured range, the file that the plan was read from, or a runtime's compiler.
+pin, the tuner's, a measured range, the file that the plan was read from, a runtime's compiler, or
+times that were measured.
 """
 PINS = (USER, TUNER)
 

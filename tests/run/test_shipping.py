@@ -16,7 +16,8 @@ from tinyproject import config_of, record_of, write_project
 from trtune.configs.schema import Config
 from trtune.reports.record import RunRecord
 from trtune.run.pipeline import build, run, run_folder
-from trtune.run.speed import latency
+from trtune.run.speed import latency, placing
+from trtune.run.speed.choice import decided
 
 DEPLOY = "backends=[{name: onnxruntime, lowering: deploy}]"
 TIMED = "report={formats: [json, csv, md], latency: {warmup: 0, runs: 50}}"
@@ -25,10 +26,14 @@ PINNED = "precision.pin={n_conv1: fp32}"
 
 
 def takes(
-    monkeypatch: pytest.MonkeyPatch, seconds: Mapping[str, float], *, spread: float = 0.01
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: Mapping[str, float],
+    *,
+    spread: float = 0.01,
+    tried: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[list[str]]:
-    """Let inferences take `seconds`, a little more or less from turn to turn; gives what is timed
-    each time."""
+    """Let inferences take `seconds`, a little more or less from turn to turn, and these placements
+    be `tried`; gives what is timed each time."""
     asked: list[list[str]] = []
 
     def turns(calls: Mapping[str, Callable[[], object]], *, runs: int, **_: Any) -> latency.Turns:
@@ -37,10 +42,12 @@ def takes(
             call()
         count = -(-runs // 5)
         swing = 1 + spread * np.linspace(-1, 1, count)
-        return {name: [[seconds[name] * s] * 5 for s in np.roll(swing, k)]
+        taken = {name: seconds.get(name, seconds["tuned"]) for name in calls}
+        return {name: [[taken[name] * s] * 5 for s in np.roll(swing, k)]
                 for k, name in enumerate(calls)}  # fmt: skip
 
     monkeypatch.setattr(latency, "measure_turns", turns)
+    monkeypatch.setattr(placing, "cheaper_placements", lambda *_, **__: dict(tried or {}))
     return asked
 
 
@@ -126,12 +133,12 @@ def test_the_choice_is_kept_and_nothing_is_timed_or_built_again(
     asked = takes(monkeypatch, SLOW)
     config, place, record = ran(folder, TIMED)
     files = {p: p.stat().st_mtime_ns for p in (place / "onnxruntime-deploy").rglob("*")}
-    assert len(asked) == 1
+    assert asked == [["fp32", "untuned", "tuned"], ["fp32", "quantized"]]
     (info,) = build(config, out=folder / "runs")
     assert info.path == place / "onnxruntime-deploy" / "model.onnx"
     assert not quantized(info.path)
     _, _, again = ran(folder, TIMED)
-    assert len(asked) == 1
+    assert len(asked) == 2
     assert {p: p.stat().st_mtime_ns for p in (place / "onnxruntime-deploy").rglob("*")} == files
     assert [v.path for v in again.variants] == [v.path for v in record.variants]
 
@@ -157,3 +164,75 @@ def test_what_nodes_run_in_is_still_told_of_the_quantized_model(
     _, place, record = ran(folder, TIMED)
     assert record.variants[-1].account["int8"] > 0
     assert "onnxruntime/deploy: int8" in (place / "layers.csv").read_text(encoding="utf-8")
+
+
+PLACES = {"partly 1": ("n_conv1",), "partly 2": ("n_conv1", "n_conv2")}
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "model", "floats"),
+    [
+        pytest.param(0.009, 0.011, "partly", ["n_conv1"], id="the first is faster than FP32"),
+        pytest.param(0.009, 0.008, "partly", ["n_conv1", "n_conv2"], id="the second more so"),
+        pytest.param(0.0115, 0.0111, "fp32", [], id="none is faster than FP32"),
+    ],
+)
+def test_layers_that_take_longer_in_int8_are_left_in_float(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one: float,
+    two: float,
+    model: str,
+    floats: list[str],
+) -> None:
+    folder = write_project(tmp_path, tinymodels.residual())
+    asked = takes(monkeypatch, {**SLOW, "partly 1": one, "partly 2": two}, tried=PLACES)
+    config, place, record = ran(folder, TIMED)
+    fp32, int8, tuned = record.variants
+    assert asked[1] == ["fp32", "quantized", "partly 1", "partly 2"]
+    assert tuned.shipped is not None
+    assert (tuned.shipped.model, tuned.shipped.floats) == (model, floats)
+    assert tuned.shipped.path == "onnxruntime-deploy/model.onnx"
+    assert tuned.latency_ms is not None
+    assert fp32.latency_ms is not None
+    if model == "partly":
+        assert tuned.nodes["int8"] == int8.nodes["int8"] - len(floats)
+        assert int8.path == "onnxruntime-deploy/untuned/model.onnx"
+        assert tuned.path == tuned.shipped.path
+        assert tuned.pinned == []
+        assert tuned.latency_ms.median == pytest.approx(1e3 * min(one, two), rel=0.05)
+        said = (place / "report.md").read_text(encoding="utf-8")
+        assert "left in FP32 on onnxruntime/deploy" in said
+    (info,) = build(config, out=folder / "runs")
+    assert info.path == place / "onnxruntime-deploy" / "model.onnx"
+    assert len(asked) == 2
+
+
+def test_the_choice_is_of_what_is_faster_beyond_the_noise() -> None:
+    def turns(*ratios: float) -> list[list[float]]:
+        return [[r] * 5 for r in ratios]
+
+    steady = [1.0] * 10
+    found = decided(
+        {
+            "fp32": turns(*steady),
+            "quantized": turns(*(0.9 for _ in steady)),
+            "partly 1": turns(*(0.7, 1.0) * 5),
+        },
+        {"partly 1": ("a",)},
+        batch=1,
+    )
+    assert (found.model, found.floats) == ("quantized", ())
+    assert found.speedups["quantized"].median == pytest.approx(1 / 0.9)
+    assert set(found.latency) == {"fp32", "untuned", "tuned"}
+
+
+def test_real_times_of_nodes_give_placements_that_can_be_built(tmp_path: Path) -> None:
+    """Nothing is injected here, and nothing is said of which it is."""
+    folder = write_project(tmp_path, tinymodels.silu_se())
+    _, place, record = ran(folder, TIMED)
+    tuned = record.variants[-1]
+    assert tuned.shipped is not None
+    assert (place / tuned.shipped.path).is_file()
+    assert tuned.sqnr_db is not None
+    assert tuned.sqnr_db > 10

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from trtune.reports.latency import Turns, in_all, speedup_of
 from trtune.reports.record import Latency, Speedup
 from trtune.run.speed.latency import Speed
-from trtune.run.stages.engines import TUNED
+from trtune.run.stages.engines import FP32, TUNED, UNTUNED
 
 INTEGER_MODEL: Final = "quantized"
 PARTLY_MODEL: Final = "partly"
@@ -24,8 +25,8 @@ class Deployment:
     """The model to deploy, the nodes left in float for it, and what was timed; without `speedups`
     it was not decided by time.
 
-    `latency` has what FP32 and the chosen model took beside each other, where that was measured
-    once more for the choice.
+    `latency` has what the variants took beside each other, where that was measured once more for
+    the choice.
     """
 
     model: Literal["quantized", "partly", "fp32"] = INTEGER_MODEL
@@ -34,16 +35,38 @@ class Deployment:
     latency: Mapping[str, Latency] = field(default_factory=dict)
 
 
-def by_speed(speed: Speed) -> Deployment:
-    """The tuned model, unless it is slower than FP32 by more than its turns leave open.
-
-    Of too few turns nothing is known, and nothing is said.
-    """
+def plainly(speed: Speed) -> Deployment:
+    """The tuned model, with what its turns say of it; of too few turns nothing is said."""
     found = speed.speedups.get(TUNED)
-    if found is None or found.low is None:
-        return Deployment()
+    return Deployment(speedups={INTEGER_MODEL: found} if found and found.low is not None else {})
+
+
+def decided(turns: Turns, tried: Mapping[str, tuple[str, ...]], *, batch: int) -> Deployment:
+    """The choice among FP32, the quantized model and those that were `tried`, by name with the
+    nodes that each leaves in float, from turns that all took.
+
+    One of the latter is taken if it is faster than the quantized one beyond the noise; FP32 if what
+    is taken is slower than that.
+    """
+    best: str = INTEGER_MODEL
+    for name in tried:
+        over = speedup_of(turns[name], turns[best])
+        if over is not None and over.low is not None and over.low > 1:
+            best = name
+    found = {name: speedup_of(turns[name], turns[FP32]) for name in (INTEGER_MODEL, *tried)}
+    speedups = {name: speedup for name, speedup in found.items() if speedup is not None}
+    taken = best
+    if is_slower(speedups[best]):
+        taken, best = FLOAT_MODEL, INTEGER_MODEL
+    taking = {FP32: FP32, TUNED: best, UNTUNED: UNTUNED if UNTUNED in turns else INTEGER_MODEL}
+    latency = {name: in_all(turns[which], batch=batch) for name, which in taking.items()}
+    if taken not in tried:
+        return Deployment(
+            FLOAT_MODEL if taken == FLOAT_MODEL else INTEGER_MODEL, (), speedups, latency
+        )
+    whole = speedups[INTEGER_MODEL]
     return Deployment(
-        FLOAT_MODEL if is_slower(found) else INTEGER_MODEL, (), {INTEGER_MODEL: found}
+        PARTLY_MODEL, tried[best], {INTEGER_MODEL: whole, PARTLY_MODEL: speedups[best]}, latency
     )
 
 

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.api import Backend, BuildInfo, Candidate
-from trtune.run.speed.choice import FLOAT_MODEL, INTEGER_MODEL, Deployment, by_speed
+from trtune.run.speed.choice import (
+    FLOAT_MODEL,
+    INTEGER_MODEL,
+    PARTLY_MODEL,
+    Deployment,
+    plainly,
+)
 from trtune.run.speed.latency import Speed, speed
+from trtune.run.speed.placing import faster_in_float, placing
 from trtune.run.stage import Stage
 from trtune.run.stages.engines import (
     FP32,
@@ -58,17 +65,22 @@ def engines_of(work: RunWork, backend: Backend, tuned: PrecisionPlan) -> Engines
     if timed is None:
         return _in_place(work, backend, wanted, Speed(), Deployment())
     found = work.workspace.get(timed)
-    return _in_place(work, backend, wanted, found, _choice(backend, wanted, found))
+    other = _placing(work, backend, wanted, found)
+    choice = _as_planned(backend, wanted, found) if other is None else work.workspace.get(other)
+    return _in_place(work, backend, wanted, found, choice)
 
 
 def engine_to_deploy(work: RunWork, backend: Backend, plan: PrecisionPlan) -> BuildInfo:
     """The engine of `plan`, or of what an earlier measurement on this machine chose instead."""
-    wanted = _wanted(work, backend, plan)
+    wanted, ws = _wanted(work, backend, plan), work.workspace
     timed = _timing(work, backend, wanted)
-    if timed is None or not work.workspace.holds(timed):
-        return work.workspace.get(engine_of(wanted[TUNED], backend, "", work.setup.progress))
-    found = work.workspace.get(timed)
-    return _in_place(work, backend, wanted, found, _choice(backend, wanted, found)).to_deploy
+    if timed is not None and ws.holds(timed):
+        found = ws.get(timed)
+        other = _placing(work, backend, wanted, found)
+        if other is None or ws.holds(other):
+            choice = _as_planned(backend, wanted, found) if other is None else ws.get(other)
+            return _in_place(work, backend, wanted, found, choice).to_deploy
+    return ws.get(engine_of(wanted[TUNED], backend, "", work.setup.progress))
 
 
 def _wanted(work: RunWork, backend: Backend, tuned: PrecisionPlan) -> dict[str, Candidate]:
@@ -93,11 +105,38 @@ def _timing(
     )
 
 
-def _choice(backend: Backend, candidates: Mapping[str, Candidate], found: Speed) -> Deployment:
-    """Only on a CPU is INT8 ever in doubt, and the user's own model an engine."""
-    if not isinstance(backend, OnnxruntimeBackend) or not candidates[TUNED].plan.quantized_nodes:
-        return Deployment()
-    return by_speed(found)
+def _placing(
+    work: RunWork, backend: Backend, candidates: Mapping[str, Candidate], found: Speed
+) -> Stage[Deployment] | None:
+    """What looks for a faster model than the tuned one; None if that is plainly faster than FP32,
+    or too few turns were measured to say.
+
+    Only on a CPU are integers ever in doubt, and the user's own model an engine.
+    """
+    setup, plan = work.setup, candidates[TUNED].plan
+    section, over = setup.config.report.latency, found.speedups.get(TUNED)
+    if not isinstance(backend, OnnxruntimeBackend) or not plan.int8_nodes:
+        return None
+    if section is None or over is None or over.low is None or over.low > 1:
+        return None
+    built = partial(_built, work, backend, candidates, places(candidates, Deployment()))
+    return placing(
+        setup.subject,
+        backend,
+        candidates,
+        work.subject.view,
+        work.candidate,
+        built,
+        setup.evaluation,
+        section,
+        setup.progress,
+    )
+
+
+def _as_planned(backend: Backend, candidates: Mapping[str, Candidate], found: Speed) -> Deployment:
+    """The tuned model is the one to deploy; on a CPU with what the turns say of it."""
+    timed = isinstance(backend, OnnxruntimeBackend) and candidates[TUNED].plan.int8_nodes
+    return plainly(found) if timed else Deployment()
 
 
 def places(candidates: Mapping[str, Candidate], choice: Deployment) -> dict[str, str]:
@@ -130,6 +169,9 @@ def _in_place(
     found: Speed,
     choice: Deployment,
 ) -> Engines:
+    if choice.model == PARTLY_MODEL:
+        partly = faster_in_float(candidates[TUNED].plan, choice.floats)
+        candidates = {**candidates, TUNED: work.candidate(partly)}
     below = places(candidates, choice)
     infos = _built(work, backend, candidates, below)
     exact = None
@@ -137,4 +179,5 @@ def _in_place(
         candidate = work.candidate(fp32_plan(work.setup.subject))
         exact = work.workspace.get(engine_of(candidate, backend, "", work.setup.progress))
     folders = {name: engine_folder(work.folder, backend, below[name]) for name in candidates}
-    return Engines(candidates, folders, infos, found, choice, exact)
+    times = replace(found, models={**found.models, **choice.latency})
+    return Engines(candidates, folders, infos, times, choice, exact)
