@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from trtune.calibrate.table import CalibrationTable
-from trtune.datasets.batches import Batch
+from trtune.datasets.batches import Batch, BatchSource
 from trtune.precision.graph.view import GraphView, Model, model_from_proto
 from trtune.precision.lower.deploy import deploy_tensors
 from trtune.precision.plan.plan import PrecisionPlan
@@ -203,6 +203,26 @@ class Rows:
     @property
     def identity(self) -> str:
         return hashlib.sha256(str(sorted(self.order)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a source gave, held in memory: pictures that several passes read are decoded once."""
+
+    batches: tuple[Batch, ...]
+    identity: str
+    skipped: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: BatchSource) -> Kept:
+        return cls(tuple(source), source.identity, tuple(source.skipped))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    @property
+    def count(self) -> int | None:
+        return sum(len(batch.items) for batch in self.batches)
 
 
 # NumPy, written plainly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import os
 import sys
@@ -76,6 +77,7 @@ ALSO_CALLED = {"onnxruntime": ("onnxruntime-gpu",)}
 """Distributions that bring a module under another name than its own."""
 
 
+@functools.cache
 def package_version(name: str) -> str:
     """The installed version of a package, also of one that brings it under another name.
 

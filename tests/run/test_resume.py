@@ -245,8 +245,18 @@ def test_a_killed_run_is_resumed(
 KILLED_OFTEN = """
 import os, signal, sys
 from pathlib import Path
+import numpy as np
+import pandas, polygraphy.comparator, polygraphy.json
+from trtune.calibrate.histogram import Histogram
+from trtune.calibrate.methods import AMAX_METHODS, CANDIDATES
 from trtune.configs.load import load_config
+from trtune.precision.runtime.errors import ErrorSums
 from trtune.run.pipeline import run
+
+some = np.linspace(-1, 1, 64, dtype=np.float32)
+for amax in {**AMAX_METHODS, **CANDIDATES}.values():
+    amax(Histogram.of(some))  # what is loaded and compiled here is not in every child
+ErrorSums().add(some, some)
 
 config, out, points = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split()
 loaded = load_config(config, overrides=sys.argv[4:])
