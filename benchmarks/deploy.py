@@ -4,9 +4,11 @@
     python benchmarks/deploy.py                       every float model of the data, in turns
     python benchmarks/deploy.py --profile MODEL ...   also milliseconds by operator of both
 
-Each model is a process of its own: calibrated (entropy, 64 pictures), lowered, and both models then
-take turns on the same batch, after a warm-up. The ratio is the median of the turns' ratios. SQNR is
-that of the outputs of 64 further pictures.
+Each model is a process of its own: calibrated (entropy, 64 pictures) and lowered, all in INT8 and
+with those layers in float that take longer in INT8 by their measured times, as a run does it. All
+then take turns on the same batch, after a warm-up. A speed-up is the median of the turns' ratios,
+with its 95 % interval; what is shipped is what a run would ship. SQNR is that of the INT8 model
+chosen, on the outputs of 64 further pictures.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 HERE = Path(__file__).resolve().parent
 MODELS = {
@@ -77,12 +80,16 @@ def measure(name: str, threads: int, rounds: int, *, profile: bool) -> dict[str,
     from trtune import load_config
     from trtune.datasets.batches import rebatch
     from trtune.datasets.open import open_section
+    from trtune.precision.backends.ort.backend import OnnxruntimeBackend
     from trtune.precision.graph.file import load_model
     from trtune.precision.graph.view import GraphView
-    from trtune.precision.lower.deploy import lower_deploy
     from trtune.precision.plan.rules import make_plan
+    from trtune.precision.runtime.api import Candidate
     from trtune.precision.runtime.session import make_session
     from trtune.precision.tune.scales import calibrate_model
+    from trtune.reports.latency import BURST, measure_turns
+    from trtune.run.speed.choice import decided
+    from trtune.run.speed.placing import cheaper_placements, faster_in_float
 
     size = MODELS[name]
     config = load_config(HERE / "configs" / f"{name}.yaml", overrides=["data.calibration.take=64"])
@@ -91,38 +98,61 @@ def measure(name: str, threads: int, rounds: int, *, profile: bool) -> dict[str,
     plan = make_plan(view)
     source = open_section(config.data.calibration, model.inputs)
     table = calibrate_model(model, view, plan, source, lowerings=["deploy"], method="entropy").table
-    lowered = lower_deploy(model, plan, table)
     given = config.data.evaluation.model_copy(update={"skip": 64, "take": 64})
     batches = [dict(b.feeds) for b in rebatch(iter(open_section(given, model.inputs)), size)]
-    full = make_session(model.proto, threads=threads)
-    ours = make_session(lowered, threads=threads, integer_kernels=True)
-    feeds = batches[0]
-
-    def seconds(session: Any, runs: int) -> float:
-        began = time.perf_counter()
-        for _ in range(runs):
-            session.run(None, feeds)
-        return (time.perf_counter() - began) / runs
-
-    seconds(ours, 3)
-    seconds(full, 3)
-    runs = max(2, int(0.15 / seconds(full, 3)))
-    turns = [(seconds(full, runs), seconds(ours, runs)) for _ in range(rounds)]
-    found: dict[str, Any] = {
-        "model": name,
-        "batch": size,
-        "fp32_ms": 1e3 * statistics.median(a for a, _ in turns),
-        "int8_ms": 1e3 * statistics.median(b for _, b in turns),
-        "speedup": statistics.median(a / b for a, b in turns),
-        "range": [min(a / b for a, b in turns), max(a / b for a, b in turns)],
-        "sqnr_db": sqnr(full, ours, batches),
-        "int8": sum(p == "int8" for p in (plan.precision(n) for n in plan.compute_nodes)),
-        "nodes": len(plan.compute_nodes),
-    }
-    if profile:
-        found["profile_fp32"] = profiled(model.proto, feeds, threads, integer=False)
-        found["profile_int8"] = profiled(lowered, feeds, threads, integer=True)
+    backend, feeds = OnnxruntimeBackend("deploy", threads=threads), batches[0]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {"quantized": Path(folder) / "quantized"}
+        whole = Candidate(model, plan, table)
+        info = backend.build(whole, paths["quantized"])
+        tried = cheaper_placements(whole, view, backend, info, feeds, batch=size)
+        for label, floats in tried.items():
+            paths[label] = Path(folder) / label
+            partly = Candidate(model, faster_in_float(plan, floats), table)
+            backend.build(partly, paths[label])
+        sessions = {"fp32": make_session(model.proto, threads=threads)}
+        for label, path in paths.items():
+            file = path / "model.onnx"
+            sessions[label] = make_session(file, threads=threads, integer_kernels=True)
+        calls = {label: partial(one.run, None, feeds) for label, one in sessions.items()}
+        turns = measure_turns(calls, warmup=3, runs=rounds * BURST)
+        chosen = decided(turns, tried, batch=size)
+        best = next((k for k, floats in tried.items() if floats == chosen.floats), "quantized")
+        found: dict[str, Any] = {
+            "model": name,
+            "batch": size,
+            "fp32_ms": chosen.latency["fp32"].median,
+            "int8_ms": 1e3 * statistics.median(t for turn in turns["quantized"] for t in turn),
+            "speedups": {label: one.model_dump() for label, one in chosen.speedups.items()},
+            "shipped": chosen.model,
+            "floats": len(chosen.floats),
+            "sqnr_db": sqnr(sessions["fp32"], sessions[best], batches),
+            "int8": sum(p == "int8" for p in (plan.precision(n) for n in plan.compute_nodes)),
+            "nodes": len(plan.compute_nodes),
+        }
+        if profile:
+            lowered = onnx.load(paths[best] / "model.onnx")
+            found["profile_fp32"] = profiled(model.proto, feeds, threads, integer=False)
+            found["profile_int8"] = profiled(lowered, feeds, threads, integer=True)
     return found
+
+
+def line(one: dict[str, Any]) -> str:
+    """A row of the table: all in INT8, and what a run would ship."""
+    whole = one["speedups"]["quantized"]
+    taken = one["speedups"].get(one["shipped"], {"median": 1.0, "low": 1.0, "high": 1.0})
+    ships = {
+        "quantized": "all in INT8",
+        "partly": f"{one['floats']} of {one['int8']} in float",
+        "fp32": "FP32",
+    }[one["shipped"]]
+    whole_text, taken_text = (
+        f"{s['median']:.2f} ({s['low']:.2f} to {s['high']:.2f})" for s in (whole, taken)
+    )
+    return (
+        f"| {one['model']}, {one['batch']} | {one['fp32_ms']:.2f} ms | {one['int8_ms']:.2f} ms "
+        f"| {whole_text} | {ships} | {taken_text} | {one['sqnr_db']:.1f} dB |"
+    )
 
 
 def main() -> None:
@@ -141,7 +171,8 @@ def main() -> None:
         print(json.dumps(measure(name, asked.threads, asked.rounds, profile=asked.profile)))
         return
     found = []
-    print("| model, pictures an inference | FP32 | INT8 | speed-up | SQNR |\n|---|---|---|---|---|")
+    columns = ("model, pictures an inference", "FP32", "INT8", "speed-up", "shipped", "speed-up")
+    print(f"| {' | '.join((*columns, 'SQNR'))} |\n{'|---' * 7}|")
     for name in asked.models or MODELS:
         command = [sys.executable, __file__, "--measure", name, "--threads", str(asked.threads)]
         command += ["--rounds", str(asked.rounds), *(["--profile"] if asked.profile else [])]
@@ -151,12 +182,7 @@ def main() -> None:
             continue
         one = json.loads(done.stdout.strip().splitlines()[-1])
         found.append(one)
-        low, high = one["range"]
-        print(
-            f"| {name}, {one['batch']} | {one['fp32_ms']:.2f} ms | {one['int8_ms']:.2f} ms "
-            f"| {one['speedup']:.2f} ({low:.2f} to {high:.2f}) | {one['sqnr_db']:.1f} dB |",
-            flush=True,
-        )
+        print(line(one), flush=True)
         if asked.out:
             asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -227,6 +227,16 @@ def test_the_choice_is_of_what_is_faster_beyond_the_noise() -> None:
     assert set(found.latency) == {"fp32", "untuned", "tuned"}
 
 
+def test_where_int8_is_slower_than_fp32_the_faster_placement_is_taken_though_turns_differ() -> None:
+    steady = [[1.0]] * 10
+    partly = [[r] for r in (0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 1.2, 1.2, 1.2)]
+    slower = [[1.02]] * 10
+    turns = {"fp32": steady, "quantized": slower, "partly 1": partly}
+    found = decided(turns, {"partly 1": ("a",)}, batch=1)
+    assert (found.model, found.floats) == ("partly", ("a",))
+    assert found.speedups["partly"].median == pytest.approx(1 / 0.9)
+
+
 def test_real_times_of_nodes_give_placements_that_can_be_built(tmp_path: Path) -> None:
     """Nothing is injected here, and nothing is said of which it is."""
     folder = write_project(tmp_path, tinymodels.silu_se())

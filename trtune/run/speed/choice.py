@@ -45,16 +45,18 @@ def decided(turns: Turns, tried: Mapping[str, tuple[str, ...]], *, batch: int) -
     """The choice among FP32, the quantized model and those that were `tried`, by name with the
     nodes that each leaves in float, from turns that all took.
 
-    One of the latter is taken if it is faster than the quantized one beyond the noise; FP32 if what
-    is taken is slower than that.
+    One of the latter is taken if it is faster than the quantized one: beyond the noise, or by its
+    median where the quantized one's is slower than FP32's. FP32 is taken if what was is slower than
+    that beyond the noise.
     """
+    found = {name: speedup_of(turns[name], turns[FP32]) for name in (INTEGER_MODEL, *tried)}
+    speedups = {name: speedup for name, speedup in found.items() if speedup is not None}
     best: str = INTEGER_MODEL
     for name in tried:
         over = speedup_of(turns[name], turns[best])
-        if over is not None and over.low is not None and over.low > 1:
-            best = name
-    found = {name: speedup_of(turns[name], turns[FP32]) for name in (INTEGER_MODEL, *tried)}
-    speedups = {name: speedup for name, speedup in found.items() if speedup is not None}
+        doubtful = speedups[best].median < 1
+        if over is not None and over.low is not None:
+            best = name if over.low > 1 or (doubtful and over.median > 1) else best
     taken = best
     if is_slower(speedups[best]):
         taken, best = FLOAT_MODEL, INTEGER_MODEL
