@@ -43,9 +43,11 @@ from trtune.precision.runtime.output_groups import (
 from trtune.precision.runtime.resident import Resident
 from trtune.precision.runtime.session import (
     SharedWeights,
+    ahead,
     kept_values,
     make_session,
     named_values,
+    threads_each,
 )
 
 CLIP_INPUTS = 11
@@ -161,14 +163,19 @@ class Alone:
         held = dict.fromkeys([*held_tensors(view, placement), *also])
         inner = [t for t in held if t not in set(view.graph_inputs)]
         session = make_session(
-            model.proto, outputs=inner, external_dir=model.external_dir, device=device
+            model.proto,
+            outputs=inner,
+            threads=threads_each(device),
+            external_dir=model.external_dir,
+            device=device,
         )
         names = [*dict.fromkeys([*self._outputs, *inner])]
         self._pictures = tuple(len(batch) for batch in pictures)
-        self._stored: list[dict[str, NDArray[Any]]] = []
-        for batch in pictures:
-            found = kept_values(session, names, batch.feeds)
-            self._stored.append({**batch.feeds, **found})
+
+        def run(batch: Batch) -> dict[str, NDArray[Any]]:
+            return {**batch.feeds, **kept_values(session, names, batch.feeds)}
+
+        self._stored = [values for _, values in ahead(run, pictures, device=device)]
         self._resident = Resident(self._stored, device)
 
     def through(self, batch: int, tensor: str, scale: float) -> Changed:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from trtune.calibrate.collect import measure
 from trtune.configs.errors import DataError, ModelError
-from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, is_free, take_rows
 from trtune.datasets.holdout import join
 from trtune.precision.compare.alone import held_tensors
@@ -21,7 +20,7 @@ from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.plan.placement import Placement
 from trtune.precision.runtime.api import Engine
 from trtune.precision.runtime.errors import ErrorSums, NotFiniteError
-from trtune.precision.runtime.session import kept_values, make_session
+from trtune.precision.runtime.session import ahead, kept_values, make_session, threads_each
 
 log = logging.getLogger(__name__)
 
@@ -239,14 +238,18 @@ def exact_outputs(
     """The FP32 outputs of each batch, in the model's order; of the first batches only, once they
     take `most` bytes."""
     session = make_session(
-        model.proto, threads=usable_cores(), external_dir=model.external_dir, device=device
+        model.proto, threads=threads_each(device), external_dir=model.external_dir, device=device
     )
     names = [output.name for output in model.outputs]
     found: list[list[Any]] = []
     held = 0
-    for batch in batches:
+
+    def run(batch: Batch) -> list[Any]:
+        return [*kept_values(session, names, batch.feeds).values()]
+
+    for _, arrays in ahead(run, batches, device=device):
         if held >= most:
             break
-        found.append([*kept_values(session, names, batch.feeds).values()])
-        held += sum(array.nbytes for array in found[-1])
+        found.append(arrays)
+        held += sum(array.nbytes for array in arrays)
     return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ from polygraphy.logger import G_LOGGER
 
 from trtune.calibrate.sessions import ORT_ERRORS, error_text, open_session
 from trtune.configs.errors import DataError, ModelError, did_you_mean
+from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import InputSpec
 from trtune.precision.graph.file import SAVE_LIMIT, save_model
 from trtune.precision.graph.proto import is_external, tensor_bytes
@@ -26,8 +29,13 @@ from trtune.precision.runtime.api import MODEL_FILE
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+RUNS_AT_ONCE = 4
+"""Batches, at most, that are run at once: the inner values of each are held in memory."""
+
 SHARED_BYTES = 1 << 12
 SHARED_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
+Fed = TypeVar("Fed")
+Made = TypeVar("Made")
 NUMPY_NAMES = MappingProxyType({"float": "float32", "double": "float64", "string": "object"})
 
 
@@ -141,6 +149,39 @@ def kept_values(
     """
     found = named_values(session, names, feeds)
     return {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in found.items()}
+
+
+def threads_each(device: str) -> int:
+    """The threads of a session whose runs `ahead` makes."""
+    return max(usable_cores() // _at_once(device), 1)
+
+
+def ahead(
+    run: Callable[[Fed], Made], items: Iterable[Fed], *, device: str
+) -> Iterator[tuple[Fed, Made]]:
+    """Each of `items` with what `run` gives for it, in order, a few being run at once on a CPU.
+
+    Two runs of one thread take half the work of one run on two threads after the other, whose
+    threads wait for each other in every node. A GPU has one run at a time.
+    """
+    count = _at_once(device)
+    if count == 1:
+        yield from ((item, run(item)) for item in items)
+        return
+    with ThreadPoolExecutor(count) as pool:
+        begun: deque[tuple[Fed, Future[Made]]] = deque()
+        for item in items:
+            begun.append((item, pool.submit(run, item)))
+            if len(begun) == count:
+                first, found = begun.popleft()
+                yield first, found.result()
+        while begun:
+            first, found = begun.popleft()
+            yield first, found.result()
+
+
+def _at_once(device: str) -> int:
+    return min(usable_cores(), RUNS_AT_ONCE) if device == "cpu" else 1
 
 
 def _new_outputs(model: onnx.ModelProto, outputs: Sequence[str]) -> tuple[str, ...]:

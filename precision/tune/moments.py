@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -34,7 +34,7 @@ from trtune.precision.prepare.columns import (
 )
 from trtune.precision.prepare.rounding import rounded_codes
 from trtune.precision.prepare.values import CORRECT, ROUND_CODES, Codes
-from trtune.precision.runtime.session import make_session, named_values
+from trtune.precision.runtime.session import ahead, make_session, named_values, threads_each
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def _look(
     session = make_session(
         proto,
         outputs=inner,
-        threads=usable_cores(),
+        threads=threads_each(device),
         external_dir=model.external_dir,
         device=device,
     )
@@ -222,10 +222,13 @@ def _look(
     rng = np.random.default_rng(SEED)
     size = batch_size(model.inputs, 4)
     progress(what, 0, PICTURES)
-    for number, batch in enumerate(islice(rebatch(source, size), -(-PICTURES // size))):
-        if len(batch) < batch_size(model.inputs, 1):
-            break
-        values = {**batch.feeds, **named_values(session, inner, batch.feeds)}
+
+    def run(batch: Batch) -> dict[str, Array]:
+        return {**batch.feeds, **named_values(session, inner, batch.feeds)}
+
+    whole = takewhile(lambda b: len(b) >= batch_size(model.inputs, 1), rebatch(source, size))
+    batches = islice(whole, -(-PICTURES // size))
+    for number, (_, values) in enumerate(ahead(run, batches, device=device)):
         for tensor in sampled:
             samples[tensor].append(_sample(values[tensor], axes[tensor], rng))
         _add_moments(

@@ -12,7 +12,6 @@ from typing import Any
 
 from trtune.calibrate.collect import DEFAULT_MEMORY
 from trtune.configs.progress import Progress, silent
-from trtune.configs.system.machine import usable_cores
 from trtune.configs.values import HELD_OUT, PERCENTILE
 from trtune.datasets.batches import Batch, BatchSource
 from trtune.datasets.holdout import Without, fitting_pictures, hold_out_more
@@ -34,7 +33,7 @@ from trtune.precision.prepare.values import (
     Moved,
     Prepared,
 )
-from trtune.precision.runtime.session import make_session
+from trtune.precision.runtime.session import ahead, make_session, threads_each
 from trtune.precision.tune.again import Again
 from trtune.precision.tune.company import Errors
 from trtune.precision.tune.judge import Judge, counted_outputs, level
@@ -347,13 +346,8 @@ class _Judged:
         self._names = [output.name for output in model.outputs]
         self._batches = in_batches(model, pictures, device=device)
         references = exact_outputs(model, self._batches, device=device)
-        sizes = [len(batch) for batch in self._batches]
-        self._judge = Judge(references, sizes, counted_outputs(model))
-
-    @property
-    def pictures(self) -> list[int]:
-        """How many pictures each batch holds."""
-        return [len(batch) for batch in self._batches]
+        self.pictures = [len(batch) for batch in self._batches]
+        self._judge = Judge(references, self.pictures, counted_outputs(model))
 
     def errors(self, variant: _Variant, batches: range | None = None) -> Errors:
         """Of each batch, or of some, as `Judge` gives them."""
@@ -361,12 +355,16 @@ class _Judged:
         rounded = with_codes(variant.model, variant.plan, variant.codes or {})
         session = make_session(
             lower_emulate(rounded, variant.plan, variant.calibrated.table),
-            threads=usable_cores(), external_dir=self._model.external_dir, device=self._device,
+            threads=threads_each(self._device),
+            external_dir=self._model.external_dir, device=self._device,
         )  # fmt: skip
-        return [
-            self._judge.errors(k, session.run(self._names, dict(self._batches[k].feeds)))
-            for k in which
-        ]
+
+        def run(number: int) -> list[Any]:
+            found: list[Any] = session.run(self._names, dict(self._batches[number].feeds))
+            return found
+
+        runs = ahead(run, which, device=self._device)
+        return [self._judge.errors(number, outputs) for number, outputs in runs]
 
 
 def _best(

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,9 @@ from trtune.precision.prepare.values import (
     SHIFT_ALL,
     Moved,
 )
-from trtune.precision.runtime.session import make_session, named_values
-from trtune.precision.tune.judge import Judge, improvement, judge_of, level
+from trtune.precision.runtime.session import ahead, make_session, named_values, threads_each
+from trtune.precision.tune.company import Errors
+from trtune.precision.tune.judge import Improvement, Judge, improvement, judge_of, level
 from trtune.precision.tune.moments import Observed
 from trtune.precision.tune.ranges import screening_batches
 
@@ -97,23 +99,26 @@ def reaches(
     """What the channels of each tensor (with their axis) reach, over at most `PICTURES`."""
     inner = [t for t in axes if t not in {i.name for i in model.inputs}]
     session = make_session(
-        model.proto, outputs=inner, external_dir=model.external_dir, device=device
+        model.proto,
+        outputs=inner,
+        threads=threads_each(device),
+        external_dir=model.external_dir,
+        device=device,
     )
     parts: dict[str, list[Reach]] = {t: [] for t in axes}
-    seen = 0
-    for batch in rebatch(source, batch_size(model.inputs, 8)):
-        if len(batch) < batch_size(model.inputs, 1):
-            break
-        values = named_values(session, inner, batch.feeds)
-        for tensor, axis in axes.items():
-            value = values[tensor] if tensor in values else batch.feeds[tensor]
-            found = reach_of(value, len(batch), axis)
-            if found is not None:
-                parts[tensor].append(found)
+    size, seen = batch_size(model.inputs, 8), 0
+
+    def run(batch: Batch) -> dict[str, Reach | None]:
+        values = {**batch.feeds, **named_values(session, inner, batch.feeds)}
+        return {t: reach_of(values[t], len(batch), axis) for t, axis in axes.items()}
+
+    whole = takewhile(lambda b: len(b) >= batch_size(model.inputs, 1), rebatch(source, size))
+    for batch, found in ahead(run, islice(whole, -(-PICTURES // size)), device=device):
+        for tensor, reach in found.items():
+            if reach is not None:
+                parts[tensor].append(reach)
         seen += len(batch)
         progress("look at channels", min(seen, PICTURES), PICTURES)
-        if seen >= PICTURES:
-            break
     return {tensor: merged(found) for tensor, found in parts.items() if found}
 
 
@@ -287,21 +292,34 @@ class _Trial:
         self._screening = screening_batches([alone.pictures(b) for b in range(alone.batches)])
 
     def best(self, moves: Sequence[Move], amax: float, axis: int) -> Move | None:
-        """The best of `moves`, with its likely gain over leaving the tensor as it is, at `amax`."""
+        """The best of `moves`, with its likely gain over leaving the tensor as it is, at `amax`.
+
+        Where the first pictures leave no doubt of what is best, and that it helps, they decide
+        alone.
+        """
         size = moves[0].affine.scale.size
         none = Move(Affine(self._tensor, self._edges, np.ones(size, np.float32), 0.0, axis), amax)
         first = [self._errors(move, range(self._screening)) for move in (none, *moves)]
         ranked = sorted(range(1, len(first)), key=lambda k: (level(first[k]), k))[:FINALISTS]
+        lead, *others = ranked
+        gained, move = self._gained(moves[lead - 1], first[0], first[lead])
+        apart = all(improvement(first[k], first[lead]).is_certain for k in others)
+        if gained.is_certain and move.gain_db > LEAST and apart:
+            return move
         rest = range(self._screening, self._alone.batches)
         before = [*first[0], *self._errors(none, rest)]
-        found = []
-        for k in ranked:
-            after = [*first[k], *self._errors(moves[k - 1], rest)]
-            gained = improvement(before, after)
-            likely = gained.towards(moves[k - 1].gain_db, MISLED)
-            if likely > LEAST and not gained.hurts:
-                found.append(replace(moves[k - 1], gain_db=likely))
-        return max(found, key=lambda move: move.gain_db, default=None)
+        found = [
+            self._gained(moves[k - 1], before, [*first[k], *self._errors(moves[k - 1], rest)])
+            for k in ranked
+        ]
+        helping = [m for g, m in found if m.gain_db > LEAST and not g.hurts]
+        return max(helping, key=lambda move: move.gain_db, default=None)
+
+    @staticmethod
+    def _gained(move: Move, before: Errors, after: Errors) -> tuple[Improvement, Move]:
+        """What is seen of a move's gain, and the move with what is likely."""
+        gained = improvement(before, after)
+        return gained, replace(move, gain_db=gained.towards(move.gain_db, MISLED))
 
     def _errors(self, move: Move, batches: Iterable[int]) -> list[NDArray[np.float64]]:
         batches = list(batches)

@@ -12,7 +12,8 @@ so that the choice is the same on any machine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,9 @@ HOPELESS = 1.5
 
 WITHIN = 1.1
 """What is this many times worse than the best on the first half is not tried on the others."""
+
+CERTAINLY = 1 + 1e-9
+"""How far above a bound a sum has to be: not by its rounding alone."""
 
 FINALISTS = 2
 
@@ -140,6 +144,7 @@ def _choose(trials: _Trials, candidates: dict[float, str], histogram: Histogram)
     seen = min(trials.error(chosen, part) for part in (trials.screening, half))
     if trials.error(chosen, whole) > SURPRISE * seen:
         # Some picture that did not lead is unlike those that did: let all lead.
+        trials.weigh(chosen)
         chosen = _search(trials, names, histogram.maximum, leading=whole, screening=whole)
     usual = min(quantile(histogram.pictures.counts, USUAL), histogram.maximum)
     if 0 < chosen < usual and not _is_shown(trials, chosen, usual):
@@ -152,11 +157,15 @@ def _choose(trials: _Trials, candidates: dict[float, str], histogram: Histogram)
 
 def _is_shown(trials: _Trials, amax: float, usual: float) -> bool:
     """Whether pictures that reach `usual` are better off with the smaller `amax`."""
-    reach = np.concatenate([trials.maxima(b) for b in range(trials.batches)]) >= REACHES * usual
-    if np.count_nonzero(reach) < WITNESSES:
+    reach = [trials.maxima(b) >= REACHES * usual for b in range(trials.batches)]
+    if sum(map(np.count_nonzero, reach)) < WITNESSES:
         return False
-    smaller, larger = (trials.whole(value)[:, reach] for value in (amax, usual))
-    return worst([smaller]) <= worst([larger])
+    batches = [b for b, pictures in enumerate(reach) if pictures.any()]
+    smaller, larger = (
+        worst([errors[:, reach[b]] for b, errors in zip(batches, found, strict=True)])
+        for found in (trials.on(value, batches) for value in (amax, usual))
+    )
+    return smaller <= larger
 
 
 def _search(
@@ -170,16 +179,20 @@ def _search(
     promising = list(names)
     if leading > screening:
         promising = trials.best(promising, screening, count=len(names), within=HOPELESS)
-    best = trials.best(promising, leading, count=1, within=1.0)[0]
+    # What may be among the finalists is tried on all that lead.
+    slack = WITHIN if leading < trials.batches else 1.0
+    best = trials.best(promising, leading, count=1, within=1.0, near=slack)[0]
 
     def better(amax: float, than: float) -> bool:
         names.setdefault(amax, nearest_name(amax, names))
-        if trials.error(amax, screening) > HOPELESS * trials.error(than, screening):
+        hopeless = HOPELESS * trials.error(than, screening)
+        if trials.error(amax, screening, most=hopeless) > hopeless:
             return False
-        return trials.error(amax, leading) < trials.error(than, leading)
+        now = trials.error(than, leading)
+        return trials.error(amax, leading, most=slack * now) < now
 
     best = _climb(best, STRIDE, limit, better)
-    tried = [amax for amax in names if trials.seen(amax) >= leading]
+    tried = [amax for amax in names if trials.has(amax, leading)]
     finalists = trials.best(tried, leading, count=FINALISTS, within=WITHIN)
     return trials.best(finalists, trials.batches, count=1, within=1.0)[0]
 
@@ -194,9 +207,11 @@ class _Trials:
         edges = tuple(edge for readers in tensors.values() for edge in readers)
         self._alone, self._judge, self._tensors = alone, judge, tuple(tensors)
         self._change = Change(edges)
-        self._found: dict[float, list[NDArray[np.float64]]] = {}
+        self._found: dict[float, dict[int, NDArray[np.float64]]] = {}
         self.batches = alone.batches
-        self.screening = screening_batches([alone.pictures(b) for b in range(alone.batches)])
+        self._pictures = [alone.pictures(b) for b in range(alone.batches)]
+        self._loudest = list(range(alone.batches))
+        self.screening = screening_batches(self._pictures)
 
     def __enter__(self) -> None:
         self._run = self._alone.session(self._change, int8=True)
@@ -204,13 +219,13 @@ class _Trials:
     def __exit__(self, *reason: object) -> None:
         del self._run  # a session holds the weights of what comes after the tensors
 
-    def seen(self, amax: float) -> int:
-        """Batches that `amax` was tried on."""
-        return len(self._found.get(amax, ()))
+    def has(self, amax: float, batches: int) -> bool:
+        """Whether `amax` was tried on all of the first `batches`."""
+        return all(b in self._found.get(amax, {}) for b in range(batches))
 
     def maxima(self, batch: int) -> NDArray[np.float64]:
         """The largest |x| of each picture of a batch; of all together if rows are no pictures."""
-        pictures = self._alone.pictures(batch)
+        pictures = self._pictures[batch]
         found = np.zeros(pictures)
         for tensor in self._tensors:
             values = np.abs(self._alone.stored(batch, tensor))
@@ -218,30 +233,63 @@ class _Trials:
             found = np.maximum(found, rows.max(axis=1, initial=0))
         return found
 
-    def error(self, amax: float, batches: int) -> float:
-        """Mean over the pictures of the first `batches` of the worst output's relative noise."""
-        self._try(amax, batches)
-        return worst(self._found[amax][:batches])
+    def error(self, amax: float, batches: int, *, most: float = math.inf) -> float:
+        """Mean over the pictures of the first `batches` of the worst output's relative noise;
+        infinity as soon as it is certain to be above `most`.
 
-    def whole(self, amax: float) -> NDArray[np.float64]:
-        """The errors on all batches, shape (groups, pictures)."""
-        self._try(amax, self.batches)
-        return np.concatenate(self._found[amax], axis=1)
+        Errors are never below zero, so that a part of the sum can tell. The batches go by what
+        they were found to weigh, the heaviest first.
+        """
+        found = self._found.setdefault(amax, {})
+        pictures = sum(self._pictures[:batches])
+        so_far = [errors for b, errors in found.items() if b < batches]
+        for batch in self._loudest:
+            if batch >= batches or batch in found:
+                continue
+            if so_far and _summed(so_far) > CERTAINLY * most * pictures:
+                return math.inf
+            so_far += self.on(amax, [batch])
+        return worst([found[b] for b in range(batches)])
 
-    def _try(self, amax: float, batches: int) -> None:
-        found = self._found.setdefault(amax, [])
+    def weigh(self, amax: float) -> None:
+        """Let the batches go by the errors of `amax`, which was tried on all, from now on."""
+        self._loudest.sort(key=lambda b: -_summed([self._found[amax][b]]))
+
+    def on(self, amax: float, batches: Sequence[int]) -> list[NDArray[np.float64]]:
+        """The errors on these batches, each of shape (groups, pictures)."""
+        found = self._found.setdefault(amax, {})
         scale = float(np.float32(amax) / np.float32(127))
-        for batch in range(len(found), batches):
-            changed = {t: self._alone.through(batch, t, scale) for t in self._tensors}
-            found.append(self._judge.errors(batch, self._run(batch, changed)))
+        for batch in batches:
+            if batch not in found:
+                changed = {t: self._alone.through(batch, t, scale) for t in self._tensors}
+                found[batch] = self._judge.errors(batch, self._run(batch, changed))
+        return [found[batch] for batch in batches]
 
     def best(
-        self, amaxes: Iterable[float], batches: int, *, count: int, within: float
+        self, amaxes: Iterable[float], batches: int, *, count: int, within: float, near: float = 1.0
     ) -> list[float]:
-        """The best `count` of `amaxes` on some batches, none `within` times worse than the best."""
-        ranked = sorted(amaxes, key=lambda amax: (self.error(amax, batches), amax))
-        limit = within * self.error(ranked[0], batches)
-        return [amax for amax in ranked[:count] if self.error(amax, batches) <= limit]
+        """The best `count` of `amaxes` on some batches, none `within` times worse than the best.
+
+        What is certainly not among them, nor `near` times as bad at most, is tried no further.
+        """
+        known: dict[float, float] = {}
+        for amax in sorted(amaxes, key=lambda a: (self._guess(a), a)):
+            ranked = sorted(known.values())
+            most = within * ranked[0] if ranked else math.inf
+            most = min(most, ranked[count - 1]) if len(ranked) >= count else most
+            known[amax] = self.error(amax, batches, most=near * most)
+        found = sorted(known, key=lambda amax: (known[amax], amax))
+        return [amax for amax in found[:count] if known[amax] <= within * known[found[0]]]
+
+    def _guess(self, amax: float) -> float:
+        """The mean error on what `amax` was tried on; zero if on nothing."""
+        found = self._found.get(amax)
+        return worst(list(found.values())) if found else 0.0
+
+
+def _summed(errors: list[NDArray[np.float64]]) -> float:
+    """The sum over pictures of the group that has most."""
+    return float(np.sum([part.sum(axis=1) for part in errors], axis=0).max())
 
 
 def screening_batches(pictures: list[int]) -> int:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from threading import Lock
+
 import numpy as np
 import onnx
 import pytest
 import tinymodels
 
-from trtune.precision.runtime.session import SharedWeights, make_session, named_values
+from trtune.precision.runtime.session import (
+    RUNS_AT_ONCE,
+    SharedWeights,
+    ahead,
+    make_session,
+    named_values,
+)
 
 
 @pytest.mark.parametrize("names", [[], ["y"], ["relu", "y"]])
@@ -43,3 +52,40 @@ def test_parts_of_a_graph_share_its_large_constants() -> None:
     for _ in range(2):
         session = make_session(part, weights=shared.read_by(part))
         np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weights + small, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 20])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_runs_ahead_come_in_order(count: int, device: str) -> None:
+    """Later items are done first where they can be."""
+    busy, most, lock = 0, 0, Lock()
+
+    def run(item: int) -> int:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.002 * (item % 3))
+        with lock:
+            busy -= 1
+        return item * item
+
+    found = list(ahead(run, range(count), device=device))
+    assert found == [(item, item * item) for item in range(count)]
+    assert most <= (RUNS_AT_ONCE if device == "cpu" else 1)
+
+
+def test_what_is_not_asked_for_is_not_run_and_an_error_is_raised_where_it_happens() -> None:
+    run: list[int] = []
+    for item, _ in ahead(run.append, range(100), device="cpu"):
+        if item == 2:
+            break
+    assert len(run) <= 3 + RUNS_AT_ONCE
+
+    def fails(item: int) -> float:
+        return 1 / (2 - item)
+
+    runs = ahead(fails, range(5), device="cpu")
+    assert [next(runs), next(runs)] == [(0, 0.5), (1, 1.0)]
+    with pytest.raises(ZeroDivisionError):
+        next(runs)

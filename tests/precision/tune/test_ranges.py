@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -72,7 +73,7 @@ def linear(columns: Sequence[float]) -> onnx.ModelProto:
 
 
 def choose(
-    proto: onnx.ModelProto, pictures: Sequence[Rows], *, batch: int = 4
+    proto: onnx.ModelProto, pictures: Sequence[Rows], *, batch: int = 4, kind: type[Alone] = Alone
 ) -> tuple[dict[str, Choice], Case, Alone]:
     """`choose_by_output` for every quantized tensor, on `pictures` of a model with one input."""
     prepared = case(proto)
@@ -82,7 +83,7 @@ def choose(
         part = np.concatenate(pictures[start : start + batch])
         batches.append(Batch({name: part}, tuple(map(str, range(len(part))))))
     placement = place(prepared.view, prepared.plan)
-    alone = Alone(prepared.model, prepared.view, placement, batches)
+    alone = kind(prepared.model, prepared.view, placement, batches)
     histograms = {
         tensor: Histogram.of(
             *(row for b in range(alone.batches) for row in alone.stored(b, tensor))
@@ -296,21 +297,26 @@ def test_where_a_picture_stands_does_not_matter(place_of_the_bright_one: int) ->
         assert choice.error == pytest.approx(expected[tensor].error, rel=0.4)
 
 
+class Counting(Alone):
+    """Notes the batch of every run."""
+
+    def __init__(self, *given: Any) -> None:
+        self.runs: list[int] = []
+        super().__init__(*given)
+
+    def session(
+        self, change: Change, *, int8: bool = False
+    ) -> Callable[[int, Mapping[str, Rows]], list[Rows]]:
+        run = super().session(change, int8=int8)
+
+        def counted(batch: int, changed: Mapping[str, Rows]) -> list[Rows]:
+            self.runs.append(batch)
+            return run(batch, changed)
+
+        return counted
+
+
 def test_an_amax_is_given_up_at_the_batch_that_shows_it_to_be_worse() -> None:
-    runs: list[int] = []
-
-    class Counting(Alone):
-        def session(
-            self, change: Change, *, int8: bool = False
-        ) -> Callable[[int, Mapping[str, Rows]], list[Rows]]:
-            run = super().session(change, int8=int8)
-
-            def counted(batch: int, changed: Mapping[str, Rows]) -> list[Rows]:
-                runs.append(batch)
-                return run(batch, changed)
-
-            return counted
-
     prepared = case(linear([1.0]))
     pictures = [rows(1)[0]] * 24  # the first half says all there is to know
     batches = [Batch({"x": picture}, ("p",)) for picture in pictures]
@@ -318,10 +324,29 @@ def test_an_amax_is_given_up_at_the_batch_that_shows_it_to_be_worse() -> None:
     alone = Counting(prepared.model, prepared.view, placement, batches)
     histogram = Histogram.of(*pictures)
     found = choose_by_output(alone, {"x": histogram}, {"x": dict(placement.activations)})
-    tried = runs.count(0)
+    tried = alone.runs.count(0)
     assert tried >= len(distinct_candidates(histogram))
-    assert runs.count(23) < tried
-    assert len(runs) < 24 * tried
+    assert alone.runs.count(23) < tried
+    assert len(alone.runs) < 24 * tried
     plain = choose(linear([1.0]), pictures, batch=24)[0]["x"]
     assert found["x"].amax == plain.amax
     assert found["x"].error == pytest.approx(plain.error, rel=1e-5)
+
+
+@pytest.mark.parametrize("bright", [None, 3, 21])
+@pytest.mark.parametrize("make", [tinymodels.conv_relu, tinymodels.silu_se, tinymodels.residual])
+def test_what_is_given_up_would_not_have_been_chosen(
+    make: Callable[[], onnx.ModelProto], bright: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same choices as where nothing is, in fewer runs."""
+    pictures = natural_pictures(24, seed=5)
+    if bright is not None:
+        pictures[bright] = pictures[bright] * np.float32(8)
+    proto = uneven(make(), spread=0.7)
+    found, _, alone = choose(proto, pictures, kind=Counting)
+    monkeypatch.setattr("trtune.precision.tune.ranges.CERTAINLY", float("inf"))
+    expected, _, every = choose(proto, pictures, kind=Counting)
+    assert found == expected
+    assert isinstance(alone, Counting)
+    assert isinstance(every, Counting)
+    assert len(alone.runs) <= len(every.runs)
