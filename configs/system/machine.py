@@ -7,7 +7,8 @@ import functools
 import importlib
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,19 @@ def usable_cores() -> int:
     here = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     most = os.environ.get(CORES_VARIABLE, "")
     return min([here, *_own_quotas(), *([max(int(most), 1)] if most.isdigit() else [])])
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Inside, every NumPy product is computed by the thread that asks for it.
+
+    Threads of a pool that each have a library of threads below them wait for one another: on a busy
+    machine a product took up to thirty times the processor time.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")

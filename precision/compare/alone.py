@@ -25,7 +25,7 @@ from trtune.calibrate.float8 import float8_codes, float8_weight_scales, through_
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.compiled import compiled
-from trtune.configs.system.machine import usable_cores
+from trtune.configs.system.machine import one_thread_each, usable_cores
 from trtune.datasets.batches import Batch
 from trtune.precision.graph.proto import copy_of, default_opset, inputs_of
 from trtune.precision.graph.view import GraphView, Model
@@ -390,14 +390,15 @@ def in_parallel(
     until = time.monotonic() + seconds
     progress(what, 0, len(tasks))
     pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="alone")
-    try:
-        for result in pool.map(task, tasks):
-            results.append(result)
-            progress(what, len(results), len(tasks))
-            if time.monotonic() >= until:
-                break
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with one_thread_each():
+        try:
+            for result in pool.map(task, tasks):
+                results.append(result)
+                progress(what, len(results), len(tasks))
+                if time.monotonic() >= until:
+                    break
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
     return results
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress, silent
-from trtune.configs.system.machine import usable_cores
+from trtune.configs.system.machine import one_thread_each, usable_cores
 from trtune.datasets.batches import Batch, batch_size, rebatch
 from trtune.precision.compare.alone import in_parallel
 from trtune.precision.graph.view import GraphView, Model
@@ -249,7 +249,7 @@ def _add_moments(
     """Add what each node meets in a batch of its `inputs` to its `sums`, on all cores; what is
     sampled is drawn in the order of the nodes."""
     dims = {name: tuple(view.initializers[view.by_name[name].input[1]].dims) for name in inputs}
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with one_thread_each(), ThreadPoolExecutor(usable_cores()) as pool:
         names = list(inputs)
         counts = list(pool.map(lambda n: usual[n].counts(inputs[n]), names))
         drawn = [positions(view.by_name[n], inputs[n].shape, dims[n], rng) for n in names]

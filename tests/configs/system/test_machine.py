@@ -4,9 +4,17 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
-from trtune.configs.system.machine import CORES_VARIABLE, peak_rss, quotas, usable_cores
+from trtune.configs.system.machine import (
+    CORES_VARIABLE,
+    one_thread_each,
+    peak_rss,
+    quotas,
+    usable_cores,
+)
 
 
 def test_peak_memory_is_in_bytes() -> None:
@@ -56,3 +64,15 @@ def test_groups_of_the_first_version(tmp_path: Path) -> None:
     assert quotas(tmp_path, "4:memory:/\n2:cpu,cpuacct:/\n") == (3,)
     write(tmp_path / "cpu,cpuacct", cpu__cfs_quota_us="-1")
     assert quotas(tmp_path, "2:cpu,cpuacct:/\nnonsense\n") == ()
+
+
+def test_products_take_one_thread_inside_and_as_many_as_before_behind() -> None:
+    def threads() -> set[int]:
+        libraries = threadpool_info()
+        return {held["num_threads"] for held in libraries if held["user_api"] == "blas"}
+
+    np.ones((4, 4)) @ np.ones((4, 4))
+    before = threads()
+    with one_thread_each():
+        assert threads() <= {1}
+    assert threads() == before
