@@ -292,20 +292,11 @@ class _Trial:
         self._screening = screening_batches([alone.pictures(b) for b in range(alone.batches)])
 
     def best(self, moves: Sequence[Move], amax: float, axis: int) -> Move | None:
-        """The best of `moves`, with its likely gain over leaving the tensor as it is, at `amax`.
-
-        Where the first pictures leave no doubt of what is best, and that it helps, they decide
-        alone.
-        """
+        """The best of `moves`, with its likely gain over leaving the tensor as it is, at `amax`."""
         size = moves[0].affine.scale.size
         none = Move(Affine(self._tensor, self._edges, np.ones(size, np.float32), 0.0, axis), amax)
         first = [self._errors(move, range(self._screening)) for move in (none, *moves)]
         ranked = sorted(range(1, len(first)), key=lambda k: (level(first[k]), k))[:FINALISTS]
-        lead, *others = ranked
-        gained, move = self._gained(moves[lead - 1], first[0], first[lead])
-        apart = all(improvement(first[k], first[lead]).is_certain for k in others)
-        if gained.is_certain and move.gain_db > LEAST and apart:
-            return move
         rest = range(self._screening, self._alone.batches)
         before = [*first[0], *self._errors(none, rest)]
         found = [

@@ -79,9 +79,6 @@ LIGHT = 256 << 20
 PLENTY = 4
 """... but not more than this many times as many."""
 
-NEGLIGIBLE = 0.01
-"""The part of all ranges' error alone below which one is not tried in company: at most 0.04 dB."""
-
 IMPLICIT = "implicit"
 """The lowering of weakly typed TensorRT 10: scales for every tensor, no Q/DQ."""
 BESIDE_AUTO = "mse"
@@ -412,19 +409,12 @@ def auto_ranges(
     starts = _starts(choices, histograms)
     start = standing.best(starts)
     limits = {
-        n: range_limits(histograms[n], starts[start][n].amax)
-        for n in ranges
-        if n in searched and not _is_negligible(n, starts[start])
+        n: range_limits(histograms[n], starts[start][n].amax) for n in ranges if n in searched
     }
     found = company.round(starts[start], limits, progress=progress)
     finished = standing.best({start: starts[start], "in company": found})
     log.info("ranges: from %s, %s is kept", start, finished)
     return found if finished != start else starts[start]
-
-
-def _is_negligible(name: str, choices: Mapping[str, Choice]) -> bool:
-    """Whether a range has next to nothing of the error, as far as each alone was measured."""
-    return 0 < choices[name].error < NEGLIGIBLE * sum(c.error for c in choices.values())
 
 
 def _starts(
