@@ -124,8 +124,8 @@ def find_quantization(view: GraphView) -> Found:
     strays: list[str] = []
     for node in view.nodes:
         if node.op_type == DEQUANTIZE:
-            source = _quantize_before(view, node.input[0])
-            direct = source is not None and source[1]
+            source = quantize_before(view, node.input[0])
+            direct = source is not None and not source[1]
             if direct or view.is_constant(node.input[0]):
                 pairs.append(_pair(view, node, source[0] if source and direct else None))
             elif source:
@@ -189,17 +189,20 @@ def _usual(view: GraphView, node: onnx.NodeProto) -> bool:
     return flat and view.dtypes.get(data, "float32") == "float32" and not view.is_constant(data)
 
 
-def _quantize_before(view: GraphView, codes: str) -> tuple[onnx.NodeProto, bool] | None:
-    """The QuantizeLinear that made `codes`, and whether it stands right before them, without
-    operators in between that move codes about; None if there is none."""
-    direct = True
+def quantize_before(
+    view: GraphView, codes: str
+) -> tuple[onnx.NodeProto, tuple[onnx.NodeProto, ...]] | None:
+    """The QuantizeLinear that made `codes`, and the operators in between that only move codes
+    about, the last first; None if there is none."""
+    moved: list[onnx.NodeProto] = []
     while codes in view.producer:
         node = view.by_name[view.producer[codes]]
         if node.op_type == QUANTIZE:
-            return node, direct
+            return node, tuple(moved)
         if not moves_codes(node, 0):
             return None
-        codes, direct = node.input[0], False
+        moved.append(node)
+        codes = node.input[0]
     return None
 
 

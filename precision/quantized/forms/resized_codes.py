@@ -19,8 +19,8 @@ from trtune.precision.graph.proto import (
     replace_field,
 )
 from trtune.precision.graph.view import GraphView
-from trtune.precision.plan.placement import is_move, moves_codes
-from trtune.precision.quantized.find import DEQUANTIZE, QUANTIZE
+from trtune.precision.plan.placement import is_move
+from trtune.precision.quantized.find import DEQUANTIZE, QUANTIZE, quantize_before
 from trtune.precision.quantized.findings import EXACT, Finding, finding
 
 RESIZES = ("Resize", "Upsample")
@@ -38,7 +38,7 @@ def with_floats_resized(
         node.name: quantize
         for node in view.nodes
         if (node.op_type in RESIZES and is_move(node, 0)) or node.op_type == "Pad"
-        for quantize in [_quantize_before(view, node.input[0])]
+        for quantize in [_one_scale_before(view, node.input[0])]
         if quantize is not None and (node.op_type != "Pad" or _with_zeros(view, node, quantize))
     }
     if not found:
@@ -83,17 +83,13 @@ def with_floats_resized(
     return model, rows
 
 
-def _quantize_before(view: GraphView, codes: str) -> onnx.NodeProto | None:
-    """The QuantizeLinear with one scale that made `codes`, also moved about since."""
-    while codes in view.producer:
-        node = view.by_name[view.producer[codes]]
-        if node.op_type == QUANTIZE:
-            known = view.is_constant(node.input[1]) and view.constant(node.input[1]).size == 1
-            return node if known else None
-        if not moves_codes(node, 0) or node.op_type == "Concat":
-            return None
-        codes = node.input[0]
-    return None
+def _one_scale_before(view: GraphView, codes: str) -> onnx.NodeProto | None:
+    """The QuantizeLinear with one scale that made all of `codes`, also moved about since."""
+    found = quantize_before(view, codes)
+    if found is None or any(node.op_type == "Concat" for node in found[1]):
+        return None
+    scale = found[0].input[1]
+    return found[0] if view.is_constant(scale) and view.constant(scale).size == 1 else None
 
 
 def _with_zeros(view: GraphView, pad: onnx.NodeProto, quantize: onnx.NodeProto) -> bool:
