@@ -27,6 +27,7 @@ from trtune.configs.progress import Progress, silent
 from trtune.configs.system.compiled import compiled
 from trtune.configs.system.machine import one_thread_each, usable_cores
 from trtune.datasets.batches import Batch
+from trtune.precision.compare.in_graph import stays_in_graph
 from trtune.precision.graph.proto import copy_of, default_opset, inputs_of
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.rewrite import quantize_weights, weight_scales
@@ -156,8 +157,8 @@ class Alone:
         in_graph: bool | None = None,
     ) -> None:
         self.model, self._view, self._device = model, view, device
-        asked = device != "cpu" if in_graph is None else in_graph
-        self._in_graph = asked and (default_opset(model.proto) or 0) >= CLIP_INPUTS
+        inside = stays_in_graph(device, in_graph)
+        self._in_graph = inside and (default_opset(model.proto) or 0) >= CLIP_INPUTS
         self._outputs = tuple(o.name for o in model.outputs)
         self._weights = SharedWeights(view.initializers.values())
         held = dict.fromkeys([*held_tensors(view, placement), *also])

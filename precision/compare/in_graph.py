@@ -29,6 +29,15 @@ LEAST_OPSET = 13
 """Where Equal, Where and the reductions, without axes, are what they are in every later version."""
 
 
+def stays_in_graph(device: str, asked: bool | None) -> bool:
+    """Whether what can be computed in the session is, and stays there: as `asked`, else on a GPU.
+
+    >>> stays_in_graph("cuda:0", None), stays_in_graph("cpu", None), stays_in_graph("cpu", True)
+    (True, False, True)
+    """
+    return device != "cpu" if asked is None else asked
+
+
 def can_merge(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> bool:
     """Whether the two can stand in one graph: the same operators' versions, nothing nested."""
     opsets = [{o.domain or "ai.onnx": o.version for o in m.opset_import}

@@ -20,7 +20,7 @@ from trtune.configs.errors import TrtuneError
 from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import Batch, BatchSource, InputSpec, batch_size
 from trtune.precision.compare.batches import MEMORY, add_batch, batch_bytes, chunked, limited
-from trtune.precision.compare.in_graph import SumsInGraph, can_merge
+from trtune.precision.compare.in_graph import SumsInGraph, can_merge, stays_in_graph
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import OrtEngine, make_session
 
@@ -88,7 +88,7 @@ def compare_layers(
     present = [name for name in names if name in made]
     if not present:
         return LayerErrors({}, tuple(names), 0, 0)
-    merging = device != "cpu" if in_graph is None else in_graph
+    merging = stays_in_graph(device, in_graph)
     merging = merging and not integer_kernels and can_merge(reference, candidate)
     room = _device_room(device, memory) if merging else memory
     chunks = chunked(batch_bytes(source, present, exact.engine), room // 2)

@@ -11,8 +11,8 @@ class CutGraph:
 
     >>> graph = CutGraph()
     >>> graph.join("s", "a", 3); graph.join("a", "t", 2); graph.join("s", "t", 1)
-    >>> graph.source_side("s", "t")
-    {'s', 'a'}
+    >>> sorted(graph.source_side("s", "t"))
+    ['a', 's']
     """
 
     def __init__(self) -> None:
