@@ -81,18 +81,6 @@ def test_moves_stand_with_ranges_of_company_and_of_one_method() -> None:
         assert set(found.calibrated.table.methods.values()) == {"mse"}
 
 
-def test_moves_that_the_first_pictures_prove_are_those_that_all_prove(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = model_from_proto(uneven(tinymodels.depthwise()))
-    source = Rows(tinymodels.feeds(model.proto, batch=96, seed=5), range(96))
-    few = ready(model, source, moves=["scale", "shift"], holdout=8)
-    monkeypatch.setattr("trtune.precision.tune.judge.BEYOND_CHANCE", float("inf"))
-    every = ready(model, source, moves=["scale", "shift"], holdout=8)
-    assert few.moves
-    assert [m.affine.tensor for m in few.moves] == [m.affine.tensor for m in every.moves]
-
-
 def test_one_method_for_all_is_not_tried_beside_itself() -> None:
     model = model_from_proto(uneven(tinymodels.depthwise()))
     feeds = tinymodels.feeds(model.proto, batch=48, seed=5)

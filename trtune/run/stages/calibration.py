@@ -107,7 +107,7 @@ def calibration(
 
     needs = _needs(subject, data, section, wanted) | device_needs(device)
     needs |= {"cache": Need(named, {"calibration.cache": section.cache}), "file": own}
-    return Stage("calibrate", needs, make, CALIBRATED, version=3)
+    return Stage("calibrate", needs, make, CALIBRATED, version=4)
 
 
 def _brought(
@@ -134,7 +134,7 @@ def _brought(
             log.info("in float under implicit quantization: %s", ", ".join(left))
     found = replace(EMPTY, table=table)
     needs = {"model": subject.model, "scales": own, "implicit": implicit}
-    return Stage("calibrate", needs, lambda folder: found, CALIBRATED, version=3)
+    return Stage("calibrate", needs, lambda folder: found, CALIBRATED, version=4)
 
 
 def _measured(

@@ -108,7 +108,7 @@ def preparation(
     def read(value: Any, folder: Path) -> Ready:
         return _read(value, folder, subject, plan, base)
 
-    return Stage("prepare", needs, make, Form(_write, read), version=3)
+    return Stage("prepare", needs, make, Form(_write, read), version=4)
 
 
 def _write(found: Ready, folder: Path) -> Kept:
