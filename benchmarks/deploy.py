@@ -43,16 +43,15 @@ MODELS = {
 
 def profiled(model: Any, feeds: dict[str, Any], threads: int, *, integer: bool) -> dict[str, float]:
     """Milliseconds of an inference by operator, from onnxruntime's own profile of 20."""
-    import onnxruntime as ort
+    from trtune.calibrate.sessions import open_session
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.enable_profiling = True
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "0" if integer else "1")
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        session = open_session(
+            model.SerializeToString(),
+            threads=threads,
+            integer_kernels=integer,
+            profile=Path(folder) / "profile",
+        )
         for _ in range(20):
             session.run(None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text("utf-8"))

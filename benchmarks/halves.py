@@ -16,20 +16,20 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from yardsticks import CONFIG, value
+from yardsticks import CONFIG, average_precision, value
 
 from trtune.configs.load import load_config
 from trtune.configs.progress import silent
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.plan import TUNER, PrecisionPlan
 from trtune.precision.runtime.session import OrtEngine, make_session
-from trtune.reports.accuracy import evaluate
+from trtune.reports.outputs import Run
 from trtune.run.work import RunWork, Setup
 from trtune.run.workspace import Workspace
 
@@ -37,8 +37,6 @@ HALF = 64
 COLUMNS = (1, 4, 80)
 """Channels of the convolutions that predict: objectness, boxes, classes."""
 LADDER = "precision.ladder=[int8, fp8, fp16, fp32]"
-
-Infer = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 def opened(
@@ -79,7 +77,7 @@ def planned(work: RunWork, case: str) -> PrecisionPlan:
 
 
 @contextmanager
-def both(works: Sequence[RunWork], plans: Sequence[PrecisionPlan]) -> Iterator[Infer]:
+def both(works: Sequence[RunWork], plans: Sequence[PrecisionPlan]) -> Iterator[Run]:
     """Inference whose first `HALF` pictures run through the first network, the others through the
     second; they come one at a time and in order."""
     with ExitStack() as stack:
@@ -117,21 +115,9 @@ def main() -> None:
         for case in ["all=fp32", *told.cases]:
             plans = [planned(work, case) for work in works]
             with both(works, plans) as infer:
-                found = evaluate(
-                    infer,
-                    bench.setup.evaluation.source,
-                    metric="ap",
-                    asked=bench.bench.metric.asked,
-                    reference=bench.bench.reference,
-                    fixed_batch=1,
-                    layout=bench.bench.layout,
-                )
-            error = 100 * (found.difference_error or 0.0)
+                whole = average_precision(bench, infer)
             halves = ", ".join(value(work, plan) for work, plan in zip(works, plans, strict=True))
-            print(
-                f"{case}: AP {100 * (found.value or 0.0):.2f} ±{error:.2f} (halves {halves})",
-                flush=True,
-            )
+            print(f"{case}: AP {whole} (halves {halves})", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from trtune.reports.measures.detection import (
     DetectionAgreement,
     Reading,
 )
+from trtune.reports.outputs import Run
 from trtune.run.work import RunWork, Setup
 from trtune.run.workspace import Workspace
 
@@ -83,15 +84,21 @@ def value(work: RunWork, plan: PrecisionPlan) -> str:
     """AP of a plan on the evaluation pictures."""
     proto = lower_emulate(work.model_for(plan), plan, work.calibrated.table)
     with OrtEngine(partial(make_session, proto)) as engine:
-        found = evaluate(
-            engine.infer,
-            work.setup.evaluation.source,
-            metric="ap",
-            asked=work.bench.metric.asked,
-            reference=work.bench.reference,
-            fixed_batch=1,
-            layout=work.bench.layout,
-        )
+        return average_precision(work, engine.infer)
+
+
+def average_precision(work: RunWork, infer: Run) -> str:
+    """AP of `infer` on the evaluation pictures, with the standard error of the difference to FP32;
+    in per cent."""
+    found = evaluate(
+        infer,
+        work.setup.evaluation.source,
+        metric="ap",
+        asked=work.bench.metric.asked,
+        reference=work.bench.reference,
+        fixed_batch=1,
+        layout=work.bench.layout,
+    )
     error = found.difference_error or 0.0
     return f"{100 * (found.value or 0.0):.2f} ±{100 * error:.2f}"
 

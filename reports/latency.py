@@ -33,29 +33,6 @@ def summarise(seconds: list[float], *, batch: int) -> Latency:
     )
 
 
-def measure_latency(
-    run: Callable[[], object], *, warmup: int = 10, runs: int = 50, batch: int = 1
-) -> Latency:
-    """Wall-clock time of `run()`, one inference of `batch` samples with its inputs ready.
-
-    `run` must return only when the result is there. Raises ValueError if `runs` is below 1.
-    """
-    return measure_together({"": run}, warmup=warmup, runs=runs, batch=batch)[""]
-
-
-def measure_together(
-    candidates: Mapping[str, Callable[[], object]],
-    *,
-    warmup: int = 10,
-    runs: int = 50,
-    batch: int = 1,
-    progress: Progress = silent,
-) -> dict[str, Latency]:
-    """The latencies of several candidates, measured as `measure_turns` does."""
-    turns = measure_turns(candidates, warmup=warmup, runs=runs, progress=progress)
-    return {name: in_all(found, batch=batch) for name, found in turns.items()}
-
-
 def in_all(turns: Sequence[Sequence[float]], *, batch: int) -> Latency:
     """`summarise` of every run of every turn."""
     return summarise([run for turn in turns for run in turn], batch=batch)

@@ -56,7 +56,8 @@ def columns(
 
     At most `SAMPLED` positions a row of the batch, drawn by `rng`.
     """
-    return columns_at(node, data, weights, positions(node, data.shape, weights, rng))
+    places = positions(node, data.shape, weights, rng)
+    return weighted_columns(node, data, weights, places, np.ones(len(data)))[0]
 
 
 def positions(
@@ -65,8 +66,8 @@ def positions(
     weights: tuple[int, ...],
     rng: np.random.Generator,
 ) -> list[NDArray[np.int64]]:
-    """Where `columns_at` looks in an input of this `shape`: for a convolution in each picture, else
-    in all rows; at most `SAMPLED` a row of the batch, drawn by `rng`."""
+    """Where `weighted_columns` looks in an input of this `shape`: for a convolution in each
+    picture, else in all rows; at most `SAMPLED` a row of the batch, drawn by `rng`."""
     if node.op_type != "Conv":
         total, count = int(np.prod(shape[:-1])), SAMPLED * max(shape[0], 1)
         if total <= count:
@@ -77,16 +78,6 @@ def positions(
     return [np.sort(rng.choice(total, count, replace=False)) for _ in range(shape[0])]
 
 
-def columns_at(
-    node: onnx.NodeProto,
-    data: Array,
-    weights: tuple[int, ...],
-    places: Sequence[NDArray[np.int64]],
-) -> NDArray[np.float32]:
-    """The inputs of the node's products at `positions`, shape (groups, positions, columns)."""
-    return weighted_columns(node, data, weights, places, np.ones(len(data)))[0]
-
-
 def weighted_columns(
     node: onnx.NodeProto,
     data: Array,
@@ -94,8 +85,9 @@ def weighted_columns(
     places: Sequence[NDArray[np.int64]],
     counts: NDArray[np.float64],
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], float]:
-    """`columns_at`, where each row k of the batch counts `counts[k]` times: its columns times the
-    root of that; their sums, (groups, columns); and how many positions that makes."""
+    """The inputs of the node's products at `positions`, shape (groups, positions, columns), those
+    of row k of the batch times the root of `counts[k]`, as often as it counts; their sums, (groups,
+    columns), each as often as it counts; and how many positions that makes."""
     roots = np.sqrt(counts)
     if node.op_type != "Conv":
         rows = data.reshape(-1, data.shape[-1])

@@ -9,7 +9,7 @@ only those that are not clearly behind on twice as many, and so on (racing, as M
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -56,20 +56,18 @@ def race(
     'b'
     """
     found: dict[str, Errors] = {name: [] for name in names}
-    field, done, wanted = list(names), 0, first
-    while True:
-        until = min(done + _enough(pictures[done:], wanted), len(pictures))
+    field = list(names)
+    for batches in _doubling(pictures, first):
         for name in field:
-            found[name] += errors(name, range(done, until))
-        wanted, done = sum(pictures[:until]), until
+            found[name] += errors(name, batches)
         leader = min(field, key=lambda name: (worst(found[name]), names.index(name)))
         field = [n for n in field if n == leader or not _is_out(found[n], found[leader])]
-        if len(field) == 1 or done == len(pictures):
+        if len(field) == 1:
             break
     best = _best(field, found, leader)
     log.info(
         "on %d pictures: %s",
-        sum(pictures[:done]),
+        sum(pictures[: batches.stop]),
         ", ".join(f"{n} {_decibels(worst(found[n])):.2f} dB" for n in names),
     )
     return best
@@ -91,24 +89,29 @@ def race_of_gains(
     pictures that it was tried on. The others are tried on the first pictures alone.
     """
     found: dict[str, Errors] = {name: [] for name in names}
-    field, done, wanted = list(names), 0, first
+    field = list(names)
     gains: dict[str, Improvement] = {}
-    while done < len(pictures) and (len(field) > 1 or not done):
-        until = min(done + _enough(pictures[done:], wanted), len(pictures))
+    for batches in _doubling(pictures, first):
         for name in (n for n in names if n in field or n == names[0]):
-            found[name] += errors(name, range(done, until))
+            found[name] += errors(name, batches)
         none = found[names[0]]
         gains |= {n: improvement(none, found[n]) for n in field}
         lead = max((n for n in field if n in asked), key=lambda n: gains[n].likely)
         rest = [n for n in field if n in asked and n != lead]
         field = [lead, *(n for n in rest if not improvement(found[n], found[lead]).is_certain)]
-        wanted, done = sum(pictures[:until]), until
+        if len(field) == 1:
+            break
     return {n: (gains[n], n in field) for n in names}, {n: worst(found[n]) for n in names}
 
 
-def _enough(pictures: Sequence[int], wanted: int) -> int:
-    """How many batches it takes to hold so many pictures."""
-    return int(np.searchsorted(np.cumsum(pictures), wanted)) + 1
+def _doubling(pictures: Sequence[int], first: int) -> Iterator[range]:
+    """The batches that hold `first` pictures, then again as many as there were, to the last."""
+    done, wanted = 0, first
+    while done < len(pictures):
+        enough = int(np.searchsorted(np.cumsum(pictures[done:]), wanted)) + 1
+        until = min(done + enough, len(pictures))
+        yield range(done, until)
+        done, wanted = until, sum(pictures[:until])
 
 
 class Standing:

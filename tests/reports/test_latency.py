@@ -4,8 +4,8 @@ import pytest
 
 from trtune.reports.latency import (
     BURST,
-    measure_latency,
-    measure_together,
+    in_all,
+    measure_turns,
     speedup_of,
     summarise,
 )
@@ -31,12 +31,13 @@ def test_nothing_measured_is_a_callers_bug() -> None:
     with pytest.raises(ValueError, match="no runs"):
         summarise([], batch=1)
     with pytest.raises(ValueError, match="runs is 0"):
-        measure_latency(lambda: None, runs=0)
+        measure_turns({"": lambda: None}, runs=0)
 
 
 def test_runs_are_counted_without_the_warm_up() -> None:
     calls: list[int] = []
-    latency = measure_latency(lambda: calls.append(1), warmup=3, runs=7, batch=4)
+    measured = measure_turns({"": lambda: calls.append(1)}, warmup=3, runs=7)
+    latency = in_all(measured[""], batch=4)
     turns = -(-7 // BURST)
     assert len(calls) == 3 + 7 + turns
     assert (latency.runs, latency.batch) == (7, 4)
@@ -46,7 +47,7 @@ def test_runs_are_counted_without_the_warm_up() -> None:
 def test_candidates_take_turns_in_a_shifting_order() -> None:
     order: list[str] = []
     steps: list[tuple[str, int, int | None]] = []
-    measured = measure_together(
+    measured = measure_turns(
         {name: lambda name=name: order.append(name) for name in "abc"},  # type: ignore[misc]
         warmup=0,
         runs=2 * BURST,
@@ -54,7 +55,8 @@ def test_candidates_take_turns_in_a_shifting_order() -> None:
     )
     turns = [order[i] for i in range(0, len(order), BURST + 1)]
     assert turns == ["a", "b", "c", "b", "c", "a"]
-    assert {name: latency.runs for name, latency in measured.items()} == dict.fromkeys("abc", 10)
+    runs = {name: in_all(found, batch=1).runs for name, found in measured.items()}
+    assert runs == dict.fromkeys("abc", 10)
     assert steps == [("latency", BURST, 2 * BURST), ("latency", 2 * BURST, 2 * BURST)]
 
 

@@ -19,6 +19,8 @@ from trtune.precision.graph.view import GraphView
 ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 INTEGERS, FLOATS = ("integers",), ("floats",)
 PICOSECONDS = 1e12
+FOREVER = 2**62
+"""More than any network takes: what must not be cut."""
 
 
 def slower_in_integers(
@@ -41,7 +43,7 @@ def slower_in_integers(
     for node in view.nodes:
         unit = units[node.name]
         if node.name not in free:
-            graph.join(unit, FLOATS, _forever())
+            graph.join(unit, FLOATS, FOREVER)
         graph.join(INTEGERS, unit, _whole(exact.get(node.name, 0.0)))
         graph.join(unit, FLOATS, _whole(integer.get(node.name, 0.0)))
     for tensor in dict.fromkeys((*view.consumers, *view.graph_outputs)):
@@ -76,8 +78,8 @@ def _convert(
     graph.join(maker, back, out_of)
     graph.join(there, maker, into)
     for reader in readers:
-        graph.join(back, reader, _forever())
-        graph.join(reader, there, _forever())
+        graph.join(back, reader, FOREVER)
+        graph.join(reader, there, FOREVER)
 
 
 def _units(view: GraphView, free: Collection[str]) -> dict[str, tuple[str, ...]]:
@@ -107,7 +109,3 @@ def _shape(view: GraphView, tensor: str) -> tuple[object, ...]:
 
 def _whole(seconds: float) -> int:
     return round(seconds * PICOSECONDS)
-
-
-def _forever() -> int:
-    return 2**62

@@ -7,7 +7,7 @@ machine that is the FP32 model, and the quantized one stands in `quantized/` bel
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -61,26 +61,32 @@ class Engines:
 def engines_of(work: RunWork, backend: Backend, tuned: PrecisionPlan) -> Engines:
     """Build the engines of the untuned and the `tuned` plan, time them, and put them in place."""
     wanted = _wanted(work, backend, tuned)
-    timed = _timing(work, backend, wanted)
-    if timed is None:
-        return _in_place(work, backend, wanted, Speed(), Deployment())
-    found = work.workspace.get(timed)
-    other = _placing(work, backend, wanted, found)
-    choice = _as_planned(backend, wanted, found) if other is None else work.workspace.get(other)
-    return _in_place(work, backend, wanted, found, choice)
+    found = _chosen(work, backend, wanted) or (Speed(), Deployment())
+    return _in_place(work, backend, wanted, *found)
 
 
 def engine_to_deploy(work: RunWork, backend: Backend, plan: PrecisionPlan) -> BuildInfo:
     """The engine of `plan`, or of what an earlier measurement on this machine chose instead."""
-    wanted, ws = _wanted(work, backend, plan), work.workspace
-    timed = _timing(work, backend, wanted)
-    if timed is not None and ws.holds(timed):
-        found = ws.get(timed)
-        other = _placing(work, backend, wanted, found)
-        if other is None or ws.holds(other):
-            choice = _as_planned(backend, wanted, found) if other is None else ws.get(other)
-            return _in_place(work, backend, wanted, found, choice).to_deploy
-    return ws.get(engine_of(wanted[TUNED], backend, "", work.setup.progress))
+    wanted = _wanted(work, backend, plan)
+    found = _chosen(work, backend, wanted, kept=True)
+    if found is not None:
+        return _in_place(work, backend, wanted, *found).to_deploy
+    return work.workspace.get(engine_of(wanted[TUNED], backend, "", work.setup.progress))
+
+
+def _chosen(
+    work: RunWork, backend: Backend, wanted: Mapping[str, Candidate], *, kept: bool = False
+) -> tuple[Speed, Deployment] | None:
+    """How fast the models are and which is to be deployed; None where that cannot be timed, or with
+    `kept` was not yet."""
+    ws, timed = work.workspace, _timing(work, backend, wanted)
+    if timed is None or (kept and not ws.holds(timed)):
+        return None
+    found = ws.get(timed)
+    other = _placing(work, backend, wanted, found)
+    if other is None:
+        return found, _as_planned(backend, wanted, found)
+    return None if kept and not ws.holds(other) else (found, ws.get(other))
 
 
 def _wanted(work: RunWork, backend: Backend, tuned: PrecisionPlan) -> dict[str, Candidate]:
@@ -99,9 +105,14 @@ def _timing(
     section = setup.config.report.latency
     if section is None or backend.obstacle() or is_emulation(backend):
         return None
-    built = partial(_built, work, backend, candidates, places(candidates, Deployment()))
     return speed(
-        setup.subject, backend, candidates, built, setup.evaluation, section, setup.progress
+        setup.subject,
+        backend,
+        candidates,
+        _as_quantized(work, backend, candidates),
+        setup.evaluation,
+        section,
+        setup.progress,
     )
 
 
@@ -119,14 +130,13 @@ def _placing(
         return None
     if section is None or over is None or over.low is None or over.low > 1:
         return None
-    built = partial(_built, work, backend, candidates, places(candidates, Deployment()))
     return placing(
         setup.subject,
         backend,
         candidates,
         work.subject.view,
         work.candidate,
-        built,
+        _as_quantized(work, backend, candidates),
         setup.evaluation,
         section,
         setup.progress,
@@ -144,6 +154,13 @@ def places(candidates: Mapping[str, Candidate], choice: Deployment) -> dict[str,
     changed = candidates[TUNED].plan.decisions != candidates[UNTUNED].plan.decisions
     tuned = INTEGER_MODEL if choice.model == FLOAT_MODEL else ""
     return {FP32: FP32, UNTUNED: UNTUNED if changed else tuned, TUNED: tuned}
+
+
+def _as_quantized(
+    work: RunWork, backend: Backend, candidates: Mapping[str, Candidate]
+) -> Callable[[], dict[str, BuildInfo]]:
+    """What builds the engines where they stand while nothing is decided."""
+    return partial(_built, work, backend, candidates, places(candidates, Deployment()))
 
 
 def _built(
