@@ -162,9 +162,14 @@ def uneven(model: onnx.ModelProto, *, spread: float = 1.2) -> onnx.ModelProto:
 
 
 def read_edges(proto: onnx.ModelProto) -> dict[str, tuple[tuple[str, int], ...]]:
-    """What a lowered model reads through a pair: tensor -> (node, input index) in graph order."""
+    """What a lowered model reads through a pair: tensor -> (node, input index) in graph order.
+
+    A Pad of codes within a pair is part of it.
+    """
     pairs = {n.output[0]: n for n in proto.graph.node if n.op_type == "DequantizeLinear"}
     quantized = {n.output[0]: n.input[0] for n in proto.graph.node if n.op_type == "QuantizeLinear"}
+    pads = {n.output[0]: n.input[0] for n in proto.graph.node if n.op_type == "Pad"}
+    quantized |= {made: quantized[read] for made, read in pads.items() if read in quantized}
     found: dict[str, list[tuple[str, int]]] = {}
     for node in proto.graph.node:
         for index, name in enumerate(node.input):

@@ -7,7 +7,8 @@ int32, and activations are uint8: with zero point 128 and scale amax / 127 a sig
 the codes of `emulate`; one that is never negative (behind ReLU, Clip, Sigmoid) gets zero point 0
 and scale amax / 255, half the step, and behind SiLU the codes begin at its least value, -0.28. A
 ReLU or Clip whose bounds the uint8 range enforces anyway is absorbed, and a matrix product with a
-bias becomes a Gemm, which alone has a kernel for both. SiLU and gates are integers too (`gates`).
+bias becomes a Gemm, which alone has a kernel for both. SiLU and gates are integers too (`gates`),
+and input channels are filled up to fours (`channels`).
 
 A node that the user or the tuner pinned to float reads float values, as it does in TensorRT: the
 convolution that makes them then gives its result in float, for which there is no integer kernel
@@ -27,6 +28,7 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.precision.graph.operators import MOVES
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.bounds import lowest
+from trtune.precision.lower.channels import fill_channels
 from trtune.precision.lower.gates import GATE_SCALE, find_gates
 from trtune.precision.lower.rewrite import Rewrite, weight_scales
 from trtune.precision.plan.imported import ImportedPlan
@@ -83,7 +85,9 @@ def lower_deploy(model: Model, plan: PrecisionPlan, table: CalibrationTable) -> 
     lowering.quantize_gates()
     lowering.quantize_weights()
     lowering.shield_float_nodes()
-    return lowering.rewrite.finish()
+    lowered = lowering.rewrite.finish()
+    fill_channels(lowered)
+    return lowered
 
 
 def clip_bounds(view: GraphView, node: onnx.NodeProto) -> tuple[float | None, float | None]:
