@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from trtune.calibrate.gpu.counter import count_on_gpu
 from trtune.calibrate.gpu.memory import device_memory
 from trtune.calibrate.histogram import Counter, Histogram, not_a_number, overflowed
-from trtune.calibrate.sessions import cuda_number, open_session
+from trtune.calibrate.sessions import SharedWeights, cuda_number, open_session
 from trtune.calibrate.taps import Reader, Tapped, tap, with_outputs
 from trtune.configs.errors import DataError
 from trtune.configs.files import hash_json
@@ -158,13 +158,17 @@ def measure(
     one that has this length (the first, if it is a multiple).
     """
     names = {tensor: f"{tensor}/trtune_shape" for tensor in tensors if tensor not in batch.feeds}
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
+    weights = SharedWeights(model.graph.initializer)
+    probe = weights.without(model)
     probe.graph.node.extend(
         onnx.helper.make_node("Shape", [tensor], [name], name=name)
         for tensor, name in names.items()
     )
-    session = open_session(with_outputs(probe, list(names.values())), external_dir=external_dir)
+    session = open_session(
+        with_outputs(probe, list(names.values())),
+        external_dir=external_dir,
+        weights=weights.read_by(probe),
+    )
 
     def shapes(size: int) -> dict[str, tuple[int, ...]]:
         feeds = fit_batch(take_rows(batch, slice(0, size)), size).feeds
@@ -250,9 +254,7 @@ def _planned(
     apart = layout
     if any(extents[tensor].axis is None for tensor in beside):
         apart = Batching(fixed or len(first), fill=bool(fixed))
-    passes = _passes(
-        (inner, layout), (beside, apart), extents, memory // workers, joined=gpu is None
-    )
+    passes = _passes((inner, layout), (beside, apart), extents, memory // workers)
     if len(passes) > 1:
         log.info(
             "%d tensors in %d passes, to stay within %d bytes", len(extents), len(passes), memory
@@ -313,8 +315,6 @@ def _passes(
     beside: tuple[Sequence[str], Batching],
     extents: Mapping[str, Extent],
     budget: int,
-    *,
-    joined: bool,
 ) -> list[tuple[_Groups, Batching]]:
     """What each pass over the data reads: groups of tensors, each marked in a session of its own.
 
@@ -325,11 +325,11 @@ def _passes(
     room = budget // layout.step
     if not others:
         return [((chunk,), layout) for chunk in _chunks(inner, extents, room) or [[]]]
-    if joined and layout == apart and len(_chunks([*inner, *others], extents, room)) == 1:
+    if layout == apart and len(_chunks([*inner, *others], extents, room)) == 1:
         return [((inner, others), layout)]
     rest = _chunks(others, extents, budget // apart.step)
     return [
-        *_passes(first, ((), apart), extents, budget, joined=joined),
+        *_passes(first, ((), apart), extents, budget),
         *(((chunk,), apart) for chunk in rest),
     ]
 
@@ -407,9 +407,11 @@ def _on_gpu(
             full = fit_batch(batch, work.layout.step) if work.layout.fill else batch
             yield full.feeds, batch.items, len(full)
 
+    first, *others = _with_outputs(work)
+    groups = [[*work.fed, *first], *others]
     found, busy = count_on_gpu(
         work.model,
-        {tensor: work.extents[tensor].axis for tensor in work.wanted},
+        [{tensor: work.extents[tensor].axis for tensor in group} for group in groups],
         batches(),
         gpu,
         external_dir=work.external_dir,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,8 +20,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
+from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from trtune.configs.errors import ConfigError, ModelError, TrtuneError
@@ -54,6 +57,8 @@ PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 LIBRARIES = "pip install 'onnxruntime-gpu[cuda,cudnn]' brings those that it was built for"
 REINSTALL = "pip uninstall onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu alone"
 OPTIMIZED_WEIGHTS = "weights.bin"
+SHARED_BYTES = 1 << 12
+SHARED_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
 
 
 def open_session(
@@ -139,6 +144,64 @@ def _options(threads: int | None, optimize: str, integer_kernels: bool) -> ort.S
     # Idle workers would spin on the cores that read pictures and sum errors between two runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
+
+
+class SharedWeights:
+    """The large constants of a graph, held once for the sessions of it and of many parts of it.
+
+    A session is then made of a small proto: to copy 100 MB of weights into one, and back out of
+    it, takes longer than what a session for a part has to do. `values` are what `open_session`
+    takes as `weights`; they hold the memory that sessions made with them read.
+    """
+
+    def __init__(self, tensors: Iterable[onnx.TensorProto]) -> None:
+        self.values: dict[str, ort.OrtValue] = {}
+        self._stubs: dict[str, onnx.TensorProto] = {}
+        self._arrays: list[NDArray[Any]] = []  # whose memory is read
+        for tensor in tensors:
+            if tensor.data_type in SHARED_TYPES and not _is_elsewhere(tensor):
+                item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+                if math.prod(tensor.dims) * item >= SHARED_BYTES:
+                    self._hold(tensor)
+
+    def _hold(self, tensor: onnx.TensorProto) -> None:
+        array = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor))
+        self._arrays.append(array)
+        self.values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
+        stub = onnx.TensorProto(
+            name=tensor.name,
+            dims=tensor.dims,
+            data_type=tensor.data_type,
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        stub.external_data.add(key="location", value="shared")
+        self._stubs[tensor.name] = stub
+
+    def light(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        """`tensor` as a part has it: without its data, if that is shared."""
+        return self._stubs.get(tensor.name, tensor)
+
+    def without(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """`model`, whose constants these are, without the data that is shared, for a session."""
+        graph = onnx.GraphProto(name=model.graph.name)
+        for part in ("node", "input", "output", "value_info", "sparse_initializer"):
+            getattr(graph, part).extend(getattr(model.graph, part))
+        graph.initializer.extend(map(self.light, model.graph.initializer))
+        return onnx.ModelProto(
+            ir_version=model.ir_version,
+            opset_import=model.opset_import,
+            functions=model.functions,
+            graph=graph,
+        )
+
+    def read_by(self, part: onnx.ModelProto) -> dict[str, ort.OrtValue]:
+        """Those of `values` that `part` has."""
+        names = (tensor.name for tensor in part.graph.initializer if _is_elsewhere(tensor))
+        return {name: self.values[name] for name in names if name in self.values}
+
+
+def _is_elsewhere(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def cuda_number(device: str) -> int | None:

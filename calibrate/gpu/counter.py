@@ -26,7 +26,7 @@ from trtune.calibrate.gpu.layout import KINDS, TENSOR, Counted, pieces
 from trtune.calibrate.gpu.memory import Memory, count_kernel, cuda_core
 from trtune.calibrate.gpu.ranking import Ranking
 from trtune.calibrate.histogram import BINS, Histogram, finite_counts, not_a_number
-from trtune.calibrate.sessions import open_session
+from trtune.calibrate.sessions import SharedWeights, open_session
 from trtune.calibrate.taps import with_outputs
 from trtune.configs.errors import ModelError
 
@@ -306,32 +306,44 @@ def _asynchronous() -> ort.RunOptions:
 
 def count_on_gpu(
     model: onnx.ModelProto,
-    axes: Mapping[str, int | None],
+    groups: Sequence[Mapping[str, int | None]],
     batches: Iterable[tuple[Mapping[str, NDArray[Any]], tuple[str, ...], int]],
     device: int,
     *,
     external_dir: Path | None = None,
     counted: Callable[[int], None],
 ) -> tuple[dict[str, Histogram], float]:
-    """Histograms of |x| of the tensors in `axes`, and the seconds the device was busy.
+    """Histograms of |x| of the tensors in `groups`, and the seconds the device was busy.
 
-    `batches` gives feeds, the names of the pictures that count, and how many the batch holds;
-    `counted` is told of each. Raises ModelError for NaN or a model that CUDA's provider refuses.
+    Each group names tensors, with the axis of their pictures or None, and is marked in a session of
+    its own: what is found of one is the same with and without the others. `batches` gives feeds,
+    the names of the pictures that count, and how many the batch holds; `counted` is told of each.
+    Raises ModelError for NaN or a model that CUDA's provider refuses.
     """
     core = cuda_core()
     where = core.Device(device)
     where.set_current()
     stream = where.create_stream()
     present = {info.name for info in model.graph.input}
-    inner = [tensor for tensor in axes if tensor not in present]
-    session = open_session(
-        with_outputs(model, inner),
-        device=f"cuda:{device}",
-        stream=int(stream.handle),
-        external_dir=external_dir,
-    )
-    counter = GpuCounter(session, device, stream, axes)
+    weights = SharedWeights(model.graph.initializer)
+    light = weights.without(model)
+
+    def counter_of(axes: Mapping[str, int | None]) -> GpuCounter:
+        session = open_session(
+            with_outputs(light, [tensor for tensor in axes if tensor not in present]),
+            device=f"cuda:{device}",
+            stream=int(stream.handle),
+            external_dir=external_dir,
+            weights=weights.read_by(light),
+        )
+        return GpuCounter(session, device, stream, axes)
+
+    counters = [counter_of(axes) for axes in groups]
     for feeds, items, held in batches:
-        counter.add(feeds, items, held)
+        for counter in counters:
+            counter.add(feeds, items, held)
         counted(len(items))
-    return counter.histograms(), counter.busy
+    found: dict[str, Histogram] = {}
+    for counter in counters:
+        found |= counter.histograms()
+    return found, sum(counter.busy for counter in counters)

@@ -8,6 +8,7 @@ shared out over the cores.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from trtune.calibrate.float8 import float8_codes, float8_weight_scales, through_float8
+from trtune.calibrate.sessions import SharedWeights
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.compiled import compiled
@@ -43,16 +45,20 @@ from trtune.precision.runtime.output_groups import (
 )
 from trtune.precision.runtime.resident import Resident
 from trtune.precision.runtime.session import (
-    SharedWeights,
     ahead,
     kept_values,
     make_session,
     named_values,
     threads_each,
 )
+from trtune.precision.runtime.side_by_side import SideBySide
+
+log = logging.getLogger(__name__)
 
 CLIP_INPUTS = 11
 """The version of the operators in which Clip takes its bounds as inputs, and Round is there."""
+TRIALS_WAITING = 2
+"""Batches full of trials that are asked for at a time: the next is ready when one has run."""
 Changed = NDArray[Any] | float
 """A tensor's other values; or the scale through which its own go, to int8 and back."""
 Rest = Callable[[int, Mapping[str, Changed]], list[NDArray[Any]]]
@@ -142,7 +148,8 @@ class Alone:
     `pictures` are batches with the model's feeds; the FP32 activations that a change of some edges
     of `placement` needs (`held_tensors`) are computed once and held, and those in `also`. `device`
     is where the network runs. With `in_graph` (by default on a GPU) what goes through int8
-    (`through`) does so in the session, from activations that stay on the device. Thread-safe.
+    (`through`) does so in the session, from activations that stay on the device; the session of the
+    FP32 network is kept then, as `whole`. Thread-safe.
     """
 
     def __init__(
@@ -163,12 +170,14 @@ class Alone:
         self._weights = SharedWeights(view.initializers.values())
         held = dict.fromkeys([*held_tensors(view, placement), *also])
         inner = [t for t in held if t not in set(view.graph_inputs)]
+        light = self._weights.without(model.proto)
         session = make_session(
-            model.proto,
+            light,
             outputs=inner,
             threads=threads_each(device),
             external_dir=model.external_dir,
             device=device,
+            weights=self._weights.read_by(light),
         )
         names = [*dict.fromkeys([*self._outputs, *inner])]
         self._pictures = tuple(len(batch) for batch in pictures)
@@ -178,10 +187,26 @@ class Alone:
 
         self._stored = [values for _, values in ahead(run, pictures, device=device)]
         self._resident = Resident(self._stored, device)
+        self.whole = session if self._in_graph else None
+        self._beside: SideBySide | None = None
 
     def through(self, batch: int, tensor: str, scale: float) -> Changed:
         """What a session takes for a held `tensor` that goes through int8 with `scale`."""
         return scale if self._in_graph else fake_quantize(self.stored(batch, tensor), scale)
+
+    def side_by_side(self, edges: Mapping[str, Sequence[Edge]]) -> int:
+        """Let trials that change some tensors of `edges`, as these read them, share batches, where
+        that can be done; how many should be asked for at a time.
+        """
+        if not self._in_graph:
+            return usable_cores()
+        try:
+            self._beside = SideBySide(self.model, self._weights, edges, self._stored, self._device)
+        except ValueError as error:
+            log.info("ranges are tried one after the other: %s", error)
+            return usable_cores()
+        self._read = {tensor: set(found) for tensor, found in edges.items()}
+        return TRIALS_WAITING * self._beside.trials
 
     def session(self, change: Change, *, int8: bool = False) -> Rest:
         """A function from a batch number and the changed tensors to the model's outputs.
@@ -189,6 +214,11 @@ class Alone:
         With `int8` all of these come from `through`.
         """
         stepped = self._in_graph and int8
+        beside = self._beside
+        if stepped and beside is not None and self._is_beside(change):
+            return lambda batch, changed: beside.run(
+                batch, {tensor: float(step) for tensor, step in changed.items()}
+            )
         nodes = _behind(self._view, [*change.edges, *change.values])
         made = {output for node in nodes for output in node.output}
         names = [o for o in self._outputs if o in made]
@@ -241,6 +271,15 @@ class Alone:
             return [found[o] if o in found else stored[o] for o in self._outputs]
 
         return run
+
+    def _is_beside(self, change: Change) -> bool:
+        """Whether `change` is one of the activations alone that share batches."""
+        changed: dict[str, set[Edge]] = {}
+        for name, index in change.edges:
+            tensor = self._view.by_name[name].input[index]
+            changed.setdefault(tensor, set()).add((name, index))
+        alike = all(self._read.get(tensor) == edges for tensor, edges in changed.items())
+        return alike and not change.weights and not change.values
 
     def _submodel(
         self, nodes: Sequence[onnx.NodeProto], weights: Mapping[str, NDArray[Any]]
@@ -379,10 +418,12 @@ def in_parallel(
     tasks: Sequence[Task],
     *,
     what: str,
+    workers: int = 0,
     seconds: float = math.inf,
     progress: Progress = silent,
 ) -> list[Result]:
-    """The results of `task` for each of `tasks`, in their order, on all usable cores.
+    """The results of `task` for each of `tasks`, in their order, by `workers` threads (0: as many
+    as there are usable cores).
 
     Once `seconds` are over no more are begun: there are results for the first tasks then, and for
     at least one.
@@ -390,7 +431,7 @@ def in_parallel(
     results: list[Result] = []
     until = time.monotonic() + seconds
     progress(what, 0, len(tasks))
-    pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="alone")
+    pool = ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="alone")
     with one_thread_each():
         try:
             for result in pool.map(task, tasks):

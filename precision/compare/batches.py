@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from trtune.calibrate.collect import measure
+from trtune.calibrate.sessions import SharedWeights
 from trtune.configs.errors import DataError, ModelError
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, is_free, take_rows
 from trtune.datasets.holdout import join
@@ -190,39 +192,47 @@ def held_batches(
     return batches[:count]
 
 
-def in_batches(model: Model, pictures: Sequence[Batch], *, device: str = "cpu") -> list[Batch]:
+def in_batches(
+    model: Model, pictures: Sequence[Batch], *, device: str = "cpu", like: int = 0
+) -> list[Batch]:
     """`pictures` in batches that the model takes; the last picture fills the last one.
 
-    For a GPU `device` all are of one size (`alike_batches`).
+    For a GPU `device` all are of one size (`alike_batches`), of `like` pictures if that may be.
     """
     if not pictures:
         return []
-    taken, wanted = _taken(tuple(pictures), device)
+    taken, wanted = _taken(tuple(pictures), device, like)
     return _joined(model, taken, batch_size(model.inputs, wanted))
 
 
-def alike_batches(count: int) -> tuple[int, int]:
+def alike_batches(count: int, like: int = 0) -> tuple[int, int]:
     """How many of `count` pictures to take and how many a batch, so that all batches are alike.
 
     On a GPU onnxruntime plans every convolution anew whenever the shape of a batch changes: for
     ResNet-50 on an H100 a run after one of 4 pictures takes 170 ms for another picture and 9 ms for
     4 others. Batches hold `PICTURES_AT_ONCE` to `MOST_AT_ONCE` pictures, and as few as possible are
-    left out.
+    left out; but `like`, if not 0, where the same sessions have run batches of that size before.
 
     >>> [alike_batches(count) for count in (3, 5, 24, 11, 23)]
     [(3, 3), (5, 5), (24, 4), (10, 5), (21, 7)]
+    >>> alike_batches(48, like=5), alike_batches(3, like=5)
+    ((45, 5), (3, 3))
     """
+    if 0 < like <= min(count, MOST_AT_ONCE):
+        return count - count % like, like
     if count <= MOST_AT_ONCE:
         return count, count
     size = min(range(PICTURES_AT_ONCE, MOST_AT_ONCE + 1), key=lambda size: (count % size, size))
     return count - count % size, size
 
 
-def _taken(pictures: tuple[Batch, ...], device: str) -> tuple[tuple[Batch, ...], int]:
+def _taken(
+    pictures: tuple[Batch, ...], device: str, like: int = 0
+) -> tuple[tuple[Batch, ...], int]:
     """The pictures, of a picture a batch, that are used on `device`, and how many at a time."""
     if device == "cpu" or any(len(picture) != 1 for picture in pictures):
         return pictures, PICTURES_AT_ONCE
-    count, size = alike_batches(len(pictures))
+    count, size = alike_batches(len(pictures), like)
     return pictures[:count], size
 
 
@@ -233,13 +243,25 @@ def _joined(model: Model, pictures: tuple[Batch, ...], size: int) -> list[Batch]
 
 
 def exact_outputs(
-    model: Model, batches: Sequence[Batch], *, device: str = "cpu", most: float = math.inf
+    model: Model,
+    batches: Sequence[Batch],
+    *,
+    device: str = "cpu",
+    most: float = math.inf,
+    session: ort.InferenceSession | None = None,
 ) -> list[list[Any]]:
     """The FP32 outputs of each batch, in the model's order; of the first batches only, once they
-    take `most` bytes."""
-    session = make_session(
-        model.proto, threads=threads_each(device), external_dir=model.external_dir, device=device
-    )
+    take `most` bytes. `session` is one of the FP32 model that is there already."""
+    weights = SharedWeights(() if session else model.proto.graph.initializer)
+    if session is None:
+        light = weights.without(model.proto)
+        session = make_session(
+            light,
+            threads=threads_each(device),
+            external_dir=model.external_dir,
+            device=device,
+            weights=weights.read_by(light),
+        )
     names = [output.name for output in model.outputs]
     found: list[list[Any]] = []
     held = 0

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 RUNS_AT_ONCE = 4
 """Batches, at most, that are run at once: the inner values of each are held in memory."""
 
-SHARED_BYTES = 1 << 12
-SHARED_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
 Fed = TypeVar("Fed")
 Made = TypeVar("Made")
 NUMPY_NAMES = MappingProxyType({"float": "float32", "double": "float64", "string": "object"})
@@ -86,46 +84,6 @@ def make_session(
             external_dir=external_dir,
             weights=weights,
         )
-
-
-class SharedWeights:
-    """The large constants of a graph, held once for the sessions of many parts of it.
-
-    A session for a part is then made of a small proto: to copy 100 MB of weights into one, and
-    back out of it, takes longer than what the session itself has to do. `values` are what
-    `make_session` takes; they hold the memory that sessions made with them read.
-    """
-
-    def __init__(self, tensors: Iterable[onnx.TensorProto]) -> None:
-        self.values: dict[str, ort.OrtValue] = {}
-        self._stubs: dict[str, onnx.TensorProto] = {}
-        self._arrays: list[NDArray[Any]] = []  # whose memory is read
-        for tensor in tensors:
-            large = tensor.data_type in SHARED_TYPES and tensor_bytes(tensor) >= SHARED_BYTES
-            if large and not is_external(tensor):
-                self._hold(tensor)
-
-    def _hold(self, tensor: onnx.TensorProto) -> None:
-        array = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor))
-        self._arrays.append(array)
-        self.values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
-        stub = onnx.TensorProto(
-            name=tensor.name,
-            dims=tensor.dims,
-            data_type=tensor.data_type,
-            data_location=onnx.TensorProto.EXTERNAL,
-        )
-        stub.external_data.add(key="location", value="shared")
-        self._stubs[tensor.name] = stub
-
-    def light(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
-        """`tensor` as a part has it: without its data, if that is shared."""
-        return self._stubs.get(tensor.name, tensor)
-
-    def read_by(self, part: onnx.ModelProto) -> dict[str, ort.OrtValue]:
-        """Those of `values` that `part` has."""
-        names = (tensor.name for tensor in part.graph.initializer if is_external(tensor))
-        return {name: self.values[name] for name in names if name in self.values}
 
 
 def named_values(

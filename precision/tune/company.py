@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from numpy.typing import NDArray
 
+from trtune.calibrate.sessions import SharedWeights
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.machine import usable_cores
@@ -26,7 +28,6 @@ from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.runtime.session import (
-    SharedWeights,
     kept_values,
     make_session,
     named_values,
@@ -81,7 +82,7 @@ class Company:
         }
         self._fixed = {t: table.scale(t) for t in pairs}
         self._device = device
-        self._whole = make_session(proto, threads=1, external_dir=model.external_dir, device=device)
+        self._whole = self._session()
         self._measure_on(pictures, references, alike=False)
 
     def _measure_on(
@@ -129,6 +130,18 @@ class Company:
             return [task(number) for number in numbers]
         with ThreadPoolExecutor(usable_cores()) as pool:
             return list(pool.map(task, numbers))
+
+    def _session(self, outputs: Sequence[str] = ()) -> ort.InferenceSession:
+        """Of the whole network, which gives inner `outputs` too."""
+        light = self._weights.without(self._model.proto)
+        return make_session(
+            light,
+            outputs=outputs,
+            threads=1,
+            external_dir=self._model.external_dir,
+            device=self._device,
+            weights=self._weights.read_by(light),
+        )
 
     def _run_whole(self, batch: int, scales: Mapping[str, Array]) -> list[Array]:
         found: list[Array] = self._whole.run(
@@ -218,13 +231,7 @@ class Company:
             needed.update(dict.fromkeys(_boundary(self._view, nodes)))
         given = {*self._names.values(), *self._pictures[0].feeds}
         inner = [t for t in needed if t not in given]
-        session = make_session(
-            self._model.proto,
-            outputs=inner,
-            threads=1,
-            external_dir=self._model.external_dir,
-            device=self._device,
-        )
+        session = self._session(inner)
         names = [*dict.fromkeys([*self._outputs, *inner])]
         scales = self._scales(amaxes)
 

@@ -132,7 +132,9 @@ def choose_by_output(
         with trials:
             return _choose(trials, distinct_candidates(histograms[name]), histograms[name])
 
-    found = in_parallel(best, with_scale, what="choose ranges", progress=progress)
+    edges = {tensor: found for name in with_scale for tensor, found in readers[name].items()}
+    workers = alone.side_by_side(edges)
+    found = in_parallel(best, with_scale, what="choose ranges", workers=workers, progress=progress)
     choices.update(zip(with_scale, found, strict=True))
     return choices
 

@@ -287,8 +287,10 @@ def _choices(
     return auto_ranges(
         counted.model, counted.view, counted.plan, placement, counted.roots, counted.held,
         counted.histograms,
-        others=in_batches(counted.model, others, device=counted.device), device=counted.device,
-        progress=counted.progress,
+        others=in_batches(
+            counted.model, others, device=counted.device, like=len(counted.held[0])
+        ),
+        device=counted.device, progress=counted.progress,
     )  # fmt: skip
 
 
@@ -391,6 +393,9 @@ def auto_ranges(
     ) | _chosen_alike(unsearched, BESIDE_AUTO, PERCENTILE)
     progress(RUN_HELD, 0, None)
     references = [alone.reference(batch) for batch in range(alone.batches)]
+    exact = []
+    if others:
+        exact = exact_outputs(model, others, device=device, most=OTHERS_BYTES, session=alone.whole)
     del alone  # its activations make room for those of the quantized network
     table = choices_table({tensor: choices[root] for tensor, root in roots.items()}, None)
     quantized = without_zero_ranges(view, plan, table)
@@ -402,7 +407,6 @@ def auto_ranges(
     company = Company(model, quantized, table, ranges, pictures, references, device=device)
     judging = company
     if others:
-        exact = exact_outputs(model, others, device=device, most=OTHERS_BYTES)
         others = others[: len(exact)]
         judging = company.on(others, exact, alike=True)
     standing = Standing(judging, OTHERS * sum(map(len, pictures)), progress)

@@ -167,7 +167,7 @@ class TestOnTheDevice:
         model = identity([None] * len(shape), kind)
         names = tuple("edcba"[: shape[axis] - 1])  # the last picture only fills up the batch
         batches = [({"x": values}, names, shape[axis])] * 3
-        found, _ = count_on_gpu(model, {"x": axis, "y": axis}, batches, 0, counted=lambda _: None)
+        found, _ = count_on_gpu(model, [{"x": axis, "y": axis}], batches, 0, counted=lambda _: None)
         with np.errstate(over="ignore"):
             doubled = values + values
         for tensor, array in (("x", values), ("y", doubled)):
@@ -181,7 +181,7 @@ class TestOnTheDevice:
         values[2, 7] = np.nan
         batches = [({"x": values}, ("a", "b", "c", "d"), 4)]
         with pytest.raises(ModelError, match="'x' holds NaN for picture 'c'"):
-            count_on_gpu(identity(["N", 30]), {"x": 0}, batches, 0, counted=lambda _: None)
+            count_on_gpu(identity(["N", 30]), [{"x": 0}], batches, 0, counted=lambda _: None)
 
     @pytest.mark.parametrize("name", ["conv_relu", "residual", "attention", "two_inputs", "resize"])
     def test_a_network_is_counted_as_its_activations_are(self, name: str) -> None:
@@ -197,10 +197,22 @@ class TestOnTheDevice:
         )
         names = tuple(f"p{i}" for i in range(6))
         found, _ = count_on_gpu(
-            model, dict.fromkeys(tensors, 0), [(feeds, names, 6)] * 2, 0, counted=lambda _: None
+            model, [dict.fromkeys(tensors, 0)], [(feeds, names, 6)] * 2, 0, counted=lambda _: None
         )
         for tensor, array in zip(tensors, session.run(tensors, feeds), strict=True):
             assert found[tensor].maximum == pytest.approx(float(np.abs(array).max()), rel=1e-4)
+
+    def test_what_is_beside_changes_nothing(self) -> None:
+        model = tinymodels.residual()
+        (feed,) = tinymodels.feeds(model, batch=50).items()
+        tensors = [node.output[0] for node in model.graph.node]
+        first, others = tensors[::2], tensors[1::2]
+        alone = collect(model, first, Rows(*feed), device="cuda")
+        both = collect(model, first, Rows(*feed), beside=others, device="cuda")
+        assert (alone.passes, both.passes) == (1, 1)
+        assert list(both.histograms) == [*first, *others]
+        for tensor in first:
+            assert np.array_equal(alone.histograms[tensor].counts, both.histograms[tensor].counts)
 
     def test_collect_gives_what_the_cpu_gives_within_the_runtimes_difference(self) -> None:
         model = tinymodels.residual()

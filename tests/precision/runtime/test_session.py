@@ -10,9 +10,9 @@ import onnx
 import pytest
 import tinymodels
 
+from trtune.calibrate.sessions import SharedWeights
 from trtune.precision.runtime.session import (
     RUNS_AT_ONCE,
-    SharedWeights,
     ahead,
     make_session,
     named_values,

@@ -1,0 +1,227 @@
+"""Trials of many ranges side by side in one batch of the whole network.
+
+On a GPU a session for the part of a network behind one range takes longer to be made, and to plan
+its convolutions, than all of its runs take; so do many small runs one after the other. Here there
+is one session: each quantized tensor has a step for every picture, or none, and a batch holds the
+same few pictures many times over, once a trial.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from trtune.calibrate.gpu.memory import device_memory
+from trtune.calibrate.segments import holds_graphs
+from trtune.calibrate.sessions import ORT_ERRORS, SharedWeights, cuda_number
+from trtune.precision.graph.proto import replace_field
+from trtune.precision.graph.view import Model
+from trtune.precision.plan.placement import Edge
+from trtune.precision.runtime.session import make_session
+
+log = logging.getLogger(__name__)
+
+ROWS = 64
+"""Pictures a batch, at most: enough to fill a GPU."""
+
+ROOM = 1 << 30
+"""Bytes, at most, that the quantized tensors of a batch may take together on a CPU."""
+
+ROOM_SHARE = 8
+"""... and the part of a GPU's memory: 1 / ROOM_SHARE."""
+
+FEWEST = 4
+"""Trials a batch, at least: fewer are no better than one after the other."""
+
+AGREES = 1e-3
+"""By how much of the largest value a picture's output may differ between batches."""
+
+Array = NDArray[Any]
+
+
+@dataclass(slots=True)
+class _Trial:
+    batch: int
+    steps: Mapping[str, float]
+    found: list[Array] | None = None
+    error: Exception | None = None
+
+
+class SideBySide:
+    """Runs trials, which threads ask for at the same time, in common batches. Thread-safe.
+
+    `edges` maps each tensor that can have a step to the edges that read it quantized; `stored` are
+    the tensors and inputs of each batch of pictures, `outputs` the model's with their FP32 values
+    there. `trials` is how many a batch holds. Raises ValueError, with the reason, where pictures
+    cannot be told apart in a larger batch, or there is no room for `FEWEST` trials.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        weights: SharedWeights,
+        edges: Mapping[str, Sequence[Edge]],
+        stored: Sequence[Mapping[str, Array]],
+        device: str,
+    ) -> None:
+        if holds_graphs(model.proto.graph):
+            raise ValueError("it holds graphs within graphs")
+        self._outputs = [output.name for output in model.outputs]
+        inputs = [spec.name for spec in model.inputs]
+        self.pictures = _pictures(stored, [*edges, *inputs, *self._outputs])
+        each = sum(stored[0][tensor].nbytes for tensor in edges) // self.pictures
+        self._number = cuda_number(device)
+        room = ROOM if self._number is None else device_memory(self._number) // ROOM_SHARE
+        self.trials = min(ROWS, room // max(each, 1)) // self.pictures
+        if self.trials < FEWEST:
+            raise ValueError(f"a batch holds {self.trials} trials")
+        self._ranks = {tensor: stored[0][tensor].ndim for tensor in edges}
+        self._fed = [
+            {name: self._value(np.concatenate([held[name]] * self.trials)) for name in inputs}
+            for held in stored
+        ]
+        self._none = {tensor: self._value(self._rows(tensor, {})) for tensor in edges}
+        proto = _with_steps(weights.without(model.proto), edges, self._ranks)
+        self._session = make_session(
+            proto,
+            threads=1,
+            external_dir=model.external_dir,
+            device=device,
+            weights=weights.read_by(proto),
+        )
+        self._lock, self._running = threading.Lock(), threading.Lock()
+        self._waiting: list[_Trial] = []
+        self._check(stored[0], edges)
+
+    def run(self, batch: int, steps: Mapping[str, float]) -> list[Array]:
+        """The model's outputs for a batch of pictures with these tensors through int8 and back.
+
+        Trials that wait while another batch runs are run together. Raises what onnxruntime raises.
+        """
+        trial = _Trial(batch, steps)
+        with self._lock:
+            self._waiting.append(trial)
+        with self._running:
+            if trial.found is None and trial.error is None:
+                self._serve(trial)
+        if trial.error is not None:
+            raise trial.error
+        assert trial.found is not None
+        return trial.found
+
+    def _serve(self, trial: _Trial) -> None:
+        with self._lock:
+            others = [t for t in self._waiting if t.batch == trial.batch and t is not trial]
+            taken = [trial, *others[: self.trials - 1]]
+            self._waiting = [t for t in self._waiting if all(t is not other for other in taken)]
+        try:
+            found = self._run(trial.batch, [one.steps for one in taken])
+        except ORT_ERRORS as error:
+            for one in taken:
+                one.error = error
+            return
+        for number, one in enumerate(taken):
+            rows = slice(number * self.pictures, (number + 1) * self.pictures)
+            one.found = [array[rows] for array in found]
+
+    def _run(self, batch: int, trials: Sequence[Mapping[str, float]]) -> list[Array]:
+        stepped: dict[str, dict[int, float]] = {}
+        for number, steps in enumerate(trials):
+            for tensor, step in steps.items():
+                stepped.setdefault(tensor, {})[number] = step
+        feeds = {f"{tensor}/step": value for tensor, value in self._none.items()}
+        for tensor, found in stepped.items():
+            rows = ort.OrtValue.ortvalue_from_numpy(self._rows(tensor, found))
+            feeds[f"{tensor}/step"] = rows
+        values = self._session.run_with_ort_values(self._outputs, feeds | self._fed[batch])
+        return [value.numpy() for value in values]
+
+    def _rows(self, tensor: str, steps: Mapping[int, float]) -> NDArray[np.float32]:
+        """The step of each picture of a batch, along the first axis; zero for none."""
+        rows = np.zeros((self.trials, self.pictures), np.float32)
+        for number, step in steps.items():
+            rows[number] = step
+        return rows.reshape(-1, *[1] * (self._ranks[tensor] - 1))
+
+    def _value(self, array: Array) -> ort.OrtValue:
+        array = np.ascontiguousarray(array)
+        if self._number is None:
+            return ort.OrtValue.ortvalue_from_numpy(array)
+        return ort.OrtValue.ortvalue_from_numpy(array, "cuda", self._number)
+
+    def _check(self, stored: Mapping[str, Array], edges: Mapping[str, Sequence[Edge]]) -> None:
+        """That a picture without steps gives what it gave, beside others with coarse ones."""
+        coarse = {t: float(np.abs(stored[t]).max(initial=0)) / 4 for t in edges}
+        try:
+            found = self._run(0, [{}, *[coarse] * (self.trials - 1)])
+        except ORT_ERRORS as error:
+            raise ValueError(f"onnxruntime cannot run it: {error}") from error
+        for name, array in zip(self._outputs, found, strict=True):
+            exact = stored[name]
+            if array.shape != (len(exact) * self.trials, *exact.shape[1:]):
+                raise ValueError(f"output {name!r} of a larger batch has shape {array.shape}")
+            finite = exact[np.isfinite(exact)]
+            most = AGREES * float(np.abs(finite).max(initial=0))
+            alike = np.allclose(array[: len(exact)], exact, rtol=0, atol=most, equal_nan=True)
+            if not alike:
+                raise ValueError(f"output {name!r} of a picture follows the others in its batch")
+
+
+def _pictures(stored: Sequence[Mapping[str, Array]], names: Sequence[str]) -> int:
+    """How many pictures each batch has, if all that is named has them along its first axis."""
+    found = {held[name].shape[0] if held[name].ndim else 0 for held in stored for name in names}
+    count = min(found)
+    if len(found) > 1 or count < 1:
+        raise ValueError("not everything has its pictures along the first axis")
+    return int(count)
+
+
+def _with_steps(
+    model: onnx.ModelProto, edges: Mapping[str, Sequence[Edge]], ranks: Mapping[str, int]
+) -> onnx.ModelProto:
+    """`model`, changed in place: an input `T/step` for each tensor T of `edges`, through which they
+    read it."""
+    through = {edge: tensor for tensor, found in edges.items() for edge in found}
+    given = {info.name for info in model.graph.input}
+    for tensor, rank in ranks.items():
+        shape = [None, *[1] * (rank - 1)]
+        info = onnx.helper.make_tensor_value_info(f"{tensor}/step", onnx.TensorProto.FLOAT, shape)
+        model.graph.input.append(info)
+    nodes = [node for tensor in edges if tensor in given for node in _stepped(tensor)]
+    for node in model.graph.node:
+        for index, tensor in enumerate(node.input):
+            if through.get((node.name, index)) == tensor:
+                node.input[index] = f"{tensor}/stepped"
+        nodes.append(node)
+        nodes += [n for tensor in node.output if tensor in edges for n in _stepped(tensor)]
+    replace_field(model.graph.node, nodes)
+    return model
+
+
+def _stepped(tensor: str) -> list[onnx.NodeProto]:
+    """Nodes that give `T/stepped`: clip(round half to even(x / step), -128, 127) * step where the
+    step is above zero, else x."""
+    parts = ("step", "steps", "rounded", "codes", "values", "is", "stepped")
+    at = {part: f"{tensor}/{part}" for part in (*parts, "lowest", "highest", "none")}
+    nodes = []
+    for part, value in (("lowest", -128.0), ("highest", 127.0), ("none", 0.0)):
+        scalar = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [], [value])
+        nodes.append(onnx.helper.make_node("Constant", [], [at[part]], name=at[part], value=scalar))
+    for kind, inputs, output in (
+        ("Div", [tensor, at["step"]], at["steps"]),
+        ("Round", [at["steps"]], at["rounded"]),
+        ("Clip", [at["rounded"], at["lowest"], at["highest"]], at["codes"]),
+        ("Mul", [at["codes"], at["step"]], at["values"]),
+        ("Greater", [at["step"], at["none"]], at["is"]),
+        ("Where", [at["is"], at["values"], tensor], at["stepped"]),
+    ):
+        nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output))
+    return nodes
