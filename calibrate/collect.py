@@ -44,6 +44,7 @@ from trtune.datasets.batches import (
     rebatch,
     take_rows,
 )
+from trtune.datasets.pictures.prefetch import made_ahead
 from trtune.datasets.wrapped import in_parts
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def collect(
     source: BatchSource,
     *,
     beside: Sequence[str] = (),
+    extents: Mapping[str, Extent] | None = None,
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
     device: str = "cpu",
@@ -99,7 +101,8 @@ def collect(
     `tensors` are names of float tensors in `model` (inner ones or inputs), in graph order. Marking
     a tensor keeps the runtime from fusing the nodes around it, which moves the last bits of what
     follows. Those `beside` are therefore marked in a copy of the model of their own: what is found
-    of `tensors` is the same with and without them.
+    of `tensors` is the same with and without them. `extents` are what `measure` found before of
+    some of them.
     `memory` bounds the bytes of marked tensors held at once: a smaller one means fewer workers,
     then further passes, each over some of the tensors. `workers` defaults to the number of
     usable cores. `device` is cpu, cuda or cuda:N; on a GPU the inference runs there and a share of
@@ -118,9 +121,12 @@ def collect(
     tensors = [*tensors, *(tensor for tensor in beside if tensor in first.feeds)]
     beside = [tensor for tensor in beside if tensor not in first.feeds]
     gpu = cuda_number(device)
-    extents = measure(model, [*tensors, *beside], first, external_dir=external_dir)
+    known = dict(extents or {})
+    missing = [tensor for tensor in (*tensors, *beside) if tensor not in known]
+    if missing:
+        known |= measure(model, missing, first, external_dir=external_dir)
     passes, workers = _planned(
-        (tensors, beside), extents, _fixed_batch(model, first), first, source.count, memory,
+        (tensors, beside), known, _fixed_batch(model, first), first, source.count, memory,
         workers or usable_cores(), gpu,
     )  # fmt: skip
     histograms: dict[str, Histogram] = {}
@@ -128,7 +134,7 @@ def collect(
     for number, (groups, batching) in enumerate(passes):
         fed = [] if number else [tensor for tensor in tensors if tensor in first.feeds]
         what = "calibrate" if len(passes) == 1 else f"calibrate, pass {number + 1} of {len(passes)}"
-        work = _Work(model, groups, fed, extents, batching, workers, external_dir)
+        work = _Work(model, groups, fed, known, batching, workers, external_dir)
         told = partial(progress, what)
         told(0, source.count)
         if cluster is not None:
@@ -166,6 +172,7 @@ def measure(
     )
     session = open_session(
         with_outputs(probe, list(names.values())),
+        optimize="none",
         external_dir=external_dir,
         weights=weights.read_by(probe),
     )
@@ -257,8 +264,9 @@ def _planned(
     passes = _passes((inner, layout), (beside, apart), extents, memory // workers)
     if len(passes) > 1:
         log.info(
-            "%d tensors in %d passes, to stay within %d bytes", len(extents), len(passes), memory
-        )
+            "%d tensors in %d passes, to stay within %d bytes",
+            len(wanted) + len(beside), len(passes), memory,
+        )  # fmt: skip
     return passes, workers
 
 
@@ -403,7 +411,7 @@ def _on_gpu(
         progress(done, source.count)
 
     def batches() -> Iterator[tuple[Mapping[str, NDArray[Any]], tuple[str, ...], int]]:
-        for batch in rebatch(source, work.layout.step):
+        for batch in made_ahead(rebatch(source, work.layout.step)):
             full = fit_batch(batch, work.layout.step) if work.layout.fill else batch
             yield full.feeds, batch.items, len(full)
 

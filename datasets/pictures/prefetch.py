@@ -71,6 +71,24 @@ class _Steps:
                 self._batches.close()
 
 
+def made_ahead(batches: Iterator[Batch], *, depth: int = 2) -> Generator[Batch, None, None]:
+    """`batches`, of which up to `depth` are made in a thread before they are asked for.
+
+    What the iterator raises is raised where its batch would have come. The thread ends with the
+    last batch, or when the consumer stops early.
+    """
+    steps = _Steps(batches)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="trtune-batches")
+    try:
+        waiting = deque(pool.submit(steps.take) for _ in range(depth))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(steps.take))
+            yield batch
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        steps.close()
+
+
 @dataclass(frozen=True, slots=True)
 class Prefetched:
     """A source whose next batches are made in a thread while this one is used."""
@@ -79,16 +97,7 @@ class Prefetched:
     depth: int = 2
 
     def __iter__(self) -> Iterator[Batch]:
-        steps = _Steps(iter(self.source))
-        pool = ThreadPoolExecutor(1, thread_name_prefix="trtune-batches")
-        try:
-            waiting = deque(pool.submit(steps.take) for _ in range(self.depth))
-            while (batch := waiting.popleft().result()) is not None:
-                waiting.append(pool.submit(steps.take))
-                yield batch
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            steps.close()
+        return made_ahead(iter(self.source), depth=self.depth)
 
     @property
     def count(self) -> int | None:

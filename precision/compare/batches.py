@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from trtune.calibrate.collect import measure
+from trtune.calibrate.collect import Extent, measure
 from trtune.calibrate.sessions import SharedWeights
 from trtune.configs.errors import DataError, ModelError
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, is_free, take_rows
@@ -171,19 +171,22 @@ def held_batches(
     *,
     memory: int,
     also: Sequence[str] = (),
+    extents: Mapping[str, Extent] | None = None,
     device: str = "cpu",
 ) -> list[Batch]:
     """`pictures` in batches, as many as an `Alone` can hold within `memory` bytes, with `also`.
 
     At least one batch, of one picture if need be; in a model of fixed batch size the last picture
-    fills the last batch. For a GPU `device` all are of one size (`alike_batches`).
+    fills the last batch. For a GPU `device` all are of one size (`alike_batches`). `extents` are
+    how large these tensors are, if that is known.
     """
     pictures, wanted = _taken(pictures, device)
     size = batch_size(model.inputs, wanted)
-    first = fit_batch(pictures[0], batch_size(model.inputs, len(pictures[0])))
     tensors = list(dict.fromkeys([*held_tensors(view, placement), *also]))
-    extents = measure(model.proto, tensors, first, external_dir=model.external_dir)
-    each = max(sum(extent.bytes for extent in extents.values()), 1)
+    if not extents:
+        first = fit_batch(pictures[0], batch_size(model.inputs, len(pictures[0])))
+        extents = measure(model.proto, tensors, first, external_dir=model.external_dir)
+    each = max(sum(extents[tensor].bytes for tensor in tensors), 1)
     size = batch_size(model.inputs, max(1, min(size, memory // each)))
     batches = _joined(model, pictures, size)
     count = max(1, min(len(batches), memory // (each * len(batches[0]))))

@@ -55,6 +55,7 @@ from trtune.precision.tune.scales import (
     Ranges,
     calibrate_model,
     enough_pictures,
+    held_extents,
     ranged_alike,
     without_zero_ranges,
 )
@@ -164,7 +165,9 @@ def prepare_model(
     if not start.plan.int8_nodes or not kinds:
         return Ready(Prepared(model), plan, base, {})
     progress(READ, 0, None)
-    count = enough_pictures(model, view, place(view, start.plan), source, holdout)
+    placement = place(view, start.plan)
+    extents = held_extents(model, view, placement, source)
+    count = enough_pictures(model, view, placement, source, holdout, extents=extents)
     chosen_on, judged_on = hold_out_more(source, count, _judged(source, count), part=APART)
     found, seen = chosen_on + judged_on, source
     if len(found) >= FEWEST and judged_on:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from trtune.calibrate.collect import DEFAULT_MEMORY, collect, measure
+from trtune.calibrate.collect import DEFAULT_MEMORY, Extent, collect, measure
 from trtune.calibrate.float8 import float8_amaxes, with_float8
 from trtune.calibrate.histogram import Histogram, quantile
 from trtune.calibrate.methods import better_methods, choose
@@ -24,7 +24,7 @@ from trtune.configs.errors import DataError
 from trtune.configs.progress import Progress, silent
 from trtune.configs.system.cluster import Cluster
 from trtune.configs.values import HELD_OUT, PERCENTILE
-from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, rebatch
+from trtune.datasets.batches import Batch, BatchSource, batch_size, rebatch
 from trtune.datasets.holdout import (
     WholeBatches,
     Without,
@@ -193,23 +193,26 @@ def calibrate_model(
     roots = shared_ranges(view, dict.fromkeys(tensors))
     names = list(dict.fromkeys(roots.values()))
     placement = with_deploy(view, plan, tensors)
-    held: tuple[Batch, ...] = ()
-    others: tuple[Batch, ...] = ()
-    if method == AUTO_METHOD and names:
-        progress(READ, 0, None)
-        count = enough_pictures(model, view, placement, source, holdout)
-        beyond = _most_others(source, memory) if ranges is None else 0
-        held, others = hold_out_more(source, count, beyond, part=1.0)
-    seen = seen_pictures(source, held, batch_size(model.inputs, 1))
     beside = implicit_only(view, plan, lowerings)
     moved = with_clamped(view, dict.fromkeys(tensors, 1.0))
     alone = [tensor for tensor in beside if tensor not in moved]
     wanted = list(dict.fromkeys([*names, *also]))
+    held: tuple[Batch, ...] = ()
+    others: tuple[Batch, ...] = ()
+    extents: Mapping[str, Extent] = {}
+    if method == AUTO_METHOD and names:
+        progress(READ, 0, None)
+        extents = held_extents(model, view, placement, source, also=[*wanted, *alone])
+        count = enough_pictures(model, view, placement, source, holdout, extents=extents)
+        beyond = _most_others(source, memory) if ranges is None else 0
+        held, others = hold_out_more(source, count, beyond, part=1.0)
+    seen = seen_pictures(source, held, batch_size(model.inputs, 1))
     found = collect(
         model.proto,
         wanted,
         seen,
         beside=[tensor for tensor in alone if tensor not in wanted],
+        extents=extents,
         memory=memory,
         device=device,
         cluster=cluster,
@@ -220,7 +223,9 @@ def calibrate_model(
     if held:
         progress(RUN_HELD, 0, None)
     batches = (
-        held_batches(model, view, placement, held, memory=memory, device=device) if held else []
+        held_batches(model, view, placement, held, memory=memory, extents=extents, device=device)
+        if held
+        else []
     )
     counted = _Counted(
         model, view, plan, roots, found.histograms, batches, method, percentile, device, progress
@@ -507,25 +512,42 @@ def _edges(
     return readers
 
 
+def held_extents(
+    model: Model,
+    view: GraphView,
+    placement: Placement,
+    source: BatchSource,
+    *,
+    also: Iterable[str] = (),
+) -> dict[str, Extent]:
+    """How large the tensors are that an `Alone` holds, and those in `also`; nothing where `source`
+    is empty."""
+    first = next((batch for batch in source if len(batch)), None)
+    if first is None:
+        return {}
+    tensors = list(dict.fromkeys([*held_tensors(view, placement), *also]))
+    return measure(model.proto, tensors, first, external_dir=model.external_dir)
+
+
 def enough_pictures(
-    model: Model, view: GraphView, placement: Placement, source: BatchSource, holdout: int
+    model: Model,
+    view: GraphView,
+    placement: Placement,
+    source: BatchSource,
+    holdout: int,
+    *,
+    extents: Mapping[str, Extent],
 ) -> int:
     """`holdout`, or up to `PLENTY` times as many where the network is small (`LIGHT`).
 
     A few pictures decide much of the error of a small network, and there more cost little. Where a
-    search would take too much, fewer (`ranges.SEARCH`).
+    search would take too much, fewer (`ranges.SEARCH`). `extents` are those of `held_extents`.
     """
     size = batch_size(model.inputs, 1)
     first = next(iter(rebatch(source, size)), None)
     if first is None:
         return holdout
-    extents = measure(
-        model.proto,
-        held_tensors(view, placement),
-        fit_batch(first, size),
-        external_dir=model.external_dir,
-    )
-    each = max(sum(extent.bytes for extent in extents.values()), 1)
+    each = max(sum(extents[tensor].bytes for tensor in held_tensors(view, placement)), 1)
     wanted = min(max(holdout, LIGHT // each), PLENTY * holdout)
     costs = trial_macs(model, view, {t: [t] for t in placement.activations}, first)
     found = pictures_within(costs, wanted)
