@@ -8,7 +8,7 @@ the codes of `emulate`; one that is never negative (behind ReLU, Clip, Sigmoid) 
 and scale amax / 255, half the step, and behind SiLU the codes begin at its least value, -0.28. A
 ReLU or Clip whose bounds the uint8 range enforces anyway is absorbed, and a matrix product with a
 bias becomes a Gemm, which alone has a kernel for both. SiLU and gates are integers too (`gates`),
-and input channels are filled up to fours (`channels`).
+averages over whole pictures too (`pools`), and input channels are filled up to fours (`channels`).
 
 A node that the user or the tuner pinned to float reads float values, as it does in TensorRT: the
 convolution that makes them then gives its result in float, for which there is no integer kernel
@@ -30,6 +30,7 @@ from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.bounds import lowest
 from trtune.precision.lower.channels import fill_channels
 from trtune.precision.lower.gates import GATE_SCALE, find_gates
+from trtune.precision.lower.pools import average_behind, average_codes
 from trtune.precision.lower.rewrite import Rewrite, weight_scales
 from trtune.precision.plan.imported import ImportedPlan
 from trtune.precision.plan.placement import Edge, place
@@ -151,7 +152,7 @@ class _Deploy:
         quantized = {*self._placement.activations, *self._outputs}
         self._gates = find_gates(view, plan, quantized)
         self._optional = set(self._gates.products) - quantized
-        self._scales: dict[str, float] = {}
+        self._codes: dict[str, tuple[float, int]] = {}
         self._lowest: dict[str, float] = {}
 
     def quantize_activations(self) -> None:
@@ -167,6 +168,9 @@ class _Deploy:
             self._quantize(tensor, edges)
             if len(edges) == len(self._view.consumers.get(tensor, ())):
                 self._absorb(tensor)
+                average = average_behind(self._view, self._plan, tensor)
+                if average is not None:
+                    average_codes(self.rewrite, self._view, average, *self._codes[tensor])
 
     def _reading_quantized(self, tensor: str) -> list[Edge]:
         """Who is to read the quantized `tensor`: all but pinned readers if an int8 kernel makes
@@ -204,7 +208,7 @@ class _Deploy:
             zero_point = int(np.rint(-low / scale))
         else:
             scale, zero_point = self._table.scale(tensor), 128
-        self._scales[tensor] = scale
+        self._codes[tensor] = scale, zero_point
         result = self.rewrite.quantize_pair(tensor, scale, zero_point, np.uint8)
         for edge in edges:
             self.rewrite.reconnect(edge, result)
@@ -214,7 +218,7 @@ class _Deploy:
         for gate, edges in self._gates.sigmoids.items():
             source = self._view.by_name[self._view.producer[gate]].input[0]
             products = [self._view.by_name[name].output[0] for name, _ in edges]
-            if all(tensor in self._scales for tensor in (source, *products)):
+            if all(tensor in self._codes for tensor in (source, *products)):
                 result = self.rewrite.quantize_pair(gate, GATE_SCALE, 0, np.uint8)
                 for edge in edges:
                     self.rewrite.reconnect(edge, result)
@@ -224,7 +228,7 @@ class _Deploy:
         uint8 range enforces the bounds."""
         name = self._view.producer.get(tensor, "")
         bounds = _bounds(self._view, self._view.by_name[name]) if name else None
-        if bounds is None or 255 * self._scales[tensor] > bounds[1] * (1 + 1e-5):
+        if bounds is None or 255 * self._codes[tensor][0] > bounds[1] * (1 + 1e-5):
             return
         source = self._view.by_name[name].input[0]
         maker = self._view.producer.get(source, "")
@@ -245,7 +249,7 @@ class _Deploy:
             self._join_bias(edge[0])
             value = self._view.constant(weight)
             bias = self._bias(edge[0], value.shape[axis])
-            step = np.float64(self._scales[self._view.by_name[edge[0]].input[0]])
+            step = np.float64(self._codes[self._view.by_name[edge[0]].input[0]][0])
             least = None if bias is None else np.abs(bias) / (step * LARGEST_BIAS)
             scales = weight_scales(value, axis, least=least)
             self.rewrite.reconnect(edge, self.rewrite.quantized_weight(weight, axis, scales))

@@ -85,7 +85,7 @@ class Rewrite:
         self._pairs: dict[tuple[str, str], str] = {}
         self._weights: dict[tuple[str, int, str, bytes], str] = {}
         self._removed: set[str] = set()
-        self._shields: dict[str, list[onnx.NodeProto]] = {}
+        self._before: dict[str, list[onnx.NodeProto]] = {}
 
     def node(self, name: str) -> onnx.NodeProto:
         """The copy of a node, to be changed in place."""
@@ -114,8 +114,28 @@ class Rewrite:
         without a word. Raises ValueError unless it is above zero.
         """
         key = (tensor, np.dtype(dtype).name)
-        if key in self._pairs:
-            return self._pairs[key]
+        if key not in self._pairs:
+            pair = self._pair(tensor, scale, zero_point, dtype)
+            self._after.setdefault(tensor, []).extend(pair)
+            self._pairs[key] = pair[-1].output[0]
+        return self._pairs[key]
+
+    def pair_before(
+        self,
+        node: str,
+        tensor: str,
+        scale: float,
+        zero_point: int,
+        dtype: type[Any] | np.dtype[Any],
+    ) -> str:
+        """`quantize_pair` for a tensor that `before` made: it stands before `node` too."""
+        pair = self._pair(tensor, scale, zero_point, dtype)
+        self._before.setdefault(node, []).extend(pair)
+        return str(pair[-1].output[0])
+
+    def _pair(
+        self, tensor: str, scale: float, zero_point: int, dtype: type[Any] | np.dtype[Any]
+    ) -> list[onnx.NodeProto]:
         if not scale > 0:
             raise ValueError(f"scale of {tensor!r} is {scale}; `without_zero_ranges` was not used")
         base = f"{tensor}/fp8" if dtype == float8_dtype() else tensor
@@ -124,10 +144,7 @@ class Rewrite:
             self.constant(f"{base}/zero_point", np.array(zero_point, dtype)),
         ]
         quantize = self._make("QuantizeLinear", [tensor, *parameters], base, "quantized")
-        dequantize = self._dequantize([quantize.output[0], *parameters], base)
-        self._after.setdefault(tensor, []).extend([quantize, dequantize])
-        self._pairs[key] = dequantize.output[0]
-        return self._pairs[key]
+        return [quantize, self._dequantize([quantize.output[0], *parameters], base)]
 
     def is_dequantized(self, tensor: str) -> bool:
         """Whether `tensor` is the result of a pair made here."""
@@ -215,9 +232,14 @@ class Rewrite:
     def shield(self, node: str, index: int) -> None:
         """Put a Max of one tensor before an input: it changes nothing, and no optimizer takes it
         away, so that what lies behind it is not seen together with what lies before."""
-        shield = self._make("Max", [self._nodes[node].input[index]], node, f"shielded{index}")
-        self._shields.setdefault(node, []).append(shield)
-        self.reconnect((node, index), shield.output[0])
+        source = self._nodes[node].input[index]
+        self.reconnect((node, index), self.before(node, "Max", [source], f"shielded{index}"))
+
+    def before(self, node: str, op: str, inputs: Sequence[str], result: str) -> str:
+        """A new node before `node`, which is named after it; the name of its output."""
+        made = self._make(op, inputs, node, result)
+        self._before.setdefault(node, []).append(made)
+        return str(made.output[0])
 
     def finish(self) -> onnx.ModelProto:
         """The rewritten model."""
@@ -242,7 +264,7 @@ class Rewrite:
             nodes.extend(self._after.get(name, ()))
         for old in self.view.nodes:
             if old.name not in self._removed:
-                nodes.extend(self._shields.get(old.name, ()))
+                nodes.extend(self._before.get(old.name, ()))
                 nodes.append(self._nodes[old.name])
             for name in old.output:
                 nodes.extend(self._after.get(name, ()))
