@@ -71,8 +71,8 @@ def average_codes(
         return
     if node.op_type == "ReduceMean" and not attribute(node, "keepdims", 1):
         pooled = rewrite.before(found.node, "GlobalAveragePool", [node.input[0]], "pooled")
-        source = rewrite.pair_before(found.node, pooled, scale, zero_point, np.uint8)
-        _become(node, "Flatten", source)  # (N, C, 1, ...) to (N, C), as its output was
+        codes = rewrite.quantize_pair(pooled, scale, zero_point, np.uint8, before=found.node)
+        _become(node, "Flatten", codes)  # (N, C, 1, ...) to (N, C), as its output was
         return
     _become(node, "GlobalAveragePool", node.input[0])
     if found.reader is not None:

@@ -106,32 +106,27 @@ class Rewrite:
         return name
 
     def quantize_pair(
-        self, tensor: str, scale: float, zero_point: int, dtype: type[Any] | np.dtype[Any]
-    ) -> str:
-        """QuantizeLinear and DequantizeLinear behind `tensor`, once a type; the name of the result.
-
-        The scale is a 0-d float32: one of shape [1] makes TensorRT compute everything in float
-        without a word. Raises ValueError unless it is above zero.
-        """
-        key = (tensor, np.dtype(dtype).name)
-        if key not in self._pairs:
-            pair = self._pair(tensor, scale, zero_point, dtype)
-            self._after.setdefault(tensor, []).extend(pair)
-            self._pairs[key] = pair[-1].output[0]
-        return self._pairs[key]
-
-    def pair_before(
         self,
-        node: str,
         tensor: str,
         scale: float,
         zero_point: int,
         dtype: type[Any] | np.dtype[Any],
+        *,
+        before: str = "",
     ) -> str:
-        """`quantize_pair` for a tensor that `before` made: it stands before `node` too."""
-        pair = self._pair(tensor, scale, zero_point, dtype)
-        self._before.setdefault(node, []).extend(pair)
-        return str(pair[-1].output[0])
+        """QuantizeLinear and DequantizeLinear behind `tensor`, once a type; the name of the result.
+
+        With `before` they stand before that node, as what made `tensor` does. The scale is a 0-d
+        float32: one of shape [1] makes TensorRT compute everything in float without a word.
+        Raises ValueError unless it is above zero.
+        """
+        key = (tensor, np.dtype(dtype).name)
+        if key not in self._pairs:
+            pair = self._pair(tensor, scale, zero_point, dtype)
+            places = self._before if before else self._after
+            places.setdefault(before or tensor, []).extend(pair)
+            self._pairs[key] = pair[-1].output[0]
+        return self._pairs[key]
 
     def _pair(
         self, tensor: str, scale: float, zero_point: int, dtype: type[Any] | np.dtype[Any]
