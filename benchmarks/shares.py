@@ -32,7 +32,7 @@ from typing import Any
 
 from trtune.calibrate.cache import Cache, dump_cache
 from trtune.calibrate.collect import Collection, collect
-from trtune.calibrate.histogram import Counter
+from trtune.calibrate.cpu.counter import Counter
 from trtune.calibrate.methods import choose
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.sources import DataSet

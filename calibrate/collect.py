@@ -25,11 +25,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from trtune.calibrate.cpu.counter import Counter, count_each
+from trtune.calibrate.cpu.taps import Reader, Tapped, tap, with_outputs
 from trtune.calibrate.gpu.counter import count_on_gpu
 from trtune.calibrate.gpu.memory import device_memory
-from trtune.calibrate.histogram import Counter, Histogram, not_a_number, overflowed
+from trtune.calibrate.histogram import Histogram, not_a_number, overflowed
 from trtune.calibrate.sessions import SharedWeights, cuda_number, open_session
-from trtune.calibrate.taps import Reader, Tapped, tap, with_outputs
 from trtune.configs.errors import DataError
 from trtune.configs.files import hash_json
 from trtune.configs.progress import Progress, silent
@@ -529,25 +530,27 @@ class _Pass:
             self._mine.counters = {tensor: Counter() for tensor in self._tensors}
             with self._lock:
                 self._all.append(self._mine.counters)
-        for tensor in batch.feeds.keys() & self._mine.counters.keys():
-            self._add(tensor, batch.feeds[tensor], len(batch), batch.items)
+        fed = {t: batch.feeds[t] for t in self._mine.counters if t in batch.feeds}
+        self._add(fed, len(batch), batch.items)
         full = fit_batch(batch, self._layout.step) if self._layout.fill else batch
         started = time.perf_counter()
         ran = 0.0
         for values in chain.from_iterable(r.read(full.feeds) for r in self._mine.readers):
             ran += time.perf_counter() - started
-            for tensor, array in values.items():
-                self._add(tensor, array, len(full), batch.items)
+            self._add(values, len(full), batch.items)
             started = time.perf_counter()
         with self._lock:
             self.busy += ran
         return len(batch)
 
-    def _add(self, tensor: str, array: NDArray[Any], held: int, items: tuple[str, ...]) -> None:
-        names, rows = _by_picture(array, held, items, self._extents[tensor].axis)
-        maxima = self._mine.counters[tensor].add(names, rows)
-        if np.isnan(maxima).any():
-            raise not_a_number(tensor, names[int(np.argmax(np.isnan(maxima)))])
+    def _add(self, arrays: Mapping[str, NDArray[Any]], held: int, items: tuple[str, ...]) -> None:
+        jobs = [
+            (self._mine.counters[tensor], *_by_picture(a, held, items, self._extents[tensor].axis))
+            for tensor, a in arrays.items()
+        ]
+        for tensor, maxima, (_, names, _) in zip(arrays, count_each(jobs), jobs, strict=True):
+            if np.isnan(maxima).any():
+                raise not_a_number(tensor, names[int(np.argmax(np.isnan(maxima)))])
 
 
 def _by_picture(
@@ -560,7 +563,8 @@ def _by_picture(
     if axis is None:
         name = items[0] if len(items) == 1 else f"{items[0]} to {items[-1]}"
         return (name,), _as_float(array).reshape(1, -1)
-    rows = _as_float(np.moveaxis(array, axis, 0) if axis else array)
+    plain = axis == 0 and array.dtype == np.float32 and array.flags.c_contiguous
+    rows = array if plain else _as_float(np.moveaxis(array, axis, 0))
     return items, rows.reshape(held, -1)[: len(items)]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from trtune.configs.errors import ModelError
 from trtune.configs.files import atomic_path
-from trtune.configs.system.compiled import compiled
 
 SHIFT = 16
 BINS = 1 << (31 - SHIFT)
@@ -31,15 +30,6 @@ INFINITY_BITS = 0x7F800000
 FIRST_NON_FINITE = INFINITY_BITS >> SHIFT
 
 Counts = NDArray[np.int64]
-
-SPREAD = 48
-"""Unused counts behind each table: equal bins of two tables must not differ by whole pages.
-
-Processors compare only the lower bits of addresses when they order loads behind stores.
-"""
-
-TABLE_ROOM = 1 << 32
-"""Values that the uint32 tables can take before one of their counts could overflow."""
 
 
 @lru_cache(maxsize=1)
@@ -54,31 +44,6 @@ def bin_edges() -> NDArray[np.float64]:
     edges: NDArray[np.float64] = bits.astype(np.uint32).view(np.float32).astype(np.float64)
     edges.flags.writeable = False
     return edges
-
-
-@compiled()
-def _fill(bits: Any, first: Any, second: Any, third: Any, fourth: Any, largest: Any) -> None:
-    """Count the magnitudes of float32 `bits` (uint32, pictures x values), each row's largest apart.
-
-    Four tables, used in turn: runs of equal values (the zeros after a ReLU) would otherwise wait
-    for the last increment of the same address. The largest is found in a loop of its own, which
-    compilers turn into vector instructions; shifting the sign out is 2.7 times as fast there as
-    masking it (LLVM then compares unsigned words).
-    """
-    mask, shift, one = np.uint32(BINS - 1), np.uint32(SHIFT), np.uint32(1)
-    fours = bits.shape[1] // 4 * 4
-    for row in range(bits.shape[0]):
-        top = np.uint32(0)
-        for i in range(bits.shape[1]):
-            top = max(top, np.uint32(bits[row, i] << one))
-        largest[row] = top >> one
-        for i in range(0, fours, 4):
-            first[(bits[row, i] >> shift) & mask] += one
-            second[(bits[row, i + 1] >> shift) & mask] += one
-            third[(bits[row, i + 2] >> shift) & mask] += one
-            fourth[(bits[row, i + 3] >> shift) & mask] += one
-        for i in range(fours, bits.shape[1]):
-            first[(bits[row, i] >> shift) & mask] += one
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,116 +102,19 @@ class Histogram:
         >>> Histogram.of(np.float32([0, -3, 1])).maximum
         3.0
         """
-        counter = Counter()
-        for i, picture in enumerate(pictures):
-            counter.add((str(i),), np.asarray(picture, np.float32).reshape(1, -1))
-        return counter.histogram()
+        rows = [np.abs(np.asarray(picture, np.float32)).ravel() for picture in pictures]
+        bits = np.concatenate(rows or [np.empty(0, np.float32)]).view(np.uint32)
+        maxima = np.array([row[np.isfinite(row)].max(initial=0) for row in rows], np.float32)
+        ranked = sorted(((-m, str(i)) for i, m in enumerate(maxima.tolist())))
+        best, second = (*ranked, (0.0, ""), (0.0, ""))[:2]
+        binned = _binned(maxima.view(np.uint32))
+        seen = PictureMaxima(binned, best[1], -second[0] or 0.0)
+        return cls(finite_counts(_binned(bits)), -best[0] or 0.0, seen)
 
 
-class Counter:
-    """A histogram being filled; one a thread, merged at the end.
-
-    `overflowed` names the pictures that held plus infinity.
-    """
-
-    def __init__(self) -> None:
-        self._tables = np.zeros((4, BINS + SPREAD), np.uint32)[:, :BINS]
-        self._counts: Counts | None = None
-        self._maxima: dict[int, int] = {}
-        self._room = TABLE_ROOM
-        self.overflowed: list[str] = []
-        self._best: tuple[float, str] = (-1.0, "")
-        self._second = 0.0
-
-    def add(self, items: Sequence[str], values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Count `values` (pictures x values, C-contiguous), row by row named by `items`.
-
-        Returns the largest finite magnitude of each row, exactly, or NaN where there is one.
-        Infinities are no range (masks of attention hold them) and are left out of the counts.
-        Releases the GIL while it counts.
-        """
-        if values.size > self._room:
-            self._flush()
-        self._room -= values.size
-        largest = np.zeros(len(values), np.uint32)
-        first, second, third, fourth = self._tables
-        _fill(values.view(np.uint32), first, second, third, fourth, largest)
-        for row in np.flatnonzero(largest == INFINITY_BITS).tolist():
-            if np.isposinf(values[row]).any():
-                self.overflowed.append(items[row])
-            finite = np.isfinite(values[row])
-            largest[row : row + 1].view(np.float32)[:] = np.abs(values[row][finite]).max(initial=0)
-        for index in (largest >> SHIFT).tolist():
-            self._maxima[index] = self._maxima.get(index, 0) + 1
-        maxima: NDArray[np.float32] = largest.view(np.float32)
-        for item, value in zip(items, maxima.tolist(), strict=True):
-            self._rank(item, value)
-        return maxima
-
-    @property
-    def pictures(self) -> int:
-        """How many rows were added."""
-        return sum(self._maxima.values())
-
-    def _flush(self) -> None:
-        """Move the small tables into the large one before one of their counts can overflow."""
-        counted = self._tables.sum(axis=0, dtype=np.int64)
-        self._counts = counted if self._counts is None else self._counts + counted
-        self._tables[:] = 0
-        self._room = TABLE_ROOM
-
-    def _total(self) -> Counts:
-        counted: Counts = self._tables.sum(axis=0, dtype=np.int64)
-        return counted if self._counts is None else self._counts + counted
-
-    def _rank(self, item: str, largest: float) -> None:
-        if largest < self._second:
-            return
-        best, name = self._best
-        if largest > best or (largest == best and item < name):
-            self._second = max(self._second, best)
-            self._best = (largest, item)
-        else:
-            self._second = max(self._second, largest)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What travels to another process: the filled bins."""
-        total = self._total()
-        filled = np.flatnonzero(total)
-        return {
-            "bins": filled,
-            "counts": total[filled],
-            "maxima": self._maxima,
-            "overflowed": self.overflowed,
-            "best": self._best,
-            "second": self._second,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Counter.__init__(self)
-        counts = np.zeros(BINS, np.int64)
-        counts[state["bins"]] = state["counts"]
-        self._counts, self._maxima = counts, state["maxima"]
-        self.overflowed, self._best = state["overflowed"], state["best"]
-        self._second = state["second"]
-
-    def merge(self, other: Counter) -> None:
-        """Add what another thread, or another process, counted."""
-        self.overflowed += other.overflowed
-        self._counts = other._total() if self._counts is None else self._counts + other._total()
-        for index, pictures in other._maxima.items():
-            self._maxima[index] = self._maxima.get(index, 0) + pictures
-        if other._best[1]:
-            self._rank(other._best[1], other._best[0])
-            self._second = max(self._second, other._second)
-
-    def histogram(self) -> Histogram:
-        """What was counted so far, as a frozen value."""
-        largest, item = self._best
-        counts = np.zeros(BINS, np.int64)
-        counts[list(self._maxima)] = list(self._maxima.values())
-        maxima = PictureMaxima(counts, item, max(self._second, 0.0))
-        return Histogram(finite_counts(self._total()), max(largest, 0.0), maxima)
+def _binned(bits: NDArray[np.uint32]) -> Counts:
+    """How many of the magnitudes whose bits these are lie in each bin."""
+    return np.bincount(bits >> SHIFT, minlength=BINS).astype(np.int64)
 
 
 def finite_counts(counts: Counts) -> Counts:

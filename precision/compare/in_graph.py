@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from trtune.calibrate.segments import holds_graphs
+from trtune.calibrate.cpu.segments import holds_graphs
 from trtune.calibrate.sessions import ORT_ERRORS
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import make_session, named_values

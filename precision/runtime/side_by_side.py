@@ -19,8 +19,8 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from trtune.calibrate.cpu.segments import holds_graphs
 from trtune.calibrate.gpu.memory import device_memory
-from trtune.calibrate.segments import holds_graphs
 from trtune.calibrate.sessions import ORT_ERRORS, SharedWeights, cuda_number
 from trtune.precision.graph.proto import replace_field
 from trtune.precision.graph.view import Model

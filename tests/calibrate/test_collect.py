@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trtune.calibrate.collect import Collection, collect, measure
+from trtune.calibrate.cpu.taps import tap, with_outputs
 from trtune.calibrate.histogram import Histogram
-from trtune.calibrate.taps import tap, with_outputs
 from trtune.configs.errors import DataError, ModelError
 from trtune.datasets.batches import Batch
 
@@ -257,7 +257,7 @@ def test_segments_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tinymodels.silu_se()
     tensors, source = float_tensors(model), rows(model)
     usual = collect(model, tensors, source)
-    monkeypatch.setattr("trtune.calibrate.taps.SEGMENT_BYTES", 1)
+    monkeypatch.setattr("trtune.calibrate.cpu.taps.SEGMENT_BYTES", 1)
     for tensor, histogram in collect(model, tensors, source).histograms.items():
         # onnxruntime chooses its kernels anew for graphs that are cut at every tensor
         assert histogram.total == usual.histograms[tensor].total

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtune.calibrate.histogram import Counter, Histogram, load_histograms, save_histograms
+from trtune.calibrate.cpu.counter import Counter
+from trtune.calibrate.histogram import Histogram, load_histograms, save_histograms
 
 
 def counted(values: list[list[float]]) -> Histogram:

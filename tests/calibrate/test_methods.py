@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from trtune.calibrate.histogram import Counter, Histogram, bin_edges
+from trtune.calibrate.cpu.counter import Counter
+from trtune.calibrate.histogram import Histogram, bin_edges
 from trtune.calibrate.methods import (
     AMAX_METHODS,
     CANDIDATES,

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trtune.calibrate.collect import collect
+from trtune.calibrate.cpu.counter import Counter
+from trtune.calibrate.cpu.taps import with_outputs
 from trtune.calibrate.gpu.counter import count_on_gpu
 from trtune.calibrate.gpu.layout import Counted, pieces
 from trtune.calibrate.gpu.ranking import Ranking
-from trtune.calibrate.histogram import Counter, Histogram
-from trtune.calibrate.taps import with_outputs
+from trtune.calibrate.histogram import Histogram
 from trtune.configs.errors import ModelError
 from trtune.datasets.batches import Batch
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtune.calibrate.histogram import Counter, Histogram
+from trtune.calibrate.cpu.counter import Counter
+from trtune.calibrate.histogram import Histogram
 from trtune.reports.entries.histograms import histogram_plot
 
 

@@ -29,7 +29,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from trtune.calibrate.segments import cut, holds_graphs, pack
+from trtune.calibrate.cpu.segments import cut, holds_graphs, pack
 from trtune.calibrate.sessions import open_session
 from trtune.configs.errors import ModelError
 

@@ -9,8 +9,8 @@ import pytest
 import tinymodels
 from onnx import TensorProto, helper
 
-from trtune.calibrate import taps
-from trtune.calibrate.taps import Reader, tap
+from trtune.calibrate.cpu import taps
+from trtune.calibrate.cpu.taps import Reader, tap
 from trtune.configs.errors import ModelError
 
 

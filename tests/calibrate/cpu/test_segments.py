@@ -10,7 +10,7 @@ import tinymodels
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtune.calibrate.segments import cut, holds_graphs, pack
+from trtune.calibrate.cpu.segments import cut, holds_graphs, pack
 
 CUT = ("conv_relu", "residual", "concat", "silu_se", "attention", "dynamic_reshape", "two_inputs")
 
