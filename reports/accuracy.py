@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +43,7 @@ from trtune.reports.measures.uncertainty import (
     sqnr_error,
     standard_error,
 )
-from trtune.reports.outputs import Answers, Layout, Run, StoredOutputs, answers
+from trtune.reports.outputs import Answers, Layout, Run, StoredOutputs, answers, each_answers
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def evaluate(
     asked: Asked | None = None,
     layout: Layout | None = None,
     fixed_batch: int | None = None,
+    at_once: int = 1,
     needed: Needed | None = None,
     progress: Progress = silent,
     what: str = "evaluate",
@@ -127,8 +129,8 @@ def evaluate(
     describes, or None for closeness alone. `output` names the output that is scored, and the only
     one that is compared with the reference unless `outputs` names those; by default the metric
     takes the output that fits the labels, and all are compared. `asked` has the metric's further
-    settings. With `needed` the pass may end early, if `reference` is kept answers. Sums are
-    float64; of the outputs nothing is kept.
+    settings; `at_once` is as `each_answers` has it. With `needed` the pass may end early, if
+    `reference` is kept answers. Sums are float64; of the outputs nothing is kept.
 
     Raises DataError if labels are missing or not a class of the model, if the source is empty, or
     if the reference's outputs are not finite, naming the item; ModelError if the output is missing
@@ -140,28 +142,31 @@ def evaluate(
     pair = _Pair(_own_agreement(metric, layout), asked, has_reference=reference is not None)
     sums, spread, samples, whole = Fidelity(), _Spread(), 0, True
     progress(what, 0, source.count)
-    for batch in source:
-        found = _answers(run, batch, samples, fixed_batch, layout)
-        if asked.output is not None:
-            named_output(found.everything, asked.output)
-        expected = None
-        if reference is not None:
-            expected = _answers(reference, batch, samples, fixed_batch, layout)
-            names = outputs or ([asked.output] if asked.output else ())
-            groups = reference.groups if isinstance(reference, StoredOutputs) else ()
-            sums = _compare(sums, expected, found, names, asked.output, batch, groups, spread)
-        pair.update(found.everything, None if expected is None else expected.everything, batch)
-        samples += len(batch)
-        progress(what, samples, source.count)
-        if needed is not None and isinstance(reference, StoredOutputs):
-            total = len(reference.items)
-            look = samples.bit_length() > (samples - len(batch)).bit_length()
-            if samples < total and _misses(
-                metric, pair, sums, samples, needed, reference, look=look
-            ):
-                whole = False
-                log.info("%s: the rest cannot meet the target after %d of %d", what, samples, total)
-                break
+    passed = _each_answers(run, source, fixed_batch, layout, at_once)
+    with closing(passed):
+        for batch, found in passed:
+            if asked.output is not None:
+                named_output(found.everything, asked.output)
+            expected = None
+            if reference is not None:
+                expected = _answers(reference, batch, samples, fixed_batch, layout)
+                names = outputs or ([asked.output] if asked.output else ())
+                groups = reference.groups if isinstance(reference, StoredOutputs) else ()
+                sums = _compare(sums, expected, found, names, asked.output, batch, groups, spread)
+            pair.update(found.everything, None if expected is None else expected.everything, batch)
+            samples += len(batch)
+            progress(what, samples, source.count)
+            if needed is not None and isinstance(reference, StoredOutputs):
+                total = len(reference.items)
+                look = samples.bit_length() > (samples - len(batch)).bit_length()
+                if samples < total and _misses(
+                    metric, pair, sums, samples, needed, reference, look=look
+                ):
+                    whole = False
+                    log.info(
+                        "%s: the rest cannot meet the target after %d of %d", what, samples, total
+                    )
+                    break
     if not samples:
         raise DataError(f"{what}: the data is empty; there is nothing to evaluate")
     worth = _evaluation(metric, pair, sums, spread, samples, compared=reference is not None)
@@ -333,6 +338,24 @@ def _evaluation(
         sqnr_error=near if compared else None,
         agreement_error=share_error(agreement(sums), sums.compared) if sums.compared else None,
     )
+
+
+def _each_answers(
+    run: Run | StoredOutputs,
+    source: BatchSource,
+    fixed_batch: int | None,
+    layout: Layout | None,
+    at_once: int,
+) -> Generator[tuple[Batch, Answers], None, None]:
+    if not isinstance(run, StoredOutputs):
+        yield from each_answers(
+            run, source, fixed_batch=fixed_batch, layout=layout, at_once=at_once
+        )
+        return
+    samples = 0
+    for batch in source:
+        yield batch, _answers(run, batch, samples, fixed_batch, layout)
+        samples += len(batch)
 
 
 def _answers(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from trtune.datasets.batches import (
     is_free,
     take_rows,
 )
+from trtune.datasets.pictures.prefetch import map_ahead
 from trtune.precision.runtime.output_groups import OutputGroup, output_groups
 
 Run: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
@@ -90,11 +92,55 @@ def answers(
     up with its own last sample and the surplus outputs are dropped. `layout` says where samples
     lie; without it the first axis is tried.
     """
-    size = len(batch)
-    step = fixed_batch or size
-    portions: list[Mapping[str, NDArray[Any]]] = []
-    for start in range(0, size, step):
-        portions.append(run(fit_batch(take_rows(batch, slice(start, start + step)), step).feeds))
+    portions = [run(feeds) for feeds in _portions(batch, fixed_batch)]
+    return _by_samples(portions, batch, fixed_batch, layout)
+
+
+def each_answers(
+    run: Run,
+    source: BatchSource,
+    *,
+    fixed_batch: int | None = None,
+    layout: Layout | None = None,
+    at_once: int = 1,
+) -> Generator[tuple[Batch, Answers], None, None]:
+    """Every batch of `source` with its `answers`, in order.
+
+    `at_once` portions are run side by side, which `run` has to allow: on a CPU two runs of one
+    thread each take less time than one after the other whose threads wait for each other in every
+    node, above all where a model takes one sample at a time.
+    """
+    if at_once == 1:
+        for batch in source:
+            yield batch, answers(run, batch, fixed_batch=fixed_batch, layout=layout)
+        return
+    portions = ((b, feeds) for b in source for feeds in _portions(b, fixed_batch))
+    made = map_ahead(
+        lambda one: (one[0], run(one[1])), portions, workers=at_once, depth=at_once + 1
+    )
+    with closing(made):
+        parts: list[Mapping[str, NDArray[Any]]] = []
+        for batch, part in made:
+            parts.append(part)
+            if len(parts) * (fixed_batch or len(batch)) >= len(batch):
+                yield batch, _by_samples(parts, batch, fixed_batch, layout)
+                parts = []
+
+
+def _portions(batch: Batch, fixed_batch: int | None) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """What goes in at a time."""
+    step = fixed_batch or len(batch)
+    for start in range(0, len(batch), step):
+        yield fit_batch(take_rows(batch, slice(start, start + step)), step).feeds
+
+
+def _by_samples(
+    portions: Sequence[Mapping[str, NDArray[Any]]],
+    batch: Batch,
+    fixed_batch: int | None,
+    layout: Layout | None,
+) -> Answers:
+    step = fixed_batch or len(batch)
     samples: dict[str, Any] = {}
     whole: dict[str, Any] = {}
     for name in portions[0]:
@@ -103,7 +149,7 @@ def answers(
         if rows is None:
             whole[name] = parts[0] if len(parts) == 1 else tuple(parts)
         else:
-            samples[name] = rows[:size]
+            samples[name] = rows[: len(batch)]
     return Answers(samples, whole)
 
 
@@ -209,15 +255,18 @@ def collect_outputs(
     progress: Progress = silent,
     what: str = "reference",
     memory: int = IN_MEMORY,
+    at_once: int = 1,
 ) -> StoredOutputs:
     """Every output of `run` over `source` that has a row a sample, as `reference` of `evaluate`.
 
-    Above `memory` bytes they lie in a temporary file. Raises DataError for an empty source.
+    `at_once` is as `each_answers` has it. Above `memory` bytes they lie in a temporary file. Raises
+    DataError for an empty source.
     """
     store = _Store(memory)
     items: list[str] = []
-    for batch in source:
-        found = answers(run, batch, fixed_batch=fixed_batch, layout=layout)
+    for batch, found in each_answers(
+        run, source, fixed_batch=fixed_batch, layout=layout, at_once=at_once
+    ):
         store.add(len(items), found.samples)
         items.extend(batch.items)
         progress(what, len(items), source.count)

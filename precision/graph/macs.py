@@ -35,6 +35,25 @@ def _fixed_batch(view: GraphView) -> int:
     return first[0] if first and isinstance(first[0], int) and first[0] > 0 else 1
 
 
+def widest_step(view: GraphView) -> int | None:
+    """The most values of data that a node reads and makes together, for one sample.
+
+    None if that depends on the data: if more than the first dimension of a tensor is free.
+    """
+    batch, widest = _fixed_batch(view), 0
+    for node in view.nodes:
+        values = 0
+        for tensor in dict.fromkeys((*view.reads(node.name), *(t for t in node.output if t))):
+            if view.is_constant(tensor):
+                continue
+            shape = view.shapes.get(tensor)
+            if shape is None or not all(isinstance(dim, int) for dim in shape[1:]):
+                return None
+            values += elements(shape)
+        widest = max(widest, -(-values // batch))
+    return widest
+
+
 def parameters(view: GraphView, name: str) -> int:
     """Number of constant float or quantized values that the node computes with.
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 RUNS_AT_ONCE = 4
 """Batches, at most, that are run at once: the inner values of each are held in memory."""
+ROOM_AT_ONCE = 1 << 28
+"""Bytes, at most, that these may take where whole batches are run: larger ones gain nothing."""
 
 Fed = TypeVar("Fed")
 Made = TypeVar("Made")
@@ -109,9 +111,16 @@ def kept_values(
     return {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in found.items()}
 
 
-def threads_each(device: str) -> int:
-    """The threads of a session whose runs `ahead` makes."""
-    return max(usable_cores() // _at_once(device), 1)
+def runs_at_once(device: str, run_bytes: int | None) -> int:
+    """How many runs of a session to make side by side, each of which takes about `run_bytes`
+    (None: not known, and so one)."""
+    room = 1 if run_bytes is None else ROOM_AT_ONCE // max(run_bytes, 1)
+    return max(min(_at_once(device), room), 1)
+
+
+def threads_each(device: str, runs: int | None = None) -> int:
+    """The threads of a session of which `runs` are made at once: as many as by `ahead`, if None."""
+    return max(usable_cores() // (runs or _at_once(device)), 1)
 
 
 def ahead(

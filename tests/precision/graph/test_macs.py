@@ -8,6 +8,7 @@ from onnx import numpy_helper
 from trtune.precision.graph.file import model_from_proto
 from trtune.precision.graph.macs import macs as count_macs
 from trtune.precision.graph.macs import parameters as count_parameters
+from trtune.precision.graph.macs import widest_step
 from trtune.precision.graph.view import GraphView
 
 
@@ -61,3 +62,28 @@ def test_gemm_with_transposed_left_side() -> None:
     net.op("Gemm", x, "w", out="output", transA=1)
     graph = GraphView.of(model_from_proto(net.model({"output": (5, 3)})))
     assert count_macs(graph, "n_output") == 5 * 16 * 3
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        pytest.param("conv_relu", 2 * 16 * 8 * 8, id="the first Relu reads and makes 16 channels"),
+        pytest.param("residual", 3 * 16 * 8 * 8, id="an Add reads two"),
+    ],
+)
+def test_the_widest_step_of_a_sample(model: str, values: int) -> None:
+    assert widest_step(view(model)) == values
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_widest_step_is_that_of_one_sample_whatever_the_fixed_batch(batch: int) -> None:
+    proto = tinymodels.conv_relu()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+    del proto.graph.value_info[:]
+    assert widest_step(GraphView.of(model_from_proto(proto))) == 2 * 16 * 8 * 8
+
+
+def test_of_pictures_of_any_size_it_is_not_known() -> None:
+    proto = tinymodels.conv_relu()
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+    assert widest_step(GraphView.of(model_from_proto(proto))) is None

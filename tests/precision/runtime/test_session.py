@@ -12,10 +12,13 @@ import tinymodels
 
 from trtune.calibrate.sessions import SharedWeights
 from trtune.precision.runtime.session import (
+    ROOM_AT_ONCE,
     RUNS_AT_ONCE,
     ahead,
     make_session,
     named_values,
+    runs_at_once,
+    threads_each,
 )
 
 
@@ -73,6 +76,28 @@ def test_runs_ahead_come_in_order(count: int, device: str) -> None:
     found = list(ahead(run, range(count), device=device))
     assert found == [(item, item * item) for item in range(count)]
     assert most <= (RUNS_AT_ONCE if device == "cpu" else 1)
+
+
+@pytest.mark.parametrize(
+    ("cores", "run_bytes", "runs", "threads"),
+    [
+        pytest.param(1, 1000, 1, 1, id="one core"),
+        pytest.param(2, 1000, 2, 1, id="two cores"),
+        pytest.param(6, 1000, 4, 1, id="six cores"),
+        pytest.param(16, 1000, 4, 4, id="no more than four"),
+        pytest.param(16, ROOM_AT_ONCE // 3, 3, 5, id="what three take fits"),
+        pytest.param(16, ROOM_AT_ONCE + 1, 1, 16, id="not even one fits"),
+        pytest.param(16, None, 1, 16, id="nobody knows"),
+        pytest.param(2, 0, 2, 1, id="nothing"),
+    ],
+)
+def test_runs_at_once_and_the_threads_of_each(
+    monkeypatch: pytest.MonkeyPatch, cores: int, run_bytes: int | None, runs: int, threads: int
+) -> None:
+    monkeypatch.setattr("trtune.precision.runtime.session.usable_cores", lambda: cores)
+    assert runs_at_once("cpu", run_bytes) == runs
+    assert threads_each("cpu", runs) == threads
+    assert runs_at_once("cuda:0", run_bytes) == 1
 
 
 def test_what_is_not_asked_for_is_not_run_and_an_error_is_raised_where_it_happens() -> None:

@@ -18,8 +18,15 @@ from trtune.configs.system.cluster import Cluster
 from trtune.datasets.code import code_hash
 from trtune.precision.backends.ort.backend import OnnxruntimeBackend
 from trtune.precision.graph.file import Model
+from trtune.precision.graph.macs import widest_step
+from trtune.precision.graph.view import GraphView
 from trtune.precision.runtime.api import Backend, Candidate, Engine
-from trtune.precision.runtime.session import OrtEngine, make_session
+from trtune.precision.runtime.session import (
+    OrtEngine,
+    make_session,
+    runs_at_once,
+    threads_each,
+)
 from trtune.reports.accuracy import Evaluation, Needed, OutputCloseness, evaluate
 from trtune.reports.measures.base import PythonMetric
 from trtune.reports.measures.fidelity import CLOSENESS, FIDELITY_METRICS
@@ -32,6 +39,9 @@ from trtune.run.stages.engines import make_engine, measured_with
 from trtune.run.stages.shared_out import LARGEST_FILE, Built, Fp32, outputs_in_parts
 
 log = logging.getLogger(__name__)
+
+HELD_STEPS, FLOAT_BYTES = 2, 4
+"""Of what a node reads and makes at most, an inference holds about twice the bytes."""
 
 
 def _load(value: dict[str, Any]) -> Evaluation:
@@ -109,13 +119,21 @@ class Bench:
         return Layout(tuple(self.model.inputs), tuple(self.model.outputs))
 
     @cached_property
+    def at_once(self) -> int:
+        """Runs of the model, by as many samples as go in at a time, that are made side by side."""
+        values = widest_step(GraphView.of(self.model))
+        samples = fixed_batch(self.model) or self.data.section.batch
+        held = None if values is None else HELD_STEPS * FLOAT_BYTES * values * samples
+        return runs_at_once(self.device, held)
+
+    @cached_property
     def reference(self) -> StoredOutputs:
         """The FP32 model's outputs over the data; a pass, when they are first asked for."""
         if self.cluster is not None:
             found = self._in_parts(Fp32(self.model, self.device), "fp32")
             if found is not None:
                 return found
-        with OrtEngine(session_of(self.model, device=self.device)) as engine:
+        with self.as_given(self.model) as engine:
             return collect_outputs(
                 engine.infer,
                 self.data.source,
@@ -124,7 +142,13 @@ class Bench:
                 progress=self.progress,
                 what="fp32",
                 memory=self.memory,
+                at_once=self.at_once,
             )
+
+    def as_given(self, model: Model) -> OrtEngine:
+        """`model` as it is, for `at_once` runs."""
+        threads = None if self.at_once == 1 else threads_each(self.device, self.at_once)
+        return OrtEngine(session_of(model, threads=threads, device=self.device))
 
     def _in_parts(self, opens: Callable[[], Engine], what: str) -> StoredOutputs | None:
         assert self.cluster is not None
@@ -167,10 +191,12 @@ class Bench:
         what: str,
         needed: Needed | None = None,
         given: StoredOutputs | None = None,
+        at_once: int = 1,
     ) -> Evaluation:
         """What an engine is worth: `counted` on the data, and its closeness to FP32.
 
-        `given` are its outputs, where it was run elsewhere.
+        `given` are its outputs, where it was run elsewhere; `at_once` of its runs are made side by
+        side.
         """
         with nullcontext(engine) if given is not None else engine as running:
             return evaluate(
@@ -182,10 +208,30 @@ class Bench:
                 reference=self.reference,
                 fixed_batch=fixed_batch(self.model),
                 layout=self.layout,
+                at_once=at_once,
                 needed=needed,
                 progress=self.progress,
                 what=what,
             )
+
+    def measure_built(
+        self,
+        backend: Backend,
+        folder: Path,
+        counted: str | PythonMetric | None,
+        what: str,
+        needed: Needed | None = None,
+    ) -> Evaluation:
+        """`measure` of the engine that `backend` built in `folder`.
+
+        Where the user says how many threads an operator takes, its runs are made one by one.
+        """
+        given, runs = self.kept(backend, folder, what), 1
+        if isinstance(backend, OnnxruntimeBackend) and backend.threads is None and self.at_once > 1:
+            runs = self.at_once
+            each = threads_each(self.device, runs)
+            backend = OnnxruntimeBackend(backend.lowering, threads=each, device=backend.device)
+        return self.measure(backend.load(folder), counted, what, needed, given, runs)
 
 
 def session_of(
@@ -227,8 +273,8 @@ def as_it_stands(bench: Bench, file: Model, fp32: Evaluation) -> Stage[Evaluatio
     """The value of the user's quantized file in onnxruntime."""
 
     def make(folder: Path) -> Evaluation:
-        engine = OrtEngine(session_of(file))
-        return bench.measure(engine, counted(bench, fp32), "the file as it stands")
+        asked, what = counted(bench, fp32), "the file as it stands"
+        return bench.measure(bench.as_given(file), asked, what, at_once=bench.at_once)
 
     return Stage("original", {**bench.needs(), "file": file}, make, EVALUATION)
 
@@ -255,13 +301,11 @@ def evaluation(
 
     def make(folder: Path) -> Evaluation:
         if built is not None:
-            given = bench.kept(backend, built, what)
-            return bench.measure(backend.load(built), asked, what, until, given)
+            return bench.measure_built(backend, built, asked, what, until)
         scratch = folder / ".tuning"
         try:
             make_engine(candidate, backend, scratch, bench.progress)
-            given = bench.kept(backend, scratch, what)
-            return bench.measure(backend.load(scratch), asked, what, until, given)
+            return bench.measure_built(backend, scratch, asked, what, until)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
