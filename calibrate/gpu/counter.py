@@ -47,7 +47,7 @@ class _Slot:
     inputs: dict[str, Memory]
     tensors: Memory
     maxima: Memory
-    binding: Any
+    bindings: tuple[Any, ...]
     items: tuple[str, ...] = ()
     started: Any = None
     done: Any = None
@@ -74,23 +74,26 @@ def _memories(slot: _Slot) -> Iterable[Memory]:
 
 
 class GpuCounter:
-    """Counts tensors of one session, batch by batch.
+    """Counts tensors of some sessions of a network, batch by batch.
 
-    `session` runs on `device` with `stream` as its compute stream. `axes` names the
-    tensors, each with the axis of its pictures or None; those that are inputs of the session are
-    counted as they are given.
+    `sessions` run on `device` with `stream` as their compute stream, one after the other. `axes`
+    names the tensors, each with the axis of its pictures or None; each is an output of the first
+    session that has it, and those that are inputs are counted as they are given.
     """
 
     def __init__(
         self,
-        session: ort.InferenceSession,
+        sessions: Sequence[ort.InferenceSession],
         device: int,
         stream: Any,
         axes: Mapping[str, int | None],
     ) -> None:
         core = cuda_core()
         self._core, self._device, self._number = core, core.Device(device), device
-        self._session, self._stream, self._axes = session, stream, dict(axes)
+        self._sessions, self._stream, self._axes = tuple(sessions), stream, dict(axes)
+        self._given = {i.name: i.type for session in sessions for i in session.get_inputs()}
+        self._types = {o.name: o.type for session in sessions for o in session.get_outputs()}
+        self._names = self._shared_out()
         self._copies = self._device.create_stream()
         self._kernel = count_kernel(device)
         self._counts = self._device.allocate(4 * BINS * max(len(axes), 1), stream=stream)
@@ -125,7 +128,8 @@ class GpuCounter:
         self._stream.wait(self._copies.record())
         slot.items, slot.started = items, self._stream.record(options=self._timed())
         try:
-            self._session.run_with_iobinding(slot.binding, _asynchronous())
+            for session, binding in zip(self._sessions, slot.bindings, strict=True):
+                session.run_with_iobinding(binding, _asynchronous())
         except Exception:  # a shape that depends on the data: the buffers bound do not fit
             if self._shapes_vary:
                 raise
@@ -171,16 +175,16 @@ class GpuCounter:
     def _open(self, feeds: Mapping[str, NDArray[Any]], held: int) -> _Bound:
         """Run once to learn the shapes; what that gave is where later batches go."""
         inputs = [self._inputs(feeds) for _ in range(2)]
-        binding = self._session.io_binding()
-        self._bind_inputs(binding, inputs[0], feeds)
-        given = {i.name for i in self._session.get_inputs()}
-        names = [tensor for tensor in self._axes if tensor not in given]
-        for name in names or [self._session.get_outputs()[0].name]:
-            binding.bind_output(name, "cuda", self._number)
         for name, memory in inputs[0].items():
             memory.put(feeds[name], self._stream)
-        self._session.run_with_iobinding(binding)
-        outputs = dict(zip(names, binding.get_outputs(), strict=False))
+        outputs: dict[str, Any] = {}
+        for session, names in zip(self._sessions, self._names, strict=True):
+            binding = session.io_binding()
+            self._bind_inputs(binding, session, inputs[0], feeds)
+            for name in names:
+                binding.bind_output(name, "cuda", self._number)
+            session.run_with_iobinding(binding)
+            outputs |= zip(names, binding.get_outputs(), strict=True)
         layout = self._layout(feeds, outputs, held)
         table = pieces(layout)
         held_pieces = Memory(self._core, self._device, table.nbytes, self._stream)
@@ -192,30 +196,44 @@ class GpuCounter:
     def _layout(
         self, feeds: Mapping[str, NDArray[Any]], outputs: Mapping[str, Any], held: int
     ) -> tuple[Counted, ...]:
-        types = {i.name: i.type for i in self._session.get_inputs()}
-        types |= {o.name: o.type for o in self._session.get_outputs()}
+        types = {**self._given, **self._types}
         found = []
         for tensor, axis in self._axes.items():
-            shape = outputs[tensor].shape() if tensor in outputs else feeds[tensor].shape
+            shape = feeds[tensor].shape if tensor in self._given else outputs[tensor].shape()
             if types[tensor] not in KINDS:
                 raise ModelError(f"tensor {tensor!r} is {types[tensor]}, not a float: no range")
             found.append(Counted.of(shape, axis, held, KINDS[types[tensor]][0]))
         return tuple(found)
 
     def _inputs(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Memory]:
-        taken = {i.name for i in self._session.get_inputs()}
         return {
             name: Memory(self._core, self._device, array.nbytes, self._stream)
             for name, array in feeds.items()
-            if name in taken
+            if name in self._given
         }
 
+    def _shared_out(self) -> tuple[list[str], ...]:
+        """The outputs that each session gives: those that are counted, or one, for it must give
+        something."""
+        left = [tensor for tensor in self._axes if tensor not in self._given]
+        found = []
+        for session in self._sessions:
+            made = [output.name for output in session.get_outputs()]
+            own = [tensor for tensor in left if tensor in set(made)]
+            left = [tensor for tensor in left if tensor not in set(own)]
+            found.append(own or made[:1])
+        return tuple(found)
+
     def _bind_inputs(
-        self, binding: Any, inputs: Mapping[str, Memory], feeds: Mapping[str, NDArray[Any]]
+        self,
+        binding: Any,
+        session: ort.InferenceSession,
+        inputs: Mapping[str, Memory],
+        feeds: Mapping[str, NDArray[Any]],
     ) -> None:
-        for name, memory in inputs.items():
-            array = feeds[name]
-            binding.bind_input(name, "cuda", self._number, array.dtype, array.shape, memory.address)
+        for name in (i.name for i in session.get_inputs()):
+            array, address = feeds[name], inputs[name].address
+            binding.bind_input(name, "cuda", self._number, array.dtype, array.shape, address)
 
     def _slot(
         self,
@@ -224,21 +242,23 @@ class GpuCounter:
         outputs: Mapping[str, Any],
         feeds: Mapping[str, NDArray[Any]],
     ) -> _Slot:
-        binding = self._session.io_binding()
-        self._bind_inputs(binding, inputs, feeds)
-        for name, value in outputs.items():
-            binding.bind_ortvalue_output(name, value)
-        if not outputs:  # inputs alone are counted, but a run must give something
-            binding.bind_output(self._session.get_outputs()[0].name, "cuda", self._number)
+        bindings = []
+        for session, names in zip(self._sessions, self._names, strict=True):
+            binding = session.io_binding()
+            self._bind_inputs(binding, session, inputs, feeds)
+            for name in names:
+                binding.bind_ortvalue_output(name, outputs[name])
+            bindings.append(binding)
         table = np.zeros(len(layout), TENSOR)
         for number, (tensor, counted) in enumerate(zip(self._axes, layout, strict=True)):
-            data = outputs[tensor].data_ptr() if tensor in outputs else inputs[tensor].address
+            given = tensor in self._given
+            data = inputs[tensor].address if given else outputs[tensor].data_ptr()
             table[number] = (data, counted.inner, counted.pictures, counted.kind)
         tensors = Memory(self._core, self._device, table.nbytes, self._stream)
         tensors.put(table, self._stream)
         stride = max((t.pictures for t in layout), default=1)
         maxima = Memory(self._core, self._device, 4 * stride * len(layout), self._stream)
-        return _Slot(inputs, tensors, maxima, binding)
+        return _Slot(inputs, tensors, maxima, tuple(bindings))
 
     def _drain(self, slot: _Slot) -> None:
         """Wait for the batch that `slot` holds, and keep its maxima."""
@@ -328,22 +348,18 @@ def count_on_gpu(
     weights = SharedWeights(model.graph.initializer)
     light = weights.without(model)
 
-    def counter_of(axes: Mapping[str, int | None]) -> GpuCounter:
-        session = open_session(
+    def session_of(axes: Mapping[str, int | None]) -> ort.InferenceSession:
+        return open_session(
             with_outputs(light, [tensor for tensor in axes if tensor not in present]),
             device=f"cuda:{device}",
             stream=int(stream.handle),
             external_dir=external_dir,
             weights=weights.read_by(light),
         )
-        return GpuCounter(session, device, stream, axes)
 
-    counters = [counter_of(axes) for axes in groups]
+    axes = {tensor: axis for group in groups for tensor, axis in group.items()}
+    counter = GpuCounter([session_of(group) for group in groups], device, stream, axes)
     for feeds, items, held in batches:
-        for counter in counters:
-            counter.add(feeds, items, held)
+        counter.add(feeds, items, held)
         counted(len(items))
-    found: dict[str, Histogram] = {}
-    for counter in counters:
-        found |= counter.histograms()
-    return found, sum(counter.busy for counter in counters)
+    return counter.histograms(), counter.busy

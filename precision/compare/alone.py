@@ -194,19 +194,23 @@ class Alone:
         """What a session takes for a held `tensor` that goes through int8 with `scale`."""
         return scale if self._in_graph else fake_quantize(self.stored(batch, tensor), scale)
 
-    def side_by_side(self, edges: Mapping[str, Sequence[Edge]]) -> int:
+    def side_by_side(self, edges: Mapping[str, Sequence[Edge]]) -> None:
         """Let trials that change some tensors of `edges`, as these read them, share batches, where
-        that can be done; how many should be asked for at a time.
-        """
+        runs stay on the device and that can be done."""
         if not self._in_graph:
-            return usable_cores()
+            return
         try:
             self._beside = SideBySide(self.model, self._weights, edges, self._stored, self._device)
         except ValueError as error:
             log.info("ranges are tried one after the other: %s", error)
-            return usable_cores()
+            return
         self._read = {tensor: set(found) for tensor, found in edges.items()}
-        return TRIALS_WAITING * self._beside.trials
+
+    @property
+    def trials_at_once(self) -> int:
+        """How many trials should be asked for at a time."""
+        beside = self._beside
+        return usable_cores() if beside is None else TRIALS_WAITING * beside.trials
 
     def session(self, change: Change, *, int8: bool = False) -> Rest:
         """A function from a batch number and the changed tensors to the model's outputs.

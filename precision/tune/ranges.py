@@ -132,9 +132,9 @@ def choose_by_output(
         with trials:
             return _choose(trials, distinct_candidates(histograms[name]), histograms[name])
 
-    edges = {tensor: found for name in with_scale for tensor, found in readers[name].items()}
-    workers = alone.side_by_side(edges)
-    found = in_parallel(best, with_scale, what="choose ranges", workers=workers, progress=progress)
+    found = in_parallel(
+        best, with_scale, what="choose ranges", workers=alone.trials_at_once, progress=progress
+    )
     choices.update(zip(with_scale, found, strict=True))
     return choices
 

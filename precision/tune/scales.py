@@ -10,10 +10,14 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
+
+import onnxruntime as ort
 
 from trtune.calibrate.collect import DEFAULT_MEMORY, Extent, collect, measure
 from trtune.calibrate.float8 import float8_amaxes, with_float8
@@ -207,30 +211,32 @@ def calibrate_model(
         beyond = _most_others(source, memory) if ranges is None else 0
         held, others = hold_out_more(source, count, beyond, part=1.0)
     seen = seen_pictures(source, held, batch_size(model.inputs, 1))
-    found = collect(
-        model.proto,
-        wanted,
-        seen,
-        beside=[tensor for tensor in alone if tensor not in wanted],
-        extents=extents,
-        memory=memory,
-        device=device,
-        cluster=cluster,
-        external_dir=model.external_dir,
-        progress=progress,
-    )
-    search = time.perf_counter()
-    if held:
-        progress(RUN_HELD, 0, None)
     batches = (
         held_batches(model, view, placement, held, memory=memory, extents=extents, device=device)
         if held
         else []
     )
+    held_out = _HeldOut(model, view, placement, batches, others, device)
+    with held_out.getting_ready() if batches and ranges is None else nullcontext():
+        found = collect(
+            model.proto,
+            wanted,
+            seen,
+            beside=[tensor for tensor in alone if tensor not in wanted],
+            extents=extents,
+            memory=memory,
+            device=device,
+            cluster=cluster,
+            external_dir=model.external_dir,
+            progress=progress,
+        )
+        search = time.perf_counter()
+        if held:
+            progress(RUN_HELD, 0, None)
     counted = _Counted(
         model, view, plan, roots, found.histograms, batches, method, percentile, device, progress
     )
-    choices = _choices(counted, placement, others, ranges)
+    choices = _choices(counted, held_out, ranges)
     table = choices_table({t: choices[root] for t, root in roots.items()}, provenance)
     if float8:
         amaxes = _float8_choices(counted)
@@ -279,24 +285,72 @@ class _Counted:
         return {name: self.histograms[name] for name in dict.fromkeys(self.roots.values())}
 
 
-def _choices(
-    counted: _Counted, placement: Placement, others: Sequence[Batch], ranges: Ranges | None
-) -> dict[str, Choice]:
+class _HeldOut:
+    """What method `auto` runs: activations of the `held` pictures, FP32 outputs of them and of
+    `others`."""
+
+    def __init__(
+        self,
+        model: Model,
+        view: GraphView,
+        placement: Placement,
+        held: Sequence[Batch],
+        others: Sequence[Batch],
+        device: str,
+    ) -> None:
+        self.placement, self.held = placement, held
+        self.others: Sequence[Batch] = in_batches(
+            model, others, device=device, like=len(held[0]) if held else 0
+        )
+        self.alone: Alone | None = None
+        self.references: list[list[Any]] = []
+        self.exact: list[list[Any]] = []
+        self._model, self._view, self._device = model, view, device
+
+    @contextmanager
+    def getting_ready(self) -> Iterator[None]:
+        """All of it is made; on a GPU, which has room for both, meanwhile."""
+        if self._device == "cpu":
+            yield
+            self._get_ready()
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="auto") as pool:
+            made = pool.submit(self._get_ready)
+            yield
+            made.result()
+
+    def _get_ready(self) -> None:
+        alone = Alone(self._model, self._view, self.placement, self.held, device=self._device)
+        alone.side_by_side(self.placement.activations)
+        self.alone = alone
+        self.references = [alone.reference(batch) for batch in range(alone.batches)]
+        if alone.whole is not None:
+            self._run_others(alone.whole)
+
+    def free(self) -> None:
+        """Let the activations go: they make room for those of the quantized network."""
+        self.alone = None
+        if not self.exact:
+            self._run_others(None)
+
+    def _run_others(self, session: ort.InferenceSession | None) -> None:
+        if self.others:
+            self.exact = exact_outputs(
+                self._model, self.others, device=self._device, most=OTHERS_BYTES, session=session
+            )
+        self.others = self.others[: len(self.exact)]
+
+
+def _choices(counted: _Counted, held_out: _HeldOut, ranges: Ranges | None) -> dict[str, Choice]:
     """The choice for each range: on held-out pictures where there are some, else by the method."""
     if not counted.held:
         return _chosen_alike(counted.ranged, counted.method, counted.percentile)
     if ranges is not None:
         return ranges(
-            counted.view, counted.plan, placement, counted.roots, counted.held, counted.histograms
-        )
-    return auto_ranges(
-        counted.model, counted.view, counted.plan, placement, counted.roots, counted.held,
-        counted.histograms,
-        others=in_batches(
-            counted.model, others, device=counted.device, like=len(counted.held[0])
-        ),
-        device=counted.device, progress=counted.progress,
-    )  # fmt: skip
+            counted.view, counted.plan, held_out.placement, counted.roots, counted.held,
+            counted.histograms,
+        )  # fmt: skip
+    return _auto_ranges(counted, held_out)
 
 
 def _float8_choices(counted: _Counted) -> dict[str, float]:
@@ -365,43 +419,33 @@ def better_ranges(calibrated: Calibrated) -> list[str]:
     ]
 
 
-def auto_ranges(
-    model: Model,
-    view: GraphView,
-    plan: PrecisionPlan,
-    placement: Placement,
-    roots: Mapping[str, str],
-    pictures: Sequence[Batch],
-    histograms: Mapping[str, Histogram],
-    *,
-    others: Sequence[Batch] = (),
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> dict[str, Choice]:
+def _auto_ranges(counted: _Counted, held_out: _HeldOut) -> dict[str, Choice]:
     """Method `auto`: each range alone, the best of that and of each method for all, then company.
 
-    `roots` maps each tensor of `placement` to its range, a key of `histograms`. First every range
-    by what it does alone (`choose_by_output`); of those ranges and the tables that `UNIFORM` give
-    the one with the least error of the whole quantized network; from there every range once more
-    with all the others quantized (`Company.round`), which is kept if it has less error. Both are
-    decided on `others`, pictures that no range was chosen on, if there are any: what a search finds
-    on a few pictures is too good there. They are as many as it takes to tell the tables apart
-    (`standing.race`), so that what is found is not behind one method for all ranges.
+    First every range by what it does alone (`choose_by_output`); of those ranges and the tables
+    that `UNIFORM` give the one with the least error of the whole quantized network; from there
+    every range once more with all the others quantized (`Company.round`), which is kept if it has
+    less error. Both are decided on `held_out.others`, pictures that no range was chosen on, if
+    there are any: what a search finds on a few pictures is too good there. They are as many as it
+    takes to tell the tables apart (`standing.race`), so that what is found is not behind one method
+    for all ranges.
     """
-    readers = _edges(placement, roots)
+    model, view, plan, roots = counted.model, counted.view, counted.plan, counted.roots
+    histograms, progress = counted.histograms, counted.progress
+    pictures = counted.held
+    assert held_out.alone is not None
+    readers = _edges(held_out.placement, roots)
     costs = trial_macs(model, view, readers, pictures[0])
     searched = ranges_within(costs, histograms, sum(map(len, pictures)))
     unsearched = {name: histograms[name] for name in readers if name not in searched}
-    alone = Alone(model, view, placement, pictures, device=device)
     choices = choose_by_output(
-        alone, histograms, {n: r for n, r in readers.items() if n in searched}, progress=progress
+        held_out.alone,
+        histograms,
+        {n: r for n, r in readers.items() if n in searched},
+        progress=progress,
     ) | _chosen_alike(unsearched, BESIDE_AUTO, PERCENTILE)
     progress(RUN_HELD, 0, None)
-    references = [alone.reference(batch) for batch in range(alone.batches)]
-    exact = []
-    if others:
-        exact = exact_outputs(model, others, device=device, most=OTHERS_BYTES, session=alone.whole)
-    del alone  # its activations make room for those of the quantized network
+    held_out.free()
     table = choices_table({tensor: choices[root] for tensor, root in roots.items()}, None)
     quantized = without_zero_ranges(view, plan, table)
     ranges: dict[str, list[str]] = {}
@@ -409,11 +453,12 @@ def auto_ranges(
         ranges.setdefault(roots[tensor], []).append(tensor)
     if not ranges:
         return choices
-    company = Company(model, quantized, table, ranges, pictures, references, device=device)
+    company = Company(
+        model, quantized, table, ranges, pictures, held_out.references, device=counted.device
+    )
     judging = company
-    if others:
-        others = others[: len(exact)]
-        judging = company.on(others, exact, alike=True)
+    if held_out.others:
+        judging = company.on(held_out.others, held_out.exact, alike=True)
     standing = Standing(judging, OTHERS * sum(map(len, pictures)), progress)
     starts = _starts(choices, histograms)
     start = standing.best(starts)
