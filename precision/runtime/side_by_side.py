@@ -2,8 +2,9 @@
 
 On a GPU a session for the part of a network behind one range takes longer to be made, and to plan
 its convolutions, than all of its runs take; so do many small runs one after the other. Here there
-is one session: each quantized tensor has a step for every picture, or none, and a batch holds the
-same few pictures many times over, once a trial.
+is one session, in which a batch holds the same few pictures many times over, once a trial, and each
+quantized tensor is told which of them go through which step: those alone are taken out, quantized
+and put back.
 """
 
 from __future__ import annotations
@@ -88,7 +89,11 @@ class SideBySide:
             {name: self._value(np.concatenate([held[name]] * self.trials)) for name in inputs}
             for held in stored
         ]
-        self._none = {tensor: self._value(self._rows(tensor, {})) for tensor in edges}
+        self._idle = {
+            name: self._value(array)
+            for tensor in edges
+            for name, array in self._stepping(tensor, {self.trials - 1: 0.0}).items()
+        }
         proto = _with_steps(weights.without(model.proto), edges, self._ranks)
         self._session = make_session(
             proto,
@@ -137,19 +142,23 @@ class SideBySide:
         for number, steps in enumerate(trials):
             for tensor, step in steps.items():
                 stepped.setdefault(tensor, {})[number] = step
-        feeds = {f"{tensor}/step": value for tensor, value in self._none.items()}
+        feeds = self._idle | self._fed[batch]
         for tensor, found in stepped.items():
-            rows = ort.OrtValue.ortvalue_from_numpy(self._rows(tensor, found))
-            feeds[f"{tensor}/step"] = rows
-        values = self._session.run_with_ort_values(self._outputs, feeds | self._fed[batch])
+            for name, array in self._stepping(tensor, found).items():
+                feeds[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        values = self._session.run_with_ort_values(self._outputs, feeds)
         return [value.numpy() for value in values]
 
-    def _rows(self, tensor: str, steps: Mapping[int, float]) -> NDArray[np.float32]:
-        """The step of each picture of a batch, along the first axis; zero for none."""
-        rows = np.zeros((self.trials, self.pictures), np.float32)
-        for number, step in steps.items():
-            rows[number] = step
-        return rows.reshape(-1, *[1] * (self._ranks[tensor] - 1))
+    def _stepping(self, tensor: str, steps: Mapping[int, float]) -> dict[str, Array]:
+        """The rows of a batch that are the pictures of these trials, and the step of each; 0 is
+        none."""
+        first = np.array(list(steps), np.int64)[:, None] * self.pictures
+        rows = (first + np.arange(self.pictures)).reshape(-1)
+        values = np.repeat(np.array(list(steps.values()), np.float32), self.pictures)
+        return {
+            f"{tensor}/rows": rows,
+            f"{tensor}/step": values.reshape(-1, *[1] * (self._ranks[tensor] - 1)),
+        }
 
     def _value(self, array: Array) -> ort.OrtValue:
         array = np.ascontiguousarray(array)
@@ -187,14 +196,16 @@ def _pictures(stored: Sequence[Mapping[str, Array]], names: Sequence[str]) -> in
 def _with_steps(
     model: onnx.ModelProto, edges: Mapping[str, Sequence[Edge]], ranks: Mapping[str, int]
 ) -> onnx.ModelProto:
-    """`model`, changed in place: an input `T/step` for each tensor T of `edges`, through which they
-    read it."""
+    """`model`, changed in place: inputs `T/rows` and `T/step` for each tensor T of `edges`, which
+    say what goes through a step before they read it."""
     through = {edge: tensor for tensor, found in edges.items() for edge in found}
     given = {info.name for info in model.graph.input}
     for tensor, rank in ranks.items():
-        shape = [None, *[1] * (rank - 1)]
-        info = onnx.helper.make_tensor_value_info(f"{tensor}/step", onnx.TensorProto.FLOAT, shape)
-        model.graph.input.append(info)
+        for name, kind, shape in (
+            (f"{tensor}/rows", onnx.TensorProto.INT64, [None]),
+            (f"{tensor}/step", onnx.TensorProto.FLOAT, [None, *[1] * (rank - 1)]),
+        ):
+            model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     nodes = [node for tensor in edges if tensor in given for node in _stepped(tensor)]
     for node in model.graph.node:
         for index, tensor in enumerate(node.input):
@@ -207,21 +218,26 @@ def _with_steps(
 
 
 def _stepped(tensor: str) -> list[onnx.NodeProto]:
-    """Nodes that give `T/stepped`: clip(round half to even(x / step), -128, 127) * step where the
-    step is above zero, else x."""
-    parts = ("step", "steps", "rounded", "codes", "values", "is", "stepped")
-    at = {part: f"{tensor}/{part}" for part in (*parts, "lowest", "highest", "none")}
+    """Nodes that give `T/stepped`: T whose `T/rows` are clip(round half to even(x / step), -128,
+    127) * step where the step is above zero."""
+    parts = ("rows", "step", "taken", "steps", "rounded", "codes", "values", "is", "chosen", "at")
+    name = {p: f"{tensor}/{p}" for p in (*parts, "stepped", "lowest", "highest", "none", "column")}
     nodes = []
     for part, value in (("lowest", -128.0), ("highest", 127.0), ("none", 0.0)):
         scalar = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [], [value])
-        nodes.append(onnx.helper.make_node("Constant", [], [at[part]], name=at[part], value=scalar))
+        nodes.append(onnx.helper.make_node("Constant", [], [name[part]], value=scalar))
+    column = onnx.helper.make_tensor("", onnx.TensorProto.INT64, [2], [-1, 1])
+    nodes.append(onnx.helper.make_node("Constant", [], [name["column"]], value=column))
     for kind, inputs, output in (
-        ("Div", [tensor, at["step"]], at["steps"]),
-        ("Round", [at["steps"]], at["rounded"]),
-        ("Clip", [at["rounded"], at["lowest"], at["highest"]], at["codes"]),
-        ("Mul", [at["codes"], at["step"]], at["values"]),
-        ("Greater", [at["step"], at["none"]], at["is"]),
-        ("Where", [at["is"], at["values"], tensor], at["stepped"]),
+        ("Gather", (tensor, name["rows"]), "taken"),
+        ("Div", (name["taken"], name["step"]), "steps"),
+        ("Round", (name["steps"],), "rounded"),
+        ("Clip", (name["rounded"], name["lowest"], name["highest"]), "codes"),
+        ("Mul", (name["codes"], name["step"]), "values"),
+        ("Greater", (name["step"], name["none"]), "is"),
+        ("Where", (name["is"], name["values"], name["taken"]), "chosen"),
+        ("Reshape", (name["rows"], name["column"]), "at"),
+        ("ScatterND", (tensor, name["at"], name["chosen"]), "stepped"),
     ):
-        nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output))
+        nodes.append(onnx.helper.make_node(kind, inputs, [name[output]], name=name[output]))
     return nodes

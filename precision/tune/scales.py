@@ -12,10 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import onnxruntime as ort
 
@@ -90,6 +91,7 @@ READ, RUN_HELD = "read pictures", "run held-out pictures"
 """What progress is told before the first picture of a search is done."""
 
 
+_Made = TypeVar("_Made")
 Ranges = Callable[
     [
         GraphView,
@@ -217,7 +219,8 @@ def calibrate_model(
         else []
     )
     held_out = _HeldOut(model, view, placement, batches, others, device)
-    with held_out.getting_ready() if batches and ranges is None else nullcontext():
+    searching = bool(batches) and ranges is None
+    with _meanwhile(held_out.get_ready if searching else _nothing, device) as ready:
         found = collect(
             model.proto,
             wanted,
@@ -233,6 +236,7 @@ def calibrate_model(
         search = time.perf_counter()
         if held:
             progress(RUN_HELD, 0, None)
+        ready()
     counted = _Counted(
         model, view, plan, roots, found.histograms, batches, method, percentile, device, progress
     )
@@ -285,6 +289,20 @@ class _Counted:
         return {name: self.histograms[name] for name in dict.fromkeys(self.roots.values())}
 
 
+def _nothing() -> None:
+    """Where there is nothing to make."""
+
+
+@contextmanager
+def _meanwhile(make: Callable[[], _Made], device: str) -> Iterator[Callable[[], _Made]]:
+    """A function that gives what `make` makes: a GPU, which has room for it, makes it meanwhile."""
+    if device == "cpu":
+        yield make
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="auto") as pool:
+        yield pool.submit(make).result
+
+
 class _HeldOut:
     """What method `auto` runs: activations of the `held` pictures, FP32 outputs of them and of
     `others`."""
@@ -307,19 +325,9 @@ class _HeldOut:
         self.exact: list[list[Any]] = []
         self._model, self._view, self._device = model, view, device
 
-    @contextmanager
-    def getting_ready(self) -> Iterator[None]:
-        """All of it is made; on a GPU, which has room for both, meanwhile."""
-        if self._device == "cpu":
-            yield
-            self._get_ready()
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="auto") as pool:
-            made = pool.submit(self._get_ready)
-            yield
-            made.result()
-
-    def _get_ready(self) -> None:
+    def get_ready(self) -> None:
+        """Make it all; but outputs of the others, which need no activations, when those are freed,
+        unless the same session gives them."""
         alone = Alone(self._model, self._view, self.placement, self.held, device=self._device)
         alone.side_by_side(self.placement.activations)
         self.alone = alone
@@ -430,32 +438,24 @@ def _auto_ranges(counted: _Counted, held_out: _HeldOut) -> dict[str, Choice]:
     takes to tell the tables apart (`standing.race`), so that what is found is not behind one method
     for all ranges.
     """
-    model, view, plan, roots = counted.model, counted.view, counted.plan, counted.roots
-    histograms, progress = counted.histograms, counted.progress
-    pictures = counted.held
+    histograms, progress, pictures = counted.histograms, counted.progress, counted.held
     assert held_out.alone is not None
-    readers = _edges(held_out.placement, roots)
-    costs = trial_macs(model, view, readers, pictures[0])
+    readers = _edges(held_out.placement, counted.roots)
+    costs = trial_macs(counted.model, counted.view, readers, pictures[0])
     searched = ranges_within(costs, histograms, sum(map(len, pictures)))
     unsearched = {name: histograms[name] for name in readers if name not in searched}
-    choices = choose_by_output(
-        held_out.alone,
-        histograms,
-        {n: r for n, r in readers.items() if n in searched},
-        progress=progress,
-    ) | _chosen_alike(unsearched, BESIDE_AUTO, PERCENTILE)
-    progress(RUN_HELD, 0, None)
-    held_out.free()
-    table = choices_table({tensor: choices[root] for tensor, root in roots.items()}, None)
-    quantized = without_zero_ranges(view, plan, table)
-    ranges: dict[str, list[str]] = {}
-    for tensor in place(view, quantized).activations:
-        ranges.setdefault(roots[tensor], []).append(tensor)
-    if not ranges:
+    with _meanwhile(partial(_company, counted, held_out), counted.device) as quantized:
+        choices = choose_by_output(
+            held_out.alone,
+            histograms,
+            {n: r for n, r in readers.items() if n in searched},
+            progress=progress,
+        ) | _chosen_alike(unsearched, BESIDE_AUTO, PERCENTILE)
+        progress(RUN_HELD, 0, None)
+        held_out.free()
+        company = quantized()
+    if company is None:
         return choices
-    company = Company(
-        model, quantized, table, ranges, pictures, held_out.references, device=counted.device
-    )
     judging = company
     if held_out.others:
         judging = company.on(held_out.others, held_out.exact, alike=True)
@@ -463,12 +463,34 @@ def _auto_ranges(counted: _Counted, held_out: _HeldOut) -> dict[str, Choice]:
     starts = _starts(choices, histograms)
     start = standing.best(starts)
     limits = {
-        n: range_limits(histograms[n], starts[start][n].amax) for n in ranges if n in searched
+        n: range_limits(histograms[n], starts[start][n].amax)
+        for n in company.ranges
+        if n in searched
     }
     found = company.round(starts[start], limits, progress=progress)
     finished = standing.best({start: starts[start], "in company": found})
     log.info("ranges: from %s, %s is kept", start, finished)
     return found if finished != start else starts[start]
+
+
+def _company(counted: _Counted, held_out: _HeldOut) -> Company | None:
+    """The quantized network on the held-out pictures, if anything in it is; its amaxes are to be
+    given for each run."""
+    reaching = _chosen_alike(counted.ranged, "max", PERCENTILE)
+    table = choices_table({t: reaching[root] for t, root in counted.roots.items()}, None)
+    plan = without_zero_ranges(counted.view, counted.plan, table)
+    ranges: dict[str, list[str]] = {}
+    for tensor in place(counted.view, plan).activations:
+        ranges.setdefault(counted.roots[tensor], []).append(tensor)
+    if not ranges:
+        return None
+    company = Company(
+        counted.model, plan, table, ranges, counted.held, held_out.references,
+        device=counted.device,
+    )  # fmt: skip
+    if counted.device != "cpu":
+        company.errors({}, range(1))  # a GPU's first run plans the convolutions
+    return company
 
 
 def _starts(
