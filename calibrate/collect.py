@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -26,11 +25,12 @@ import onnx
 from numpy.typing import NDArray
 
 from trtune.calibrate.cpu.counter import Counter, count_each
-from trtune.calibrate.cpu.taps import Reader, Tapped, tap, with_outputs
+from trtune.calibrate.cpu.taps import Reader, Tapped, tap
+from trtune.calibrate.extents import Extent, measure, pictures_fixed
 from trtune.calibrate.gpu.counter import count_on_gpu
 from trtune.calibrate.gpu.memory import device_memory
 from trtune.calibrate.histogram import Histogram, not_a_number, overflowed
-from trtune.calibrate.sessions import SharedWeights, cuda_number, open_session
+from trtune.calibrate.sessions import cuda_number
 from trtune.configs.errors import DataError
 from trtune.configs.files import hash_json
 from trtune.configs.progress import Progress, silent
@@ -39,11 +39,8 @@ from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import (
     Batch,
     BatchSource,
-    InputSpec,
-    batch_size,
     fit_batch,
     rebatch,
-    take_rows,
 )
 from trtune.datasets.pictures.prefetch import made_ahead
 from trtune.datasets.wrapped import in_parts
@@ -73,14 +70,6 @@ class Collection:
     passes: int
     seconds: float
     inference_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """How large a tensor is: bytes a picture (as float32), and the axis of the pictures, if any."""
-
-    bytes: int
-    axis: int | None
 
 
 def collect(
@@ -127,7 +116,7 @@ def collect(
     if missing:
         known |= measure(model, missing, first, external_dir=external_dir)
     passes, workers = _planned(
-        (tensors, beside), known, _fixed_batch(model, first), first, source.count, memory,
+        (tensors, beside), known, pictures_fixed(model, first), first, source.count, memory,
         workers or usable_cores(), gpu,
     )  # fmt: skip
     histograms: dict[str, Histogram] = {}
@@ -148,86 +137,6 @@ def collect(
         busy += ran
     ordered = {tensor: histograms[tensor] for tensor in (*tensors, *beside)}
     return Collection(ordered, pictures, len(passes), time.perf_counter() - started, busy)
-
-
-def measure(
-    model: onnx.ModelProto,
-    tensors: Sequence[str],
-    batch: Batch,
-    *,
-    external_dir: Path | None = None,
-) -> dict[str, Extent]:
-    """Size and picture axis of each tensor, from inferences that give only shapes back.
-
-    One with two pictures and one with one: the axis whose length follows the number of pictures
-    is theirs. If there is only one picture, or the model takes only one, it is all of every
-    tensor: axis 0 with one row. A model of fixed batch size is asked once, and the axis is the
-    one that has this length (the first, if it is a multiple).
-    """
-    names = {tensor: f"{tensor}/trtune_shape" for tensor in tensors if tensor not in batch.feeds}
-    weights = SharedWeights(model.graph.initializer)
-    probe = weights.without(model)
-    probe.graph.node.extend(
-        onnx.helper.make_node("Shape", [tensor], [name], name=name)
-        for tensor, name in names.items()
-    )
-    session = open_session(
-        with_outputs(probe, list(names.values())),
-        optimize="none",
-        external_dir=external_dir,
-        weights=weights.read_by(probe),
-    )
-
-    def shapes(size: int) -> dict[str, tuple[int, ...]]:
-        feeds = fit_batch(take_rows(batch, slice(0, size)), size).feeds
-        found = session.run(list(names.values()), dict(feeds)) if names else []
-        inner = {t: tuple(int(d) for d in s) for t, s in zip(names, found, strict=True)}
-        return inner | {name: array.shape for name, array in feeds.items()}
-
-    fixed = _fixed_batch(model, batch)
-    size = fixed or min(len(batch), 2)
-    full = shapes(size)
-    less = full if fixed or size == 1 else shapes(size - 1)
-    axes = {
-        t: _fixed_axis(full[t], size) if less is full else _picture_axis(full[t], less[t], size)
-        for t in tensors
-    }
-    return {t: Extent(4 * math.prod(full[t]) // size, axes[t]) for t in tensors}
-
-
-def _fixed_batch(model: onnx.ModelProto, batch: Batch) -> int:
-    """The batch size that the model fixes, or 0."""
-    specs = []
-    for info in model.graph.input:
-        if info.name in batch.feeds and info.type.tensor_type.HasField("shape"):
-            dims = (d.dim_value or None for d in info.type.tensor_type.shape.dim)
-            specs.append(InputSpec(info.name, tuple(dims), ""))
-    return batch_size(specs, 0, batch.axes)
-
-
-def _picture_axis(full: tuple[int, ...], less: tuple[int, ...], size: int) -> int | None:
-    """The axis of `full` that holds `size` pictures, given the shape for one picture fewer.
-
-    >>> _picture_axis((3, 8, 65), (3, 7, 65), 8), _picture_axis((16, 5), (14, 5), 8)
-    (1, 0)
-    """
-    for axis, (a, b) in enumerate(zip(full, less, strict=True)):
-        if a != b:
-            return axis if a * (size - 1) == b * size else None
-    return None
-
-
-def _fixed_axis(shape: tuple[int, ...], size: int) -> int | None:
-    """The axis of `shape` that seems to hold `size` pictures.
-
-    >>> _fixed_axis((4, 65), 4), _fixed_axis((65, 4, 9), 4), _fixed_axis((8, 5), 4)
-    (0, 1, 0)
-    """
-    if size == 1 or shape[:1] == (size,):
-        return 0
-    if shape.count(size) == 1:
-        return shape.index(size)
-    return 0 if shape and shape[0] % size == 0 else None
 
 
 def _planned(

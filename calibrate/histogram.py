@@ -125,11 +125,13 @@ def finite_counts(counts: Counts) -> Counts:
 
 def quantile(counts: Counts, q: float) -> float:
     """The value below which a share `q` of the counted magnitudes lies: its bin's middle."""
-    total = int(counts.sum())
-    if total == 0:
+    filled = np.flatnonzero(counts)
+    if not filled.size:
         raise ValueError("quantile of an empty histogram")
+    below = np.cumsum(counts[filled])
+    total = int(below[-1])
     rank = min(max(int(np.ceil(q * total)), 1), total)
-    index = int(np.searchsorted(np.cumsum(counts), rank))
+    index = int(filled[np.searchsorted(below, rank)])
     edges = bin_edges()
     return 0.0 if index == 0 else float((edges[index] + edges[index + 1]) / 2)
 

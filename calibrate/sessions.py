@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
@@ -144,6 +144,18 @@ def _options(threads: int | None, optimize: str, integer_kernels: bool) -> ort.S
     # Idle workers would spin on the cores that read pictures and sum errors between two runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
+
+
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
+    """`model` serialized with `names` as further outputs; `model` is not touched.
+
+    A protobuf message behind another one is merged into it: the weights are not copied again.
+    """
+    present = {output.name for output in model.graph.output}
+    extra = [onnx.ValueInfoProto(name=name) for name in names if name not in present]
+    addition = onnx.ModelProto(graph=onnx.GraphProto(output=extra))
+    marked: bytes = model.SerializeToString() + addition.SerializeToString()
+    return marked
 
 
 class SharedWeights:

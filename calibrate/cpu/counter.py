@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections import Counter as Tally
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class Counter:
         self._address = self._tables.ctypes.data
         self._touched = 0  # bins of the tables, from the first on, that may hold something
         self._counts: Counts | None = None
-        self._maxima: dict[int, int] = {}
+        self._maxima: Tally[int] = Tally()  # by bin
         self._room = TABLE_ROOM
         self.overflowed: list[str] = []
         self._best: tuple[int, str] = (-1, "")  # magnitudes as the bits of a float32
@@ -76,11 +77,13 @@ class Counter:
         if top >= INFINITY_BITS:
             self._leave_out_infinities(items, values, largest)
             found = largest.tolist()
-        for item, bits in zip(items, found, strict=True):
-            index = bits >> SHIFT
-            self._maxima[index] = self._maxima.get(index, 0) + 1
-            if self._second <= bits <= INFINITY_BITS:
-                self._rank(item, bits)
+        if len(items) != len(found):
+            raise ValueError(f"{len(items)} names for {len(found)} pictures")
+        self._maxima.update([bits >> SHIFT for bits in found])
+        if top >= self._second:
+            for item, bits in zip(items, found, strict=True):
+                if self._second <= bits <= INFINITY_BITS:
+                    self._rank(item, bits)
 
     def _leave_out_infinities(
         self, items: Sequence[str], values: NDArray[np.float32], largest: NDArray[np.uint32]
@@ -144,8 +147,7 @@ class Counter:
             counts += other._counts
         add_tables(other._tables, other._touched, counts)
         self._counts = counts
-        for index, pictures in other._maxima.items():
-            self._maxima[index] = self._maxima.get(index, 0) + pictures
+        self._maxima.update(other._maxima)
         best, name = other._best
         if name and best >= self._second:
             self._rank(name, best)

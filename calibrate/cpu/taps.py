@@ -30,7 +30,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from trtune.calibrate.cpu.segments import cut, holds_graphs, pack
-from trtune.calibrate.sessions import open_session
+from trtune.calibrate.sessions import open_session, with_outputs
 from trtune.configs.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -85,18 +85,6 @@ class Tapped:
     """
 
     segments: tuple[Segment, ...]
-
-
-def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
-    """`model` serialized with `names` as further outputs; `model` is not touched.
-
-    A protobuf message behind another one is merged into it: the weights are not copied again.
-    """
-    present = {output.name for output in model.graph.output}
-    extra = [onnx.ValueInfoProto(name=name) for name in names if name not in present]
-    addition = onnx.ModelProto(graph=onnx.GraphProto(output=extra))
-    marked: bytes = model.SerializeToString() + addition.SerializeToString()
-    return marked
 
 
 def tap(

@@ -22,12 +22,11 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from trtune.calibrate.cpu.taps import with_outputs
 from trtune.calibrate.gpu.layout import KINDS, TENSOR, Counted, pieces
 from trtune.calibrate.gpu.memory import Memory, count_kernel, cuda_core
 from trtune.calibrate.gpu.ranking import Ranking
 from trtune.calibrate.histogram import BINS, Histogram, finite_counts, not_a_number
-from trtune.calibrate.sessions import SharedWeights, open_session
+from trtune.calibrate.sessions import SharedWeights, open_session, with_outputs
 from trtune.configs.errors import ModelError
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from trtune.calibrate.collect import Extent, measure
+from trtune.calibrate.extents import Extent, measure
 from trtune.calibrate.sessions import SharedWeights
 from trtune.configs.errors import DataError, ModelError
 from trtune.datasets.batches import Batch, BatchSource, batch_size, fit_batch, is_free, take_rows

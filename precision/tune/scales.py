@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 
 import onnxruntime as ort
 
-from trtune.calibrate.collect import DEFAULT_MEMORY, Extent, collect, measure
+from trtune.calibrate.collect import DEFAULT_MEMORY, collect
+from trtune.calibrate.extents import Extent, measure
 from trtune.calibrate.float8 import float8_amaxes, with_float8
 from trtune.calibrate.histogram import Histogram, quantile
 from trtune.calibrate.methods import better_methods, choose

@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from trtune.calibrate.collect import Collection, collect, measure
-from trtune.calibrate.cpu.taps import tap, with_outputs
+from trtune.calibrate.collect import Collection, collect
+from trtune.calibrate.cpu.taps import tap
+from trtune.calibrate.extents import measure
 from trtune.calibrate.histogram import Histogram
+from trtune.calibrate.sessions import with_outputs
 from trtune.configs.errors import DataError, ModelError
 from trtune.datasets.batches import Batch
 

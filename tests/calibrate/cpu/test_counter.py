@@ -122,7 +122,7 @@ def test_the_largest_finite_value_of_a_picture_or_nan(row, check) -> None:  # ty
 
 
 def test_each_picture_needs_a_name() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="1 names for 2 pictures"):
         Counter().add(["a"], np.ones((2, 3), np.float32))
 
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from trtune.calibrate.collect import collect
 from trtune.calibrate.cpu.counter import Counter
-from trtune.calibrate.cpu.taps import with_outputs
 from trtune.calibrate.gpu.counter import count_on_gpu
 from trtune.calibrate.gpu.layout import Counted, pieces
 from trtune.calibrate.gpu.ranking import Ranking
 from trtune.calibrate.histogram import Histogram
+from trtune.calibrate.sessions import with_outputs
 from trtune.configs.errors import ModelError
 from trtune.datasets.batches import Batch
 

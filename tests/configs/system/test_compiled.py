@@ -91,6 +91,10 @@ CASES = {
             np.zeros(3),
         ],
     ),
+    "_logarithms": (
+        methods._logarithms,
+        [np.float64([1, 0.5, 0.7071, 0.70711, 1.41421356, 1e-300, 3e300, 7]), np.zeros(8)],
+    ),
     "_divergences": (
         methods._divergences,
         [*SUMS, np.int64([0, 4, 6, 8]), 3, 0.5, np.zeros(4)],

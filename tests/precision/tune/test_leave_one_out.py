@@ -10,7 +10,7 @@ import pytest
 import tinymodels
 from tinyquant import PLACED, Case, case, outputs
 
-from trtune.calibrate.collect import measure
+from trtune.calibrate.extents import measure
 from trtune.datasets.batches import Batch
 from trtune.precision.compare.alone import held_tensors
 from trtune.precision.compare.batches import held_batches
