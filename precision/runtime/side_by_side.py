@@ -157,6 +157,7 @@ class SideBySide:
         values = np.repeat(np.array(list(steps.values()), np.float32), self.pictures)
         return {
             f"{tensor}/rows": rows,
+            f"{tensor}/at": rows.reshape(-1, *[1] * (self._ranks[tensor] - 1)),
             f"{tensor}/step": values.reshape(-1, *[1] * (self._ranks[tensor] - 1)),
         }
 
@@ -196,13 +197,14 @@ def _pictures(stored: Sequence[Mapping[str, Array]], names: Sequence[str]) -> in
 def _with_steps(
     model: onnx.ModelProto, edges: Mapping[str, Sequence[Edge]], ranks: Mapping[str, int]
 ) -> onnx.ModelProto:
-    """`model`, changed in place: inputs `T/rows` and `T/step` for each tensor T of `edges`, which
-    say what goes through a step before they read it."""
+    """`model`, changed in place: inputs for each tensor T of `edges`, `T/rows`, `T/at` (the same as
+    a column) and `T/step`, say which rows go through which step before they read it."""
     through = {edge: tensor for tensor, found in edges.items() for edge in found}
     given = {info.name for info in model.graph.input}
     for tensor, rank in ranks.items():
         for name, kind, shape in (
             (f"{tensor}/rows", onnx.TensorProto.INT64, [None]),
+            (f"{tensor}/at", onnx.TensorProto.INT64, [None, *[1] * (rank - 1)]),
             (f"{tensor}/step", onnx.TensorProto.FLOAT, [None, *[1] * (rank - 1)]),
         ):
             model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
@@ -220,14 +222,13 @@ def _with_steps(
 def _stepped(tensor: str) -> list[onnx.NodeProto]:
     """Nodes that give `T/stepped`: T whose `T/rows` are clip(round half to even(x / step), -128,
     127) * step where the step is above zero."""
-    parts = ("rows", "step", "taken", "steps", "rounded", "codes", "values", "is", "chosen", "at")
-    name = {p: f"{tensor}/{p}" for p in (*parts, "stepped", "lowest", "highest", "none", "column")}
+    made = ("taken", "steps", "rounded", "codes", "values", "is", "chosen", "all", "places")
+    given = ("rows", "at", "step", "lowest", "highest", "none")
+    name = {part: f"{tensor}/{part}" for part in (*given, *made, "stepped")}
     nodes = []
     for part, value in (("lowest", -128.0), ("highest", 127.0), ("none", 0.0)):
         scalar = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [], [value])
         nodes.append(onnx.helper.make_node("Constant", [], [name[part]], value=scalar))
-    column = onnx.helper.make_tensor("", onnx.TensorProto.INT64, [2], [-1, 1])
-    nodes.append(onnx.helper.make_node("Constant", [], [name["column"]], value=column))
     for kind, inputs, output in (
         ("Gather", (tensor, name["rows"]), "taken"),
         ("Div", (name["taken"], name["step"]), "steps"),
@@ -236,8 +237,11 @@ def _stepped(tensor: str) -> list[onnx.NodeProto]:
         ("Mul", (name["codes"], name["step"]), "values"),
         ("Greater", (name["step"], name["none"]), "is"),
         ("Where", (name["is"], name["values"], name["taken"]), "chosen"),
-        ("Reshape", (name["rows"], name["column"]), "at"),
-        ("ScatterND", (tensor, name["at"], name["chosen"]), "stepped"),
+        # ScatterND has one thread a row on a GPU; this one has one a value. Its indices are spread
+        # by a comparison, for what Expand is told the shape of would be computed on the host.
+        ("Equal", (name["taken"], name["taken"]), "all"),
+        ("Where", (name["all"], name["at"], name["at"]), "places"),
+        ("ScatterElements", (tensor, name["places"], name["chosen"]), "stepped"),
     ):
         nodes.append(onnx.helper.make_node(kind, inputs, [name[output]], name=name[output]))
     return nodes
