@@ -30,6 +30,19 @@ def usable_cores() -> int:
     return min([here, *_own_quotas(), *([max(int(most), 1)] if most.isdigit() else [])])
 
 
+PROCESSORS = Path("/proc/cpuinfo")
+
+
+def has_matrix_units(processors: Path = PROCESSORS) -> bool:
+    """Whether this CPU multiplies int8 matrices (Intel's AMX), and the system tells: Linux does."""
+    try:
+        text = processors.read_text("utf-8")
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return "amx_int8" in flags.split()
+
+
 @contextmanager
 def one_thread_each() -> Iterator[None]:
     """Inside, every NumPy product is computed by the thread that asks for it.

@@ -11,20 +11,15 @@ network: values lie channel by channel there, and to add some costs 26 ns a plac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from trtune.precision.graph.proto import (
-    FreshNames,
-    attribute,
-    is_external,
-    names_in,
-    replace_field,
-    used_tensors,
+from trtune.precision.lower.convolutions import (
+    Constants,
+    IntegerConvolution,
+    integer_convolutions,
 )
 
 TOGETHER = 4
@@ -35,21 +30,6 @@ LARGEST_WINDOW = 256
 """Products of one output value above which the other kernel was measured to be as fast."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Filled:
-    """A convolution whose input gets channels: the nodes that dequantize its data and weights."""
-
-    node: onnx.NodeProto
-    data: onnx.NodeProto
-    weight: onnx.NodeProto
-    codes: onnx.TensorProto
-
-    @property
-    def extra(self) -> int:
-        """The channels that are added."""
-        return int(-self.codes.dims[1] % TOGETHER)
-
-
 def fill_channels(model: onnx.ModelProto) -> None:
     """Add channels of zeros to the inputs of `model` that integer convolutions read, where that is
     faster.
@@ -58,46 +38,30 @@ def fill_channels(model: onnx.ModelProto) -> None:
     QuantizeLinear and the DequantizeLinear that a convolution reads, and the weights have as many
     channels. Results are the same bits.
     """
-    graph = model.graph
-    found = _to_fill(graph)
+    found = _to_fill(model.graph)
     if not found:
         return
-    fresh = FreshNames(names_in(graph))
-    before: dict[str, list[onnx.NodeProto]] = {}
+    made = Constants(model.graph)
     padded: dict[str, str] = {}
-    weights: dict[str, str] = {}
     for one in found:
         source = one.data.output[0]
         if source not in padded:
-            nodes = _padding(graph, one, fresh)
-            before[one.node.name] = nodes
-            padded[source] = nodes[-1].output[0]
-        if one.weight.output[0] not in weights:
-            wider = _wider_weight(graph, one, fresh)
-            before.setdefault(one.node.name, []).append(wider)
-            weights[one.weight.output[0]] = wider.output[0]
-        one.node.input[0], one.node.input[1] = padded[source], weights[one.weight.output[0]]
-    _put_before(graph, before)
+            padded[source] = _padding(made, one)
+        one.node.input[0] = padded[source]
+        codes = numpy_helper.to_array(one.codes)
+        widths = [(0, 0), (0, _extra(one)), *[(0, 0)] * (codes.ndim - 2)]
+        made.reweight(one, "filled", np.pad(codes, widths))
+    made.finish()
 
 
-def _to_fill(graph: onnx.GraphProto) -> list[_Filled]:
+def _to_fill(graph: onnx.GraphProto) -> list[IntegerConvolution]:
     makers = {tensor: node for node in graph.node for tensor in node.output}
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for tensor in node.input:
-            readers.setdefault(tensor, []).append(node)
-    outputs, inside = {info.name for info in graph.output}, _behind_codes(graph)
+    inside = _behind_codes(graph)
     found = []
-    for node in graph.node:
-        one = _convolution(node, makers, constants)
-        if one is None or node.output[0] in outputs or not _pays(one.codes.dims):
-            continue
-        behind = [reader.op_type for reader in readers.get(node.output[0], ())]
+    for one in integer_convolutions(graph):
         first = makers.get(one.data.input[0])
-        if first is None or first.op_type != "QuantizeLinear" or first.input[0] in inside:
-            continue
-        if behind == ["QuantizeLinear"]:
+        begins = first is not None and first.op_type == "QuantizeLinear"
+        if first is not None and begins and first.input[0] not in inside and _pays(one.codes.dims):
             found.append(one)
     return found
 
@@ -113,26 +77,6 @@ def _behind_codes(graph: onnx.GraphProto) -> set[str]:
     return found
 
 
-def _convolution(
-    node: onnx.NodeProto,
-    makers: Mapping[str, onnx.NodeProto],
-    constants: Mapping[str, onnx.TensorProto],
-) -> _Filled | None:
-    """`node` as one that could be filled: a dense convolution of codes with constant int8 ones."""
-    if node.op_type != "Conv" or attribute(node, "group", 1) != 1:
-        return None
-    data, weight = (makers.get(name) for name in node.input[:2])
-    for pair in (data, weight):
-        if pair is None or pair.op_type != "DequantizeLinear" or len(pair.input) < 3:
-            return None
-    assert data is not None
-    assert weight is not None
-    codes = constants.get(weight.input[0])
-    if codes is None or codes.data_type != onnx.TensorProto.INT8 or is_external(codes):
-        return None
-    return _Filled(node, data, weight, codes)
-
-
 def _pays(shape: list[int] | tuple[int, ...]) -> bool:
     """Whether weights of this shape (output channels, input channels, window) are better filled."""
     made, read, *window = shape
@@ -141,50 +85,29 @@ def _pays(shape: list[int] | tuple[int, ...]) -> bool:
     return fits and wide != read and wide * math.prod(window) <= LARGEST_WINDOW
 
 
-def _padding(graph: onnx.GraphProto, one: _Filled, fresh: FreshNames) -> list[onnx.NodeProto]:
+def _extra(one: IntegerConvolution) -> int:
+    """The channels that are added."""
+    return int(-one.codes.dims[1] % TOGETHER)
+
+
+def _padding(made: Constants, one: IntegerConvolution) -> str:
     """A Pad of the codes that `one.data` dequantizes, and a DequantizeLinear of its own."""
     codes, scale, zero_point = one.data.input[:3]
     rank = len(one.codes.dims)
     pads = np.zeros(2 * rank, np.int64)
-    pads[rank + 1] = one.extra
-    amounts = fresh.new(f"{one.data.output[0]}/pads")
-    graph.initializer.append(numpy_helper.from_array(pads, amounts))
-    filled = fresh.new(f"{one.data.output[0]}/filled")
-    result = fresh.new(f"{filled}/dequantized")
-    return [
-        helper.make_node(
-            "Pad", [codes, amounts, zero_point], [filled], name=fresh.new(f"{filled}/Pad")
-        ),
-        helper.make_node(
+    pads[rank + 1] = _extra(one)
+    amounts = made.constant(f"{one.data.output[0]}/pads", pads)
+    filled = made.name(f"{one.data.output[0]}/filled")
+    result = made.name(f"{filled}/dequantized")
+    pair = (
+        ("Pad", [codes, amounts, zero_point], filled),
+        (
             "DequantizeLinear",
             [filled, scale, zero_point],
-            [result],
-            name=fresh.new(f"{filled}/DequantizeLinear"),
+            result,
         ),
-    ]
-
-
-def _wider_weight(graph: onnx.GraphProto, one: _Filled, fresh: FreshNames) -> onnx.NodeProto:
-    """What dequantizes the weights of `one` with as many channels as its data."""
-    codes = numpy_helper.to_array(one.codes)
-    widths = [(0, 0), (0, one.extra), *[(0, 0)] * (codes.ndim - 2)]
-    name = fresh.new(f"{one.codes.name}/filled")
-    graph.initializer.append(numpy_helper.from_array(np.pad(codes, widths), name))
-    wider = onnx.NodeProto()
-    wider.CopyFrom(one.weight)
-    wider.name = fresh.new(f"{one.weight.name}/filled")
-    wider.input[0] = name
-    wider.output[0] = fresh.new(f"{one.weight.output[0]}/filled")
-    return wider
-
-
-def _put_before(graph: onnx.GraphProto, before: Mapping[str, list[onnx.NodeProto]]) -> None:
-    """`graph` with these nodes before those of the names, and without what nothing reads now."""
-    nodes = [new for node in graph.node for new in (*before.get(node.name, ()), node)]
-    wanted = used_tensors(graph) | {name for node in nodes for name in node.input}
-    replace_field(
-        graph.node,
-        [n for n in nodes if n.op_type != "DequantizeLinear" or n.output[0] in wanted],
     )
-    wanted = used_tensors(graph)
-    replace_field(graph.initializer, [t for t in graph.initializer if t.name in wanted])
+    for op, inputs, output in pair:
+        name = made.name(f"{filled}/{op}")
+        made.before(one.node.name, helper.make_node(op, inputs, [output], name=name))
+    return result

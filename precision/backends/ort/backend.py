@@ -16,12 +16,14 @@ import onnxruntime as ort
 
 from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import TrtuneError
-from trtune.configs.system.machine import package_version
+from trtune.configs.system.machine import has_matrix_units, package_version
 from trtune.precision.backends.ort.readback import read_precisions
 from trtune.precision.graph.file import Model, save_model, tensor_spec
 from trtune.precision.graph.proto import without_weights
+from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.deploy import NO_FLOAT8
 from trtune.precision.lower.half_on_cpu import in_float32
+from trtune.precision.lower.tiles import use_matrix_units
 from trtune.precision.runtime.api import MODEL_FILE, BuildInfo, Candidate, Usable
 from trtune.precision.runtime.engine_json import read_engine_json, write_engine_json
 from trtune.precision.runtime.not_honoured import not_honoured
@@ -55,8 +57,13 @@ class OnnxruntimeBackend:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Nothing: threads change how fast a model runs, not what is written."""
-        return {}
+        """Whether weights are written for a CPU's matrix units; threads change how fast a model
+        runs, not what is written."""
+        return {"matrix_units": True} if self._for_matrix_units else {}
+
+    @property
+    def _for_matrix_units(self) -> bool:
+        return self.lowering == "deploy" and has_matrix_units()
 
     def obstacle(self) -> str:
         """Empty: a CPU is everywhere."""
@@ -77,6 +84,8 @@ class OnnxruntimeBackend:
         model, plan = candidate.model, candidate.plan
         table = candidate.table or CalibrationTable({})
         proto = LOWERINGS[self.lowering](model, plan, table)
+        if self._for_matrix_units:
+            use_matrix_units(proto, GraphView.of(model).shapes)
         _check_lowered(model, proto, self.name)
         path = folder / MODEL_FILE
         save_model(proto, path, model.external_dir)
