@@ -207,6 +207,11 @@ class Alone:
         self._read = {tensor: set(found) for tensor, found in edges.items()}
 
     @property
+    def shares_batches(self) -> bool:
+        """Whether trials do, once `side_by_side` was asked for."""
+        return self._beside is not None
+
+    @property
     def trials_at_once(self) -> int:
         """How many trials should be asked for at a time."""
         beside = self._beside

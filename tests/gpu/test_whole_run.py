@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,30 @@ def test_what_goes_through_int8_there_is_what_the_cpu_computes() -> None:
     assert list(errors["cuda"]) == list(errors["cpu"])
     for node, sums in errors["cpu"].items():
         assert errors["cuda"][node].sqnr_db == pytest.approx(sums.sqnr_db, abs=0.5), node
+
+
+@pytest.mark.parametrize("name", ["residual", "silu_se", "attention", "two_inputs"])
+def test_trials_share_batches_there_and_give_what_they_give_alone(name: str) -> None:
+    prepared = named(name)
+    placement = place(prepared.view, prepared.plan)
+    pictures = [Batch(dict(prepared.feeds), tuple("abcd"))]
+    alone = Alone(prepared.model, prepared.view, placement, pictures, device="cuda")
+    trials = [(t, prepared.table.scale(t) * f) for t in placement.activations for f in (0.5, 2)]
+
+    def one(trial: tuple[str, float]) -> list[Any]:
+        tensor, step = trial
+        run = alone.session(Change(placement.activations[tensor]), int8=True)
+        return run(0, {tensor: step})
+
+    apart = [one(trial) for trial in trials]
+    alone.side_by_side(placement.activations)
+    assert alone.shares_batches
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(one, trials))
+    for trial, found, expected in zip(trials, together, apart, strict=True):
+        for a, b in zip(found, expected, strict=True):
+            most = 1e-4 * float(np.abs(b).max())
+            np.testing.assert_allclose(a, b, rtol=0, atol=most, err_msg=str(trial))
 
 
 def test_layers_are_compared_there_as_on_the_cpu() -> None:

@@ -72,6 +72,7 @@ def test_each_trial_gives_what_it_gives_alone(name: str) -> None:
 
     expected = [one(trial) for trial in trials]
     alone.side_by_side(placement.activations)
+    assert alone.shares_batches
     assert alone.trials_at_once >= ROWS // 4
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(one, trials))
@@ -158,6 +159,7 @@ def test_networks_whose_pictures_are_not_apart_are_refused(model: object, why: s
     alone = alone_of(prepared, batches_of(prepared, 2, size))
     placement = place(prepared.view, prepared.plan)
     alone.side_by_side(placement.activations)
+    assert not alone.shares_batches
     tensor, edges = next(iter(placement.activations.items()))
     run = alone.session(Change(edges), int8=True)
     assert run(0, {tensor: 0.5})[0].shape == alone.reference(0)[0].shape
