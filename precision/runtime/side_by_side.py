@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from trtune.calibrate.cpu.segments import holds_graphs
 from trtune.calibrate.gpu.memory import device_memory
 from trtune.calibrate.sessions import ORT_ERRORS, SharedWeights, cuda_number
+from trtune.configs.errors import ModelError
 from trtune.precision.graph.proto import replace_field
 from trtune.precision.graph.view import Model
 from trtune.precision.plan.placement import Edge
@@ -62,7 +63,8 @@ class SideBySide:
     `edges` maps each tensor that can have a step to the edges that read it quantized; `stored` are
     the tensors and inputs of each batch of pictures, `outputs` the model's with their FP32 values
     there. `trials` is how many a batch holds. Raises ValueError, with the reason, where pictures
-    cannot be told apart in a larger batch, or there is no room for `FEWEST` trials.
+    cannot be told apart in a larger batch, onnxruntime cannot run it, or there is no room for
+    `FEWEST` trials.
     """
 
     def __init__(
@@ -78,7 +80,10 @@ class SideBySide:
         self._outputs = [output.name for output in model.outputs]
         inputs = [spec.name for spec in model.inputs]
         self.pictures = _pictures(stored, [*edges, *inputs, *self._outputs])
-        each = sum(stored[0][tensor].nbytes for tensor in edges) // self.pictures
+        if any(stored[0][tensor].dtype != np.float32 for tensor in edges):
+            raise ValueError("not all tensors are float32")
+        fed = len(stored) * sum(stored[0][name].nbytes for name in inputs)
+        each = (fed + sum(stored[0][tensor].nbytes for tensor in edges)) // self.pictures
         self._number = cuda_number(device)
         room = ROOM if self._number is None else device_memory(self._number) // ROOM_SHARE
         self.trials = min(ROWS, room // max(each, 1)) // self.pictures
@@ -95,13 +100,16 @@ class SideBySide:
             for name, array in self._stepping(tensor, {self.trials - 1: 0.0}).items()
         }
         proto = _with_steps(weights.without(model.proto), edges, self._ranks)
-        self._session = make_session(
-            proto,
-            threads=1,
-            external_dir=model.external_dir,
-            device=device,
-            weights=weights.read_by(proto),
-        )
+        try:
+            self._session = make_session(
+                proto,
+                threads=1,
+                external_dir=model.external_dir,
+                device=device,
+                weights=weights.read_by(proto),
+            )
+        except ModelError as error:
+            raise ValueError(str(error)) from error
         self._lock, self._running = threading.Lock(), threading.Lock()
         self._waiting: list[_Trial] = []
         self._check(stored[0], edges)
@@ -187,7 +195,10 @@ class SideBySide:
 
 def _pictures(stored: Sequence[Mapping[str, Array]], names: Sequence[str]) -> int:
     """How many pictures each batch has, if all that is named has them along its first axis."""
-    found = {held[name].shape[0] if held[name].ndim else 0 for held in stored for name in names}
+    arrays = [held[name] for held in stored for name in names]
+    if not all(isinstance(a, np.ndarray) and a.dtype.kind in "fiub" for a in arrays):
+        raise ValueError("not everything is an array of numbers")
+    found = {array.shape[0] if array.ndim else 0 for array in arrays}
     count = min(found)
     if len(found) > 1 or count < 1:
         raise ValueError("not everything has its pictures along the first axis")

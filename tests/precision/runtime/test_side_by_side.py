@@ -176,3 +176,49 @@ def test_too_large_for_the_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("trtune.precision.runtime.side_by_side.ROOM", 1000)
     with pytest.raises(ValueError, match="a batch holds"):
         beside(prepared, batches_of(prepared, 1))
+
+
+def halves() -> onnx.ModelProto:
+    """A product in float16 between casts."""
+    net = Net()
+    x = net.op("Cast", net.input("input", ("N", 16)), out="half", to=onnx.TensorProto.FLOAT16)
+    x = net.op("MatMul", x, net.const("w", np.eye(16), np.float16), out="m")
+    net.op("Cast", x, out="y", to=onnx.TensorProto.FLOAT)
+    return net.model({"y": ("N", 16)})
+
+
+@pytest.mark.parametrize("value", [np.zeros((4, 2), object), [np.zeros((4, 2), np.float32)]])
+def test_what_is_no_array_of_numbers_is_refused(value: object) -> None:
+    prepared = named("mlp")
+    (batch,) = batches_of(prepared, 1)
+    alone = alone_of(prepared, [batch])
+    stored = {
+        **batch.feeds,
+        "relu1": alone.stored(0, "relu1"),
+        prepared.model.outputs[0].name: value,
+    }
+    edges = place(prepared.view, prepared.plan).activations
+    weights = SharedWeights(prepared.view.initializers.values())
+    with pytest.raises(ValueError, match="array of numbers"):
+        SideBySide(prepared.model, weights, edges, [stored], "cpu")  # type: ignore[list-item]
+
+
+def test_tensors_in_float16_are_refused() -> None:
+    prepared = case(halves())
+    (batch,) = batches_of(prepared, 1)
+    half = batch.feeds["input"].astype(np.float16)
+    stored = {**batch.feeds, "half": half, "y": batch.feeds["input"]}
+    weights = SharedWeights(prepared.view.initializers.values())
+    with pytest.raises(ValueError, match="not all tensors are float32"):
+        SideBySide(prepared.model, weights, {"half": [("m", 0)]}, [stored], "cpu")
+
+
+def test_a_session_that_cannot_be_made_is_refused() -> None:
+    """An input of the name that a step would have."""
+    net = Net()
+    x = net.op("MatMul", net.input("x", ("N", 16)), net.const("w", np.eye(16, dtype=np.float32)),
+               out="x/step")  # fmt: skip
+    net.op("Neg", x, out="y")
+    prepared = case(net.model({"y": ("N", 16)}))
+    with pytest.raises(ValueError, match="x/step"):
+        beside(prepared, batches_of(prepared, 1))
