@@ -457,9 +457,13 @@ class _Pass:
             (self._mine.counters[tensor], *_by_picture(a, held, items, self._extents[tensor].axis))
             for tensor, a in arrays.items()
         ]
-        for tensor, maxima, (_, names, _) in zip(arrays, count_each(jobs), jobs, strict=True):
-            if np.isnan(maxima).any():
-                raise not_a_number(tensor, names[int(np.argmax(np.isnan(maxima)))])
+        maxima = count_each(jobs)
+        if np.isnan(maxima).any():
+            row = int(np.argmax(np.isnan(maxima)))
+            rows = [
+                (tensor, name) for tensor, job in zip(arrays, jobs, strict=True) for name in job[1]
+            ]
+            raise not_a_number(*rows[row])
 
 
 def _by_picture(

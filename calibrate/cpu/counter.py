@@ -24,6 +24,9 @@ from trtune.calibrate.histogram import (
 TABLE_ROOM = 1 << 32
 """Values that the uint32 tables can take before one of their counts could overflow."""
 
+MOST_NOTED = 256
+"""Batches whose largest values are ranked together."""
+
 
 def _empty_tables() -> NDArray[np.uint32]:
     """Zeros from the operating system, which gives memory only to what is touched: few bins are."""
@@ -46,6 +49,7 @@ class Counter:
         self._counts: Counts | None = None
         self._maxima: Tally[int] = Tally()  # by bin
         self._room = TABLE_ROOM
+        self._noted: list[tuple[Sequence[str], NDArray[np.uint32]]] = []
         self.overflowed: list[str] = []
         self._best: tuple[int, str] = (-1, "")  # magnitudes as the bits of a float32
         self._second = 0
@@ -57,8 +61,7 @@ class Counter:
         Infinities are no range (masks of attention hold them) and are left out of the counts.
         Releases the GIL while it counts.
         """
-        (maxima,) = count_each([(self, items, values)])
-        return maxima
+        return count_each([(self, items, values)])
 
     def _place(self, values: NDArray[np.float32]) -> int:
         """The address of tables that have room for `values`."""
@@ -67,27 +70,35 @@ class Counter:
         self._room -= values.size
         return self._address
 
-    def _note(
-        self, items: Sequence[str], values: NDArray[np.float32], largest: NDArray[np.uint32]
-    ) -> None:
-        """Remember the `largest` of each row of `values`, and mend them where one is infinite."""
-        found = largest.tolist()
-        top = max(found, default=0)
-        self._touched = max(self._touched, (top >> SHIFT) + 1)
-        if top >= INFINITY_BITS:
-            self._leave_out_infinities(items, values, largest)
-            found = largest.tolist()
-        if len(items) != len(found):
-            raise ValueError(f"{len(items)} names for {len(found)} pictures")
-        self._maxima.update([bits >> SHIFT for bits in found])
-        if top >= self._second:
-            for item, bits in zip(items, found, strict=True):
-                if self._second <= bits <= INFINITY_BITS:
-                    self._rank(item, bits)
+    def _note(self, items: Sequence[str], largest: NDArray[np.uint32]) -> None:
+        """Remember the `largest` of each row, as bits; what is made of them is made for many."""
+        if len(items) != len(largest):
+            raise ValueError(f"{len(items)} names for {len(largest)} pictures")
+        self._noted.append((items, largest))
+        if len(self._noted) >= MOST_NOTED:
+            self._rank_noted()
+
+    def _rank_noted(self) -> None:
+        """Count what was noted, and see which picture holds the largest."""
+        if not self._noted:
+            return
+        bits = np.concatenate([largest for _, largest in self._noted])
+        names = [item for items, _ in self._noted for item in items]
+        self._noted = []
+        if not bits.size:
+            return
+        bins = bits >> SHIFT
+        self._touched = max(self._touched, int(bins.max()) + 1)
+        self._maxima.update(bins.tolist())
+        bits = np.where(bits > INFINITY_BITS, 0, bits)  # NaN is no rank
+        first, *others = np.sort(bits)[:-3:-1].tolist()
+        best = min(names[row] for row in np.flatnonzero(bits == first).tolist())
+        self._rank(best, first, *others)
 
     def _leave_out_infinities(
         self, items: Sequence[str], values: NDArray[np.float32], largest: NDArray[np.uint32]
     ) -> None:
+        self._touched = BINS
         for row in np.flatnonzero(largest == INFINITY_BITS).tolist():
             if np.isposinf(values[row]).any():
                 self.overflowed.append(items[row])
@@ -97,10 +108,12 @@ class Counter:
     @property
     def pictures(self) -> int:
         """How many rows were added."""
+        self._rank_noted()
         return sum(self._maxima.values())
 
     def _flush(self) -> None:
         """Move the small tables into the large one before one of their counts can overflow."""
+        self._rank_noted()
         self._counts = self._total()
         self._tables[:, : self._touched] = 0
         self._touched, self._room = 0, TABLE_ROOM
@@ -110,16 +123,16 @@ class Counter:
         add_tables(self._tables, self._touched, counts)
         return counts
 
-    def _rank(self, item: str, largest: int) -> None:
+    def _rank(self, item: str, largest: int, second: int = 0) -> None:
+        """Rank a picture with what is `largest`, and what is `second` to it beside it."""
         best, name = self._best
+        self._second = max(self._second, second, min(best, largest))
         if largest > best or (largest == best and item < name):
-            self._second = max(self._second, best)
             self._best = (largest, item)
-        else:
-            self._second = max(self._second, largest)
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to another process: the filled bins."""
+        self._rank_noted()
         total = self._total()
         filled = np.flatnonzero(total)
         return {
@@ -141,6 +154,8 @@ class Counter:
 
     def merge(self, other: Counter) -> None:
         """Add what another thread, or another process, counted."""
+        self._rank_noted()
+        other._rank_noted()
         self.overflowed += other.overflowed
         counts = np.zeros(BINS, np.int64) if self._counts is None else self._counts
         if other._counts is not None:
@@ -148,13 +163,13 @@ class Counter:
         add_tables(other._tables, other._touched, counts)
         self._counts = counts
         self._maxima.update(other._maxima)
-        best, name = other._best
-        if name and best >= self._second:
-            self._rank(name, best)
-        self._second = max(self._second, other._second)
+        largest, item = other._best
+        if item:
+            self._rank(item, largest, other._second)
 
     def histogram(self) -> Histogram:
         """What was counted so far, as a frozen value."""
+        self._rank_noted()
         largest, item = self._best
         counts = np.zeros(BINS, np.int64)
         counts[list(self._maxima)] = list(self._maxima.values())
@@ -164,10 +179,10 @@ class Counter:
 
 def count_each(
     jobs: Sequence[tuple[Counter, Sequence[str], NDArray[np.float32]]],
-) -> list[NDArray[np.float32]]:
+) -> NDArray[np.float32]:
     """`Counter.add` of each, in one call without the GIL: threads wait for it after every call.
 
-    The counters must differ.
+    The counters must differ. Returns what each returns, one behind the other.
     """
     arrays = [values for _, _, values in jobs]
     rows = [len(values) for values in arrays]
@@ -179,14 +194,15 @@ def count_each(
         np.array([counter._place(values) for counter, _, values in jobs], np.uint64),
         largest,
     )
-    found = []
+    infinite = largest.max(initial=0) >= INFINITY_BITS
     done = 0
     for counter, items, values in jobs:
         mine = largest[done : done + len(values)]
-        counter._note(items, values, mine)
-        found.append(mine.view(np.float32))
+        if infinite:
+            counter._leave_out_infinities(items, values, mine)
+        counter._note(items, mine)
         done += len(values)
-    return found
+    return largest.view(np.float32)
 
 
 def _float(bits: int) -> float:
