@@ -39,11 +39,10 @@ from trtune.precision.graph.file import Model, model_from_proto
 from trtune.precision.graph.view import GraphView
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.lower.half_on_cpu import has_halves, in_float32
-from trtune.precision.plan.placement import place
+from trtune.precision.plan.placement import place, without_zero_ranges
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.errors import sqnr_db
 from trtune.precision.runtime.session import make_session, named_values
-from trtune.precision.tune.scales import without_zero_ranges
 
 Arrays = dict[str, NDArray[Any]]
 HERE = Path(__file__).resolve().parent

@@ -29,6 +29,7 @@ from trtune.precision.compare.alone import fake_quantize_weights
 from trtune.precision.graph.file import load_model
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.plan.placement import without_zero_ranges
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import make_plan, weight_axis
 from trtune.precision.prepare.codes import with_codes
@@ -37,7 +38,7 @@ from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import make_session
 from trtune.precision.tune.moments import rounded_weights
 from trtune.precision.tune.prepared import prepare_model
-from trtune.precision.tune.scales import Calibrated, calibrate_model, without_zero_ranges
+from trtune.precision.tune.scales import Calibrated, calibrate_model
 
 HERE = Path(__file__).resolve().parent
 MEMORY = 2 << 30

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from trtune.precision.graph.file import Model, load_model, model_from_proto, save_model
     from trtune.precision.graph.view import GraphView
     from trtune.precision.lower.emulate import LOWERINGS, lower_deploy, lower_emulate
-    from trtune.precision.plan.placement import Placement, place
+    from trtune.precision.plan.placement import Placement, place, without_zero_ranges
     from trtune.precision.plan.plan import Assignment, PrecisionPlan
     from trtune.precision.plan.rules import make_plan
     from trtune.precision.quantized.describe import Inspection, inspect_model
     from trtune.precision.runtime.api import Backend, BuildInfo, Candidate, Engine, Usable
     from trtune.precision.runtime.errors import ErrorSums
-    from trtune.precision.tune.ranges import Choice, choose_by_output
-    from trtune.precision.tune.scales import Calibrated, calibrate_model, without_zero_ranges
+    from trtune.precision.tune.auto.ranges import Choice, choose_by_output
+    from trtune.precision.tune.scales import Calibrated, calibrate_model
     from trtune.precision.tune.walk import Score, Tuned
 
 __all__ = [
@@ -74,7 +74,7 @@ __getattr__, __dir__ = lazy_names(
         "graph.view": "GraphView",
         "plan.plan": "Assignment PrecisionPlan",
         "plan.rules": "make_plan",
-        "plan.placement": "Placement place",
+        "plan.placement": "Placement place without_zero_ranges",
         "lower.emulate": "LOWERINGS lower_deploy lower_emulate",
         "runtime.api": "Backend BuildInfo Candidate Engine Usable",
         "runtime.errors": "ErrorSums",
@@ -82,8 +82,8 @@ __getattr__, __dir__ = lazy_names(
         "compare.gate": "fp32_gate",
         "compare.layers": "compare_layers",
         "tune.walk": "Score Tuned",
-        "tune.ranges": "Choice choose_by_output",
-        "tune.scales": "Calibrated calibrate_model without_zero_ranges",
+        "tune.auto.ranges": "Choice choose_by_output",
+        "tune.scales": "Calibrated calibrate_model",
         "quantized.describe": "Inspection inspect_model",
     },
 )

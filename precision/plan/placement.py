@@ -20,7 +20,7 @@ from trtune.precision.graph.operators import KEEPS, MOVES, SELECTS
 from trtune.precision.graph.proto import attribute
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.imported import ImportedPlan
-from trtune.precision.plan.plan import PrecisionPlan
+from trtune.precision.plan.plan import RANGE, PrecisionPlan
 from trtune.precision.plan.rules import weight_axis
 
 Edge = tuple[str, int]
@@ -220,3 +220,25 @@ def with_shared_ranges(view: GraphView, table: CalibrationTable) -> CalibrationT
     factors = {t: table.factors[roots[t]] for t in table.methods if roots[t] in table.factors}
     float8 = {t: table.float8[roots[t]] for t in table.scales if roots[t] in table.float8}
     return CalibrationTable(scales, methods, table.provenance, factors=factors, float8=float8)
+
+
+def without_zero_ranges(
+    view: GraphView, plan: PrecisionPlan, table: CalibrationTable
+) -> PrecisionPlan:
+    """`plan` less the nodes that read a tensor which was never anything but zero: no scale is right
+    for it.
+
+    A skip input is read in float instead: the convolution that it is added to is alive.
+    """
+    reasons: dict[str, str] = {}
+    skips: list[Edge] = []
+    for tensor, edges in place(view, plan).activations.items():
+        if table.scales.get(tensor) != 0:
+            continue
+        for edge in edges:
+            if plan.leader(edge[0]) != edge[0]:
+                skips.append(edge)
+            else:
+                reason = f"its input {tensor!r} was zero in every calibration picture"
+                reasons.update(dict.fromkeys(served_by(plan, edge), reason))
+    return plan.without_int8(reasons, origin=RANGE).reading_float(skips)

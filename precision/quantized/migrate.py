@@ -19,7 +19,7 @@ from trtune.calibrate.table import CalibrationTable
 from trtune.configs.errors import CacheError, ConfigError, InputError, ModelError, nearest
 from trtune.precision.graph.view import GraphView, Model, load_model
 from trtune.precision.lower.implicit import in_cache_order, lacking
-from trtune.precision.plan.placement import is_move, place
+from trtune.precision.plan.placement import is_move, place, without_zero_ranges
 from trtune.precision.plan.plan import COMPUTE, FILE, SHAPE, PrecisionPlan
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.migrate_pins import (
@@ -32,7 +32,6 @@ from trtune.precision.quantized.migrate_pins import (
 from trtune.precision.traces.cache_fit import CacheFit, fit_of
 from trtune.precision.traces.parser_names import explain_tensor
 from trtune.precision.traces.scale_rules import complete_scales
-from trtune.precision.tune.scales import without_zero_ranges
 
 TRT10: Version = (10, 14, 1)
 INTEGER_ALONE = frozenset(

@@ -12,20 +12,16 @@ from trtune.configs.progress import Progress, silent
 from trtune.datasets.batches import Batch, BatchSource
 from trtune.precision.compare.batches import exact_outputs
 from trtune.precision.graph.view import GraphView, Model
-from trtune.precision.plan.placement import Placement, place
+from trtune.precision.plan.placement import Placement, place, without_zero_ranges
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.prepare.codes import with_codes
 from trtune.precision.prepare.values import Codes, Moved
-from trtune.precision.tune.company import Company
+from trtune.precision.tune.auto.company import Company
+from trtune.precision.tune.auto.ranges import Choice
+from trtune.precision.tune.auto.search import choices_table, range_limits
 from trtune.precision.tune.moments import rounded_weights
 from trtune.precision.tune.preparing import Move
-from trtune.precision.tune.ranges import Choice
-from trtune.precision.tune.scales import (
-    Calibrated,
-    choices_table,
-    range_limits,
-    without_zero_ranges,
-)
+from trtune.precision.tune.scales import Calibrated
 
 MOVED = "moved"
 """The method of a range that was chosen with its scale and shift."""

@@ -20,7 +20,7 @@ from trtune.precision.compare.batches import exact_outputs, held_batches, in_bat
 from trtune.precision.graph.view import GraphView, Model
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.half_ranges import tensors_for_ranges
-from trtune.precision.plan.placement import place
+from trtune.precision.plan.placement import place, without_zero_ranges
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.prepare.codes import with_codes
 from trtune.precision.prepare.values import (
@@ -35,7 +35,15 @@ from trtune.precision.prepare.values import (
 )
 from trtune.precision.runtime.session import ahead, make_session, threads_each
 from trtune.precision.tune.again import Again
-from trtune.precision.tune.company import Errors
+from trtune.precision.tune.auto.company import Errors
+from trtune.precision.tune.auto.search import (
+    BESIDE_AUTO,
+    READ,
+    RUN_HELD,
+    enough_pictures,
+    held_extents,
+)
+from trtune.precision.tune.auto.standing import race_of_gains
 from trtune.precision.tune.judge import Judge, counted_outputs, level
 from trtune.precision.tune.moments import observed, rounded_codes_of, rounded_weights
 from trtune.precision.tune.preparing import (
@@ -48,18 +56,11 @@ from trtune.precision.tune.preparing import (
 )
 from trtune.precision.tune.scales import (
     AUTO_METHOD,
-    BESIDE_AUTO,
-    READ,
-    RUN_HELD,
     Calibrated,
     Ranges,
     calibrate_model,
-    enough_pictures,
-    held_extents,
     ranged_alike,
-    without_zero_ranges,
 )
-from trtune.precision.tune.standing import race_of_gains
 
 log = logging.getLogger(__name__)
 

@@ -55,10 +55,10 @@ from trtune.precision.prepare.values import (
     Moved,
 )
 from trtune.precision.runtime.session import ahead, make_session, named_values, threads_each
-from trtune.precision.tune.company import Errors
+from trtune.precision.tune.auto.company import Errors
+from trtune.precision.tune.auto.ranges import screening_batches
 from trtune.precision.tune.judge import Improvement, Judge, improvement, judge_of, level
 from trtune.precision.tune.moments import Observed
-from trtune.precision.tune.ranges import screening_batches
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,12 @@ from trtune.precision.graph.file import Model, load_model
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.half_rules import keep_fp32, refuse_half_model
 from trtune.precision.plan.imported import QAT
+from trtune.precision.plan.placement import without_zero_ranges
 from trtune.precision.plan.plan import QUANTIZED, PrecisionPlan
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.quantized.describe import refuse_quantized
 from trtune.precision.quantized.importing import Imported, import_quantized
-from trtune.precision.tune.scales import Calibrated, without_zero_ranges
+from trtune.precision.tune.scales import Calibrated
 
 log = logging.getLogger(__name__)
 

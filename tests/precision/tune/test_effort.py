@@ -13,8 +13,9 @@ from trtune.precision.graph.file import Model, model_from_proto
 from trtune.precision.graph.view import GraphView
 from trtune.precision.plan.placement import place
 from trtune.precision.plan.rules import make_plan
-from trtune.precision.tune import ranges, scales
-from trtune.precision.tune.ranges import SEARCH, pictures_within, ranges_within, trial_macs
+from trtune.precision.tune import scales
+from trtune.precision.tune.auto import ranges
+from trtune.precision.tune.auto.ranges import SEARCH, pictures_within, ranges_within, trial_macs
 
 
 def chain(*, free: bool = False) -> Model:

@@ -24,18 +24,17 @@ from trtune.precision.graph.view import GraphView, model_from_proto
 from trtune.precision.lower.deploy import lower_deploy
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.lower.implicit import implicit_tensors, left_in_float
-from trtune.precision.plan.placement import place
+from trtune.precision.plan.placement import place, without_zero_ranges
 from trtune.precision.plan.plan import PrecisionPlan
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.errors import sqnr_db
+from trtune.precision.tune.auto.search import PLENTY
 from trtune.precision.tune.scales import (
-    PLENTY,
     Calibrated,
     calibrate_model,
     carried_tensors,
     seen_pictures,
     with_deploy,
-    without_zero_ranges,
 )
 
 METHODS = [*AMAX_METHODS, "auto"]

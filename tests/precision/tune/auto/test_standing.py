@@ -21,11 +21,13 @@ from trtune.datasets.open import open_section
 from trtune.precision.graph.file import load_model
 from trtune.precision.graph.view import GraphView, Model, model_from_proto
 from trtune.precision.lower.emulate import lower_emulate
+from trtune.precision.plan.placement import without_zero_ranges
 from trtune.precision.plan.rules import make_plan
 from trtune.precision.runtime.errors import ErrorSums
 from trtune.precision.runtime.session import make_session
-from trtune.precision.tune.scales import UNIFORM, calibrate_model, without_zero_ranges
-from trtune.precision.tune.standing import race, race_of_gains
+from trtune.precision.tune.auto.search import UNIFORM
+from trtune.precision.tune.auto.standing import race, race_of_gains
+from trtune.precision.tune.scales import calibrate_model
 
 Array = NDArray[np.float64]
 

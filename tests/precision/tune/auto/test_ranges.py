@@ -19,14 +19,14 @@ from trtune.calibrate.methods import CANDIDATES
 from trtune.datasets.batches import Batch
 from trtune.precision.compare.alone import Alone, Change, fake_quantize
 from trtune.precision.plan.placement import place
-from trtune.precision.tune.judge import Judge, worst
-from trtune.precision.tune.ranges import (
+from trtune.precision.tune.auto.ranges import (
     APART,
     WITNESSES,
     Choice,
     choose_by_output,
     distinct_candidates,
 )
+from trtune.precision.tune.judge import Judge, worst
 
 Rows = NDArray[np.float32]
 
@@ -344,7 +344,7 @@ def test_what_is_given_up_would_not_have_been_chosen(
         pictures[bright] = pictures[bright] * np.float32(8)
     proto = uneven(make(), spread=0.7)
     found, _, alone = choose(proto, pictures, kind=Counting)
-    monkeypatch.setattr("trtune.precision.tune.ranges.CERTAINLY", float("inf"))
+    monkeypatch.setattr("trtune.precision.tune.auto.ranges.CERTAINLY", float("inf"))
     expected, _, every = choose(proto, pictures, kind=Counting)
     assert found == expected
     assert isinstance(alone, Counting)

@@ -32,8 +32,8 @@ from trtune.precision.runtime.session import (
     make_session,
     named_values,
 )
+from trtune.precision.tune.auto.ranges import Choice, screening_batches
 from trtune.precision.tune.judge import Judge, counted_outputs, gain, worst
-from trtune.precision.tune.ranges import Choice, screening_batches
 
 Array = NDArray[Any]
 Errors = list[NDArray[np.float64]]

@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from trtune.configs.progress import Progress, silent
-from trtune.precision.tune.company import Company, Errors
+from trtune.precision.tune.auto.company import Company, Errors
+from trtune.precision.tune.auto.ranges import Choice
 from trtune.precision.tune.judge import (
     BEYOND_CHANCE,
     Improvement,
@@ -24,7 +25,6 @@ from trtune.precision.tune.judge import (
     typical_gain,
     worst,
 )
-from trtune.precision.tune.ranges import Choice
 
 log = logging.getLogger(__name__)
 

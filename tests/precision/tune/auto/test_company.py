@@ -15,9 +15,9 @@ from trtune.datasets.batches import Batch
 from trtune.precision.lower.emulate import lower_emulate
 from trtune.precision.plan.placement import place
 from trtune.precision.runtime.session import make_session
-from trtune.precision.tune.company import Company
+from trtune.precision.tune.auto.company import Company
+from trtune.precision.tune.auto.ranges import Choice
 from trtune.precision.tune.judge import Judge, worst
-from trtune.precision.tune.ranges import Choice
 
 MODELS = [tinymodels.conv_relu, tinymodels.depthwise, tinymodels.silu_se, tinymodels.concat]
 

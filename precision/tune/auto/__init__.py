@@ -1,0 +1,1 @@
+"""Method `auto`: which range for each tensor, by what it does to the network's output."""
