@@ -70,6 +70,7 @@ def open_session(
     optimize: str = "all",
     integer_kernels: bool = False,
     external_dir: Path | None = None,
+    prepack: bool = True,
     write_optimized: Path | None = None,
     profile: Path | None = None,
     weights: Mapping[str, ort.OrtValue] | None = None,
@@ -80,10 +81,11 @@ def open_session(
     TF32); there `stream` is the handle of a CUDA stream to compute on. `threads` None leaves the
     number to onnxruntime. `optimize` is none, basic, extended or all. Without `integer_kernels`,
     Q/DQ pairs are computed as they are written; with it, onnxruntime puts integer kernels in their
-    place. `external_dir` is where external initializers of bytes lie (for a path: beside it). The
-    graph that onnxruntime made of the model goes to `write_optimized`, with large weights beside
-    it. `weights` takes the place of the external initializers of these names; sessions share them.
-    `profile` is how the name of the profile begins, which the session's `end_profiling` writes.
+    place. `external_dir` is where external initializers of bytes lie (for a path: beside it). A
+    session that is never run need not `prepack` its weights. The graph that onnxruntime made of the
+    model goes to `write_optimized`, with large weights beside it. `weights` takes the place of the
+    external initializers of these names; sessions share them. `profile` is how the name of the
+    profile begins, which the session's `end_profiling` writes.
 
     Raises ModelError with onnxruntime's own words if it cannot load the model, ConfigError for
     another device than those, TrtuneError for one that is not here, ValueError for an unknown
@@ -97,6 +99,8 @@ def open_session(
         )
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if write_optimized is not None:
         options.optimized_model_filepath = str(write_optimized)
         # Weights beside the model, so that one above 2 GiB can be written.

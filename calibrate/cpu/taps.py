@@ -30,7 +30,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from trtune.calibrate.cpu.segments import cut, holds_graphs, pack
-from trtune.calibrate.sessions import open_session, with_outputs
+from trtune.calibrate.sessions import SharedWeights, open_session, with_outputs
 from trtune.configs.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,12 @@ class Segment:
 class Tapped:
     """What to run one after the other for one batch; each tapped tensor is in one segment.
 
-    The values of a picture may stand in another order than in the model (see the module).
+    The values of a picture may stand in another order than in the model (see the module). `weights`
+    hold the memory that the segments read.
     """
 
     segments: tuple[Segment, ...]
+    weights: SharedWeights | None = None
 
 
 def tap(
@@ -133,25 +135,26 @@ def _tap_optimized(
 ) -> Tapped:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        session = open_session(marked, threads=threads, write_optimized=path)
+        open_session(marked, threads=threads, prepack=False, write_optimized=path)
         optimized = onnx.load(path)
     outputs = _skip_reorders(optimized, tensors)
     known = {outputs[tensor]: size for tensor, size in sizes.items() if tensor in outputs}
-    pieces = cut(optimized, set(outputs.values()), known, SEGMENT_BYTES)
+    weights = SharedWeights(optimized.graph.initializer)
+    pieces = cut(weights.without(optimized), set(outputs.values()), known, SEGMENT_BYTES)
     if pieces:
-        del session
         try:
-            return Tapped(_segments(pieces, outputs, threads))
+            return Tapped(_segments(pieces, weights, outputs, threads), weights)
         except Exception as error:  # onnxruntime's exceptions have no common base
             log.debug("not cut into %d pieces: %s", len(pieces), error)
-    elif all(tensor == output for tensor, output in outputs.items()):
-        return Tapped((_whole(session, outputs),))
     session = open_session(optimized.SerializeToString(), threads=threads, optimize="none")
     return Tapped((_whole(session, outputs),))
 
 
 def _segments(
-    pieces: Sequence[onnx.ModelProto], outputs: Mapping[str, str], threads: int
+    pieces: Sequence[onnx.ModelProto],
+    weights: SharedWeights,
+    outputs: Mapping[str, str],
+    threads: int,
 ) -> tuple[Segment, ...]:
     """Sessions for `pieces`; the types of what passes between them are asked of onnxruntime."""
     types: dict[str, onnx.TypeProto] = {}
@@ -160,7 +163,12 @@ def _segments(
         for info in piece.graph.input:
             if not info.HasField("type"):
                 info.type.CopyFrom(types[info.name])
-        session = open_session(piece.SerializeToString(), threads=threads, optimize="none")
+        session = open_session(
+            piece.SerializeToString(),
+            threads=threads,
+            optimize="none",
+            weights=weights.read_by(piece),
+        )
         for output in session.get_outputs():
             element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(NUMPY_TYPES[output.type]))
             types[output.name] = onnx.helper.make_tensor_type_proto(element, None)
