@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtune.calibrate.histogram import Histogram, bin_edges, quantile
+from trtune.calibrate.histogram import Histogram, bin_edges, filled_bins, quantile
 from trtune.configs.system.compiled import compiled
 from trtune.configs.system.machine import usable_cores
 from trtune.configs.values import PERCENTILE
@@ -79,7 +79,7 @@ def _least_mse(maximum: float, centers: NDArray[np.float64], counts: NDArray[np.
 
 def _centers(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Middles and counts of the filled bins above zero."""
-    filled = np.flatnonzero(histogram.counts[1:]) + 1
+    filled = filled_bins(histogram.counts[1:]) + 1
     edges = bin_edges()
     middles = (edges[filled] + np.minimum(edges[filled + 1], histogram.maximum)) / 2
     return middles, histogram.counts[filled].astype(np.float64)
@@ -241,7 +241,7 @@ def linear_counts(histogram: Histogram, width: float, bins: int) -> NDArray[np.f
     if histogram.maximum == 0:
         out[0] = histogram.total
         return out
-    last = int(np.flatnonzero(histogram.counts)[-1]) + 1
+    last = int(filled_bins(histogram.counts)[-1]) + 1
     upper = np.minimum(bin_edges()[1 : last + 1], np.nextafter(histogram.maximum, np.inf))
     _spread(histogram.counts[:last], upper, width, out)
     return out
@@ -311,18 +311,20 @@ def _divergences(
     """
     total = mass[-1]
     sizes = thresholds + 1
-    starts = np.zeros_like(thresholds)
-    held, average, logarithm, cross = np.zeros((4, thresholds.size))
+    spans = thresholds + margin
+    edges, before, seen = np.zeros((3, thresholds.size))
+    held, number, average, logarithm, cross = np.zeros((5, thresholds.size))
     for level in range(levels):
+        last = level == levels - 1
         for k in range(thresholds.size):
-            end = sizes[k]
-            if level < levels - 1:
-                span = thresholds[k] + margin
-                end = min(int(np.ceil((level + 1) * span / levels - 0.5)), end)
-            number = filled[end] - filled[starts[k]]
-            held[k] = mass[end] - mass[starts[k]]
-            average[k] = held[k] / number if number > 0.0 else 1.0
-            starts[k] = end
+            edge = np.ceil((level + 1) * spans[k] / levels - 0.5)
+            edges[k] = sizes[k] if last or edge > sizes[k] else edge
+        for k in range(thresholds.size):
+            end = int(edges[k])
+            held[k], number[k] = mass[end] - before[k], filled[end] - seen[k]
+            before[k], seen[k] = mass[end], filled[end]
+        for k in range(thresholds.size):
+            average[k] = held[k] / number[k] if number[k] > 0.0 else 1.0
         _logarithms(average, logarithm)
         for k in range(thresholds.size):
             cross[k] += held[k] * logarithm[k]
