@@ -28,6 +28,9 @@ LEAST_PRODUCTS, LEAST_GATHERED = 512, 1024
 of several, which is copied first."""
 LEAST_MADE, LEAST_PLACES = 64, 16
 """... and output channels, and places of a picture, below which they are not worth their set-up."""
+OUTPUTS = 16
+"""Their number has to be a multiple of this: of 24 or 88 the matrix product of onnxruntime 1.23 got a
+few values of the last ones wrong on AMX."""
 LEAST_CODE = -127
 """Codes of one less have to be int8 as well."""
 
@@ -55,4 +58,5 @@ def _gains(one: IntegerConvolution, shapes: Mapping[str, Shape]) -> bool:
     places = [dim for dim in shapes.get(one.node.output[0], ())[2:] if isinstance(dim, int)]
     known = len(places) == len(window)
     large = channels * size >= (LEAST_PRODUCTS if size == 1 else LEAST_GATHERED)
-    return large and outputs >= LEAST_MADE and (not known or math.prod(places) >= LEAST_PLACES)
+    fits = outputs >= LEAST_MADE and outputs % OUTPUTS == 0
+    return large and fits and (not known or math.prod(places) >= LEAST_PLACES)
