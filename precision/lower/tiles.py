@@ -29,8 +29,8 @@ of several, which is copied first."""
 LEAST_MADE, LEAST_PLACES = 64, 16
 """... and output channels, and places of a picture, below which they are not worth their set-up."""
 OUTPUTS = 16
-"""Their number has to be a multiple of this: of 24 or 88 the matrix product of onnxruntime 1.23 got a
-few values of the last ones wrong on AMX."""
+"""Their number has to be a multiple of this: of 24 or 88 the matrix product of onnxruntime 1.23 got
+a few values of the last ones wrong on AMX."""
 LEAST_CODE = -127
 """Codes of one less have to be int8 as well."""
 
