@@ -221,7 +221,7 @@ def test_auto_is_not_behind_one_method_for_all_ranges(
 def test_auto_is_not_behind_mse_on_squeezenet(monkeypatch: pytest.MonkeyPatch) -> None:
     """There 48 pictures favour `entropy` by half a decibel, which hundreds show to be worse."""
     monkeypatch.setenv("TRTUNE_DATA", str(data_dir()))
-    path = Path(__file__).parents[3] / "benchmarks" / "configs" / "squeezenet1.1_imagenet.yaml"
+    path = Path(__file__).parents[4] / "benchmarks" / "configs" / "squeezenet1.1_imagenet.yaml"
     config = load_config(path)
     model = load_model(Path(config.model.path))
     assert config.data is not None
