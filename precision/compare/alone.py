@@ -51,7 +51,7 @@ from trtune.precision.runtime.session import (
     named_values,
     threads_each,
 )
-from trtune.precision.runtime.side_by_side import SideBySide
+from trtune.precision.runtime.side_by_side import SideBySide, through_int8
 
 log = logging.getLogger(__name__)
 
@@ -170,14 +170,13 @@ class Alone:
         self._weights = SharedWeights(view.initializers.values())
         held = dict.fromkeys([*held_tensors(view, placement), *also])
         inner = [t for t in held if t not in set(view.graph_inputs)]
-        light = self._weights.without(model.proto)
         session = make_session(
-            light,
+            self._weights.without(model.proto),
             outputs=inner,
             threads=threads_each(device),
             external_dir=model.external_dir,
             device=device,
-            weights=self._weights.read_by(light),
+            weights=self._weights,
         )
         names = [*dict.fromkeys([*self._outputs, *inner])]
         self._pictures = tuple(len(batch) for batch in pictures)
@@ -253,14 +252,16 @@ class Alone:
             while len(copies[name].input) <= index:
                 copies[name].input.append("")
             copies[name].input[index] = f"{name}/value{number}"
-        through = _through_int8(renamed) if stepped else []
+        through: list[onnx.NodeProto] = []
+        for tensor, result in renamed.items() if stepped else ():
+            through += through_int8(tensor, tensor, f"{tensor}/step", result)
         proto = self._submodel([*through, *copies.values()], weights)
         session = make_session(
             proto,
             threads=1,
             external_dir=self.model.external_dir,
             device=self._device,
-            weights=self._weights.read_by(proto),
+            weights=self._weights,
         )
         wanted = {entry.name for entry in session.get_inputs()}
         plain = [tensor for tensor in boundary if tensor in wanted]
@@ -359,25 +360,6 @@ class Alone:
         """`sums` by group with the model's `outputs` for a batch, in its order, added."""
         named = dict(zip(self._outputs, outputs, strict=True))
         return add_parts(sums, self.groups, self._stored[batch], named)
-
-
-def _through_int8(renamed: Mapping[str, str]) -> list[onnx.NodeProto]:
-    """Nodes that make of each tensor what `fake_quantize` does, its step an input of the graph."""
-    nodes = []
-    for tensor, result in renamed.items():
-        at = [f"{tensor}/{part}" for part in ("steps", "rounded", "codes")]
-        step, bounds = f"{tensor}/step", (f"{tensor}/lowest", f"{tensor}/highest")
-        for name, value in zip(bounds, (-128.0, 127.0), strict=True):
-            scalar = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [], [value])
-            nodes.append(onnx.helper.make_node("Constant", [], [name], name=name, value=scalar))
-        for kind, inputs, output in (
-            ("Div", [tensor, step], at[0]),
-            ("Round", at[:1], at[1]),
-            ("Clip", [at[1], *bounds], at[2]),
-            ("Mul", [at[2], step], result),
-        ):
-            nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output))
-    return nodes
 
 
 def held_tensors(view: GraphView, placement: Placement) -> list[str]:

@@ -257,13 +257,12 @@ def exact_outputs(
     take `most` bytes. `session` is one of the FP32 model that is there already."""
     weights = SharedWeights(() if session else model.proto.graph.initializer)
     if session is None:
-        light = weights.without(model.proto)
         session = make_session(
-            light,
+            weights.without(model.proto),
             threads=threads_each(device),
             external_dir=model.external_dir,
             device=device,
-            weights=weights.read_by(light),
+            weights=weights,
         )
     names = [output.name for output in model.outputs]
     found: list[list[Any]] = []

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.logger import G_LOGGER
 
-from trtune.calibrate.sessions import ORT_ERRORS, error_text, open_session
+from trtune.calibrate.sessions import ORT_ERRORS, SharedWeights, error_text, open_session
 from trtune.configs.errors import DataError, ModelError, did_you_mean
 from trtune.configs.system.machine import usable_cores
 from trtune.datasets.batches import InputSpec
@@ -48,7 +48,7 @@ def make_session(
     integer_kernels: bool = False,
     external_dir: Path | None = None,
     device: str = "cpu",
-    weights: Mapping[str, ort.OrtValue] | None = None,
+    weights: SharedWeights | None = None,
 ) -> ort.InferenceSession:
     """An onnxruntime session for `model`, which is not touched.
 
@@ -59,14 +59,17 @@ def make_session(
     written, so that a pin stays a pin and the numbers are those of TensorRT's arithmetic; with it,
     onnxruntime puts integer kernels in their place. `external_dir` is where external initializers
     of a proto or of bytes lie (for a path: beside it). A proto above 2 GiB goes through a
-    temporary folder. `device` and `weights` are as `open_session` has them.
+    temporary folder. `device` is as `open_session` has it; `weights` hold the data that a proto
+    was made without.
 
     Raises what `open_session` raises, and ValueError for an output that no node makes.
     """
     source: bytes | Path
+    held: Mapping[str, ort.OrtValue] | None = None
     with ExitStack() as stack:
         if isinstance(model, onnx.ModelProto):
             outputs = _new_outputs(model, outputs)
+            held = weights.read_by(model) if weights else None
             source, external_dir = _serialised(model, external_dir, stack)
         elif isinstance(model, Path) and outputs:
             source, external_dir = model.read_bytes(), model.parent
@@ -84,7 +87,7 @@ def make_session(
             optimize=optimize,
             integer_kernels=integer_kernels,
             external_dir=external_dir,
-            weights=weights,
+            weights=held,
         )
 
 

@@ -106,7 +106,7 @@ class SideBySide:
                 threads=1,
                 external_dir=model.external_dir,
                 device=device,
-                weights=weights.read_by(proto),
+                weights=weights,
             )
         except ModelError as error:
             raise ValueError(str(error)) from error
@@ -231,28 +231,43 @@ def _with_steps(
 
 
 def _stepped(tensor: str) -> list[onnx.NodeProto]:
-    """Nodes that give `T/stepped`: T whose `T/rows` are clip(round half to even(x / step), -128,
-    127) * step where the step is above zero."""
-    made = ("taken", "steps", "rounded", "codes", "values", "is", "chosen", "all", "places")
-    given = ("rows", "at", "step", "lowest", "highest", "none")
-    name = {part: f"{tensor}/{part}" for part in (*given, *made, "stepped")}
-    nodes = []
-    for part, value in (("lowest", -128.0), ("highest", 127.0), ("none", 0.0)):
-        scalar = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [], [value])
-        nodes.append(onnx.helper.make_node("Constant", [], [name[part]], value=scalar))
-    for kind, inputs, output in (
-        ("Gather", (tensor, name["rows"]), "taken"),
-        ("Div", (name["taken"], name["step"]), "steps"),
-        ("Round", (name["steps"],), "rounded"),
-        ("Clip", (name["rounded"], name["lowest"], name["highest"]), "codes"),
-        ("Mul", (name["codes"], name["step"]), "values"),
-        ("Greater", (name["step"], name["none"]), "is"),
-        ("Where", (name["is"], name["values"], name["taken"]), "chosen"),
+    """Nodes that give `T/stepped`: T whose `T/rows` went through int8 and back where the step is
+    above zero."""
+    parts = ("rows", "at", "step", "none", "taken", "values", "is", "chosen", "all", "places")
+    name = {part: f"{tensor}/{part}" for part in (*parts, "stepped")}
+    none = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [], [0.0])
+    return [
+        onnx.helper.make_node("Constant", [], [name["none"]], value=none),
+        _node("Gather", (tensor, name["rows"]), name["taken"]),
+        *through_int8(tensor, name["taken"], name["step"], name["values"]),
+        _node("Greater", (name["step"], name["none"]), name["is"]),
+        _node("Where", (name["is"], name["values"], name["taken"]), name["chosen"]),
         # ScatterND has one thread a row on a GPU; this one has one a value. Its indices are spread
         # by a comparison, for what Expand is told the shape of would be computed on the host.
-        ("Equal", (name["taken"], name["taken"]), "all"),
-        ("Where", (name["all"], name["at"], name["at"]), "places"),
-        ("ScatterElements", (tensor, name["places"], name["chosen"]), "stepped"),
-    ):
-        nodes.append(onnx.helper.make_node(kind, inputs, [name[output]], name=name[output]))
-    return nodes
+        _node("Equal", (name["taken"], name["taken"]), name["all"]),
+        _node("Where", (name["all"], name["at"], name["at"]), name["places"]),
+        _node("ScatterElements", (tensor, name["places"], name["chosen"]), name["stepped"]),
+    ]
+
+
+def through_int8(tensor: str, source: str, step: str, result: str) -> list[onnx.NodeProto]:
+    """Nodes that compute clip(round half to even(source / step), -128, 127) * step in float32.
+
+    What stands between `source` and `result` is named after `tensor`.
+    """
+    at = {part: f"{tensor}/{part}" for part in ("steps", "rounded", "codes", "lowest", "highest")}
+    nodes = []
+    for part, value in (("lowest", -128.0), ("highest", 127.0)):
+        scalar = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [], [value])
+        nodes.append(onnx.helper.make_node("Constant", [], [at[part]], value=scalar))
+    return [
+        *nodes,
+        _node("Div", (source, step), at["steps"]),
+        _node("Round", (at["steps"],), at["rounded"]),
+        _node("Clip", (at["rounded"], at["lowest"], at["highest"]), at["codes"]),
+        _node("Mul", (at["codes"], step), result),
+    ]
+
+
+def _node(kind: str, inputs: Sequence[str], output: str) -> onnx.NodeProto:
+    return onnx.helper.make_node(kind, inputs, [output], name=output)

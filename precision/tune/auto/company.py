@@ -133,14 +133,13 @@ class Company:
 
     def _session(self, outputs: Sequence[str] = ()) -> ort.InferenceSession:
         """Of the whole network, which gives inner `outputs` too."""
-        light = self._weights.without(self._model.proto)
         return make_session(
-            light,
+            self._weights.without(self._model.proto),
             outputs=outputs,
             threads=1,
             external_dir=self._model.external_dir,
             device=self._device,
-            weights=self._weights.read_by(light),
+            weights=self._weights,
         )
 
     def _run_whole(self, batch: int, scales: Mapping[str, Array]) -> list[Array]:
@@ -274,7 +273,7 @@ class Company:
             threads=1,
             external_dir=self._model.external_dir,
             device=self._device,
-            weights=self._weights.read_by(proto),
+            weights=self._weights,
         )
         wanted = [i.name for i in session.get_inputs()]
         made = [o.name for o in proto.graph.output]

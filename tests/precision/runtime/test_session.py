@@ -53,7 +53,7 @@ def test_parts_of_a_graph_share_its_large_constants() -> None:
     assert part.ByteSize() < 1000
     x = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
     for _ in range(2):
-        session = make_session(part, weights=shared.read_by(part))
+        session = make_session(part, weights=shared)
         np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weights + small, rtol=1e-5)
 
 
